@@ -1,0 +1,26 @@
+"""Build of sglang_xmem.
+
+Kernel sources live in the top-level kernels/ and ship as the package sglang_xmem.kernels: sglang_xmem/kernels is a
+link to it, so that checkout, editable install and wheel find them under the same name.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="sglang_xmem",
+    version="0.1.0",
+    description="HiCache's L2 pool in faster or larger memory for stock SGLang: peer-GPU HBM, NUMA DRAM, X-Mem",
+    python_requires=">=3.10",
+    packages=find_packages(include=["sglang_xmem", "sglang_xmem.*"]),
+    package_data={"sglang_xmem.kernels": ["*.cu"], "sglang_xmem": ["py.typed"]},
+    # torch and sglang come with the user's SGLang installation; naming them here would replace it.
+    install_requires=["msgspec>=0.18", "psutil", "nvidia-ml-py>=12", "cuda-bindings>=13.0", "py-libnuma==1.2"],
+    extras_require={
+        "sglang": ["sglang==0.5.23"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff==0.14.5", "mypy==1.18.2", "requests"],
+    },
+    entry_points={
+        "sglang.srt.plugins": ["sglang_xmem = sglang_xmem.plugin:register"],
+        "console_scripts": ["sglang-xmem = sglang_xmem.cli:main"],
+    },
+)

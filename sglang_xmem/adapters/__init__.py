@@ -1,0 +1,1 @@
+"""One module an SGLang version: everything that names SGLang's internals."""

@@ -1,0 +1,27 @@
+"""The command `sglang-xmem`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sglang_xmem.bench import copy, ttft
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="sglang-xmem", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
+    for name, module, purpose in (
+        ("copy", copy, "page copies against the link's contiguous copies"),
+        ("ttft", ttft, "time to first token of hits, by backend and prompt length"),
+    ):
+        command = bench.add_parser(name, help=purpose, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return int(args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What the CUDA driver and NVML say of this machine's GPUs, without making a CUDA context.
+
+GPUs are CUDA ordinals as this process sees them (CUDA_VISIBLE_DEVICES applies), as in SGLang's --base-gpu-id.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from sglang_xmem.errors import TierUnavailable
+
+#: A GPU with more bytes in use than this and no process that NVML names counts as in use: an idle H200 shows
+#: under 10 MB, a bare CUDA context about 500 MB.
+IDLE_USED_BYTES = 256 << 20
+
+
+def checked(result: Any, doing: str) -> Any:
+    """The values of a cuda-bindings call, or TierUnavailable with the driver's words.
+
+    Args:
+        result: what the call returned: (status, value, ...).
+        doing: what was tried, for the message.
+    """
+    from cuda.bindings import driver
+
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(status)
+        reason = text.decode() if text else str(status)
+        raise TierUnavailable(f"{doing} failed with CUDA error {int(status)}: {reason}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+@functools.cache
+def driver() -> Any:
+    """cuda.bindings.driver, initialized.
+
+    Raises:
+        TierUnavailable: no driver or no GPU.
+    """
+    try:
+        from cuda.bindings import driver as bindings
+    except ImportError:
+        raise TierUnavailable("the Python package cuda-bindings is missing; run pip install cuda-bindings") from None
+    try:
+        status = bindings.cuInit(0)[0]
+    except Exception:  # cuda-bindings raises errors of several packages where libcuda is missing
+        raise TierUnavailable("this machine has no NVIDIA driver") from None
+    if status != bindings.CUresult.CUDA_SUCCESS:
+        raise TierUnavailable(f"the NVIDIA driver finds no usable GPU (cuInit: error {int(status)})")
+    return bindings
+
+
+def visible_gpus() -> range:
+    """All CUDA ordinals."""
+    return range(checked(driver().cuDeviceGetCount(), "counting GPUs"))
+
+
+def can_access_peer(gpu: int, peer: int) -> bool:
+    """Whether kernels on `gpu` can be given access to memory of `peer`."""
+    d = driver()
+    a, b = (checked(d.cuDeviceGet(i), f"opening GPU {i}") for i in (gpu, peer))
+    return bool(checked(d.cuDeviceCanAccessPeer(a, b), f"asking for peer access from GPU {gpu} to GPU {peer}"))
+
+
+def attribute(gpu: int, name: str) -> int:
+    """A CUdevice_attribute by its name without CU_DEVICE_ATTRIBUTE_."""
+    d = driver()
+    key = getattr(d.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(checked(d.cuDeviceGetAttribute(key, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), name))
+
+
+@functools.cache
+def _nvml() -> Any:
+    try:
+        import pynvml
+    except ImportError:
+        raise TierUnavailable("the Python package nvidia-ml-py is missing; run pip install nvidia-ml-py") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise TierUnavailable(f"NVML does not start: {error}") from None
+    return pynvml
+
+
+def _nvml_handle(gpu: int) -> Any:
+    d = driver()
+    uuid = checked(d.cuDeviceGetUuid(checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), f"naming GPU {gpu}")
+    raw = bytes(uuid.bytes).hex()
+    name = f"GPU-{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"
+    nvml = _nvml()
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    except nvml.NVMLError as error:
+        raise TierUnavailable(f"NVML does not know GPU {gpu} ({name}): {error}") from None
+
+
+def memory_bytes(gpu: int) -> tuple[int, int]:
+    """(free, used) bytes of a GPU's memory, over all processes."""
+    nvml = _nvml()
+    info = nvml.nvmlDeviceGetMemoryInfo(_nvml_handle(gpu), version=nvml.nvmlMemory_v2)
+    return int(info.free), int(info.used)
+
+
+def foreign_use(gpu: int) -> str | None:
+    """A clause that says who else uses a GPU, or None where it is free.
+
+    This process, its parent and its parent's other children (an engine's ranks) do not count.
+    """
+    nvml = _nvml()
+    handle = _nvml_handle(gpu)
+    pids: set[int] = set()
+    for query in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        with suppress(nvml.NVMLError):  # not offered in some virtual machines; used memory still tells
+            pids.update(process.pid for process in query(handle))
+    foreign = sorted(pids - _own_pids())
+    if foreign:
+        return f"GPU {gpu} is in use by process {', '.join(map(str, foreign))}"
+    used = memory_bytes(gpu)[1]
+    if not pids and used > IDLE_USED_BYTES:
+        return f"GPU {gpu} has {used / 1e9:.2f} GB in use by processes that cannot be seen from here"
+    return None
+
+
+def _own_pids() -> set[int]:
+    own = {os.getpid()}
+    with suppress(psutil.Error):
+        me = psutil.Process()
+        own.update(child.pid for child in me.children(recursive=True))
+        if _is_rank:  # else the parent is a shell or a service manager, whose other children are strangers
+            launcher = me.parent()
+            if launcher is not None:
+                own.update((launcher.pid, *(child.pid for child in launcher.children(recursive=True))))
+    return own
+
+
+_is_rank = False
+
+
+def mark_as_rank() -> None:
+    """Say that this process is one of an engine's ranks: its siblings' use of a GPU is not foreign."""
+    global _is_rank
+    _is_rank = True
+
+
+def numa_node(gpu: int) -> int | None:
+    """The NUMA node that a GPU hangs on, None where the machine does not say."""
+    d = driver()
+    bus = checked(d.cuDeviceGetPCIBusId(16, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), "reading its bus id")
+    name = bus.split(b"\0")[0].decode().lower()
+    with suppress(OSError, ValueError), open(f"/sys/bus/pci/devices/{name}/numa_node", encoding="ascii") as file:
+        node = int(file.read())
+        return node if node >= 0 else None
+    return None

@@ -1,0 +1,142 @@
+"""Which tier serves a rank: planned once in the launcher, settled in each rank when the pool's size is known.
+
+The launcher sees all ranks and has no CUDA context, so it hands out seats (which peer GPU belongs to which rank);
+a rank knows its pool's bytes, so it makes the last choice among the planned tiers. Both only ask tiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from sglang_xmem.config import AUTO, Options
+from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.tiers import Locality, MemoryTier, Ranks, Region, tier_classes
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A tier that this machine has, with one seat a local rank."""
+
+    tier: str
+    seats: tuple[Any, ...]
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What the launcher found, for every rank's process.
+
+    Attributes:
+        candidates: tiers to try in this order.
+        passed_over: tiers that cannot serve, each with the reason.
+    """
+
+    options: Options
+    ranks: Ranks
+    candidates: tuple[Candidate, ...]
+    passed_over: tuple[tuple[str, str], ...]
+
+
+#: Gives the bytes of host RAM that a pool of so many bytes may claim; applies to host tiers alone.
+HostBudget = Callable[[int], int]
+
+
+def make_plan(options: Options, ranks: Ranks, pool_bytes: int | None, host_budget: HostBudget) -> Plan:
+    """Plan tiers for `ranks`.
+
+    Args:
+        pool_bytes: bytes of one rank's pool where --hicache-size fixes it, None where a ratio will.
+
+    Raises:
+        ConfigError: the tier asked for cannot be had, or `auto` finds none.
+    """
+    classes = tier_classes()
+    names = list(classes) if options.tier == AUTO else [options.tier]
+    candidates: list[Candidate] = []
+    passed_over: list[tuple[str, str]] = []
+    for name in names:
+        try:
+            seats = classes[name].seats(options.tiers[name], ranks)
+            if pool_bytes is not None:
+                for seat, gpu in zip(seats, ranks.gpus, strict=True):
+                    _check_room(classes[name](options.tiers[name], seat, gpu), pool_bytes, host_budget)
+            candidates.append(Candidate(name, seats))
+        except TierUnavailable as reason:
+            passed_over.append((name, str(reason)))
+    if not candidates:
+        raise ConfigError(_nothing_left(options, passed_over))
+    return Plan(options=options, ranks=ranks, candidates=tuple(candidates), passed_over=tuple(passed_over))
+
+
+class Placement:
+    """One rank's view of the plan; gives memory to its pools.
+
+    Args:
+        rank: index of this rank among the launcher's local ranks.
+    """
+
+    def __init__(self, plan: Plan, rank: int, host_budget: HostBudget) -> None:
+        self.plan = plan
+        self.rank = rank
+        self._host_budget = host_budget
+        self.passed_over = list(plan.passed_over)
+        classes = tier_classes()
+        self._tiers: list[MemoryTier] = [
+            classes[c.tier](plan.options.tiers[c.tier], c.seats[rank], plan.ranks.gpus[rank]) for c in plan.candidates
+        ]
+
+    def first_tier(self) -> MemoryTier:
+        """The tier to size an automatic pool for: the first that is still there.
+
+        Raises:
+            ConfigError: none is.
+        """
+        while self._tiers:
+            try:
+                self._tiers[0].capacity_bytes()
+                return self._tiers[0]
+            except TierUnavailable as reason:
+                self._pass_over(reason)
+        raise ConfigError(_nothing_left(self.plan.options, self.passed_over))
+
+    def allocate(self, nbytes: int) -> tuple[MemoryTier, Region]:
+        """Memory for a pool of `nbytes`, from the first tier that can hold it.
+
+        A tier that cannot is passed over for good, so that all pools of a rank end up in one tier.
+
+        Raises:
+            ConfigError: no tier is left.
+        """
+        while self._tiers:
+            tier = self._tiers[0]
+            try:
+                _check_room(tier, nbytes, self._host_budget)
+                return tier, tier.allocate(nbytes)
+            except TierUnavailable as reason:
+                self._pass_over(reason)
+        raise ConfigError(_nothing_left(self.plan.options, self.passed_over))
+
+    def _pass_over(self, reason: TierUnavailable) -> None:
+        self.passed_over.append((self._tiers.pop(0).name, str(reason)))
+
+
+def _check_room(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> None:
+    capacity = tier.capacity_bytes()
+    if tier.locality is Locality.HOST:
+        capacity = min(capacity, host_budget(nbytes))
+    if nbytes > capacity:
+        raise TierUnavailable(
+            f"the pool needs {nbytes / 1e9:.2f} GB a rank and there is room for {max(capacity, 0) / 1e9:.2f} GB; "
+            "lower --hicache-size or --hicache-ratio"
+        )
+
+
+def describe_passed_over(passed_over: list[tuple[str, str]]) -> str:
+    """For the log line and for errors: `peer (reason); dram (reason)`."""
+    return "; ".join(f"{name} ({reason})" for name, reason in passed_over)
+
+
+def _nothing_left(options: Options, passed_over: list[tuple[str, str]]) -> str:
+    if options.tier == AUTO:
+        return f"--hicache-xmem-tier auto finds no tier for the pool: {describe_passed_over(passed_over)}."
+    return f"--hicache-xmem-tier {options.tier} cannot be used: {passed_over[-1][1]}."

@@ -1,0 +1,60 @@
+"""SGLang's way in: the `sglang.srt.plugins` entry point. Imports the standard library alone.
+
+SGLang calls `register` in every process it starts, with or without the flag. An exception here would only be logged,
+and SGLang would serve from DRAM; so where the user asked for a tier, a failure ends the process instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import sys
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+#: One module an SGLang version that this package knows how to patch.
+ADAPTERS = {"0.5.23": "sglang_xmem.adapters.sglang_0_5_23"}
+
+
+def register() -> None:
+    """Add the flags to SGLang. HiCache itself is patched later, and only in an engine that has the flag on."""
+    try:
+        adapter = _adapter()
+        adapter.install_flags()
+    except Exception as error:
+        message = f"--hicache-use-xmem cannot be offered: {error}"
+        if any(arg.startswith(("--hicache-use-xmem", "--hicache-xmem-")) for arg in sys.argv[1:]):
+            sys.stderr.write(f"sglang_xmem: {message}\n")
+            raise SystemExit(2) from None
+        logger.warning("sglang_xmem: %s", message)
+        _guard_engine(message)
+
+
+def _adapter() -> Any:
+    version = importlib.metadata.version("sglang")
+    if version not in ADAPTERS:
+        known = ", ".join(ADAPTERS)
+        raise RuntimeError(
+            f"SGLang {version} is installed and sglang_xmem knows {known}; run pip install sglang=={known}."
+        )
+    return importlib.import_module(ADAPTERS[version])
+
+
+def _guard_engine(message: str) -> None:
+    """Make `sgl.Engine(hicache_use_xmem=True)` fail with `message` where the keyword cannot be offered."""
+    try:
+        engine = importlib.import_module("sglang.srt.entrypoints.engine").Engine
+    except Exception:  # nothing to guard: this SGLang has no such engine, or does not import
+        return
+    original = engine.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("hicache_use_xmem"):
+            raise RuntimeError(f"sglang_xmem: {message}")
+        for name in ("hicache_use_xmem", "hicache_xmem_tier", "hicache_xmem_config"):
+            kwargs.pop(name, None)
+        original(self, *args, **kwargs)
+
+    engine.__init__ = __init__

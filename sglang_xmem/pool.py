@@ -1,0 +1,187 @@
+"""A rank's pool in a tier: one region, laid out as HiCache's `layer_first`, and the copies to and from it.
+
+Nothing here knows SGLang; an adapter puts it behind SGLang's host-pool class. All methods but the page functions
+for storage run on the scheduler thread: they never wait for the GPU and never loop over tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_xmem.copies import make_copier
+from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
+from sglang_xmem.plan import Placement, describe_passed_over
+from sglang_xmem.tiers import Locality
+
+if TYPE_CHECKING:
+    from sglang_xmem.config import CopySettings
+
+logger = logging.getLogger(__name__)
+
+
+class TierPool:
+    """KV pages of one rank in tier memory.
+
+    Args:
+        placement: gives the memory.
+        num_layers, num_tokens, page_size: shape; num_tokens is a multiple of page_size.
+        row_bytes: bytes of one token's K (equally V) of one layer.
+        device: device of SGLang's KV pool.
+
+    Raises:
+        ConfigError: no tier can hold the pool.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        *,
+        num_layers: int,
+        num_tokens: int,
+        page_size: int,
+        row_bytes: int,
+        device: torch.device,
+        copy: CopySettings,
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_tokens = num_tokens
+        self.page_size = page_size
+        self.row_bytes = row_bytes
+        self.device = device
+        self._copy = copy
+        self._copier: PageCopier | None = None
+        nbytes = PLANES_PER_LAYER * num_layers * num_tokens * row_bytes
+        self.tier, self._region = placement.allocate(nbytes)
+        label = device if self.tier.locality is Locality.DEVICE else torch.device("cpu")
+        #: All bytes, shape (2, num_layers, num_tokens, row_bytes): HiCache's layer_first, K before V.
+        self.bytes: torch.Tensor = bytes_at(self._region.address, nbytes, label).view(
+            PLANES_PER_LAYER, num_layers, num_tokens, row_bytes
+        )
+        self._storage_lock = threading.Lock()
+        self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if device.type == "cuda":
+            self._warm_pinned_cache()
+        logger.info(
+            "sglang_xmem: tier=%s pool=%.2f GB (%d tokens) in %s for %s%s",
+            self.tier.name,
+            nbytes / 1e9,
+            num_tokens,
+            self._region.summary,
+            device,
+            f"; passed over: {describe_passed_over(placement.passed_over)}" if placement.passed_over else "",
+        )
+
+    def attach(self, device_k: Sequence[torch.Tensor], device_v: Sequence[torch.Tensor]) -> None:
+        """Name the GPU's buffers: a tensor a layer, first dimension tokens, rows packed.
+
+        Raises:
+            ValueError: rows of another width than the pool's, or not packed.
+            CopyError: the copier cannot be built.
+        """
+        device_planes, tier_planes = [], []
+        for layer, pair in enumerate(zip(device_k, device_v, strict=True)):
+            for kind, buffer in enumerate(pair):
+                device_planes.append(buffer.view(buffer.shape[0], -1).view(torch.uint8))
+                tier_planes.append(self.bytes[kind, layer])
+        self._copier = make_copier(
+            self._copy.kernel,
+            tier_planes,
+            device_planes,
+            self.page_size,
+            tier_locality=self.tier.locality.value,
+            load_ctas=self._copy.load_ctas,
+            store_ctas=self._copy.store_ctas,
+        )
+        logger.info("sglang_xmem: pages of %d B copied by %s", self._copier.page_bytes, self._copier.describe())
+
+    @property
+    def copier(self) -> PageCopier:
+        assert self._copier is not None, "attach() comes first"
+        return self._copier
+
+    def stage_rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """First row of each page of `indices` (int64 token indices in whole pages), on the pool's device.
+
+        For CPU indices on a GPU pool: one small copy through pinned memory, enqueued on the current stream.
+        """
+        rows = indices[:: self.page_size]
+        if rows.device.type == self.device.type:
+            return rows
+        # Pageable memory would make the copy wait for the stream. torch keeps a pinned block until the copies
+        # that read it are done.
+        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        pinned.copy_(rows)
+        return pinned.to(self.device, non_blocking=True)
+
+    def load_layer(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, layer: int) -> None:
+        """Enqueue tier -> GPU of one layer's pages on the current stream; rows as from `stage_rows`."""
+        first = PLANES_PER_LAYER * layer
+        self.copier.load(tier_rows, device_rows, range(first, first + PLANES_PER_LAYER))
+
+    def store(self, tier_rows: torch.Tensor, device_rows: torch.Tensor) -> None:
+        """Enqueue GPU -> tier of all layers' pages on the current stream."""
+        self.copier.store(tier_rows, device_rows, range(PLANES_PER_LAYER * self.num_layers))
+
+    def read_page(self, row: int) -> torch.Tensor:
+        """One page's bytes on the CPU, flat, in the order (K|V, layer, token); waits for the copy.
+
+        For storage threads, not the scheduler thread.
+        """
+        page = self.bytes[:, :, row : row + self.page_size]
+        if page.device.type == "cpu":
+            return page.flatten()
+        assert self._storage_stream is not None
+        with self._storage_lock, torch.cuda.stream(self._storage_stream):
+            return page.contiguous().flatten().cpu()
+
+    def write_page(self, row: int, page: torch.Tensor) -> None:
+        """Put bytes that `read_page` gave back; in place when this returns.
+
+        For storage threads, not the scheduler thread.
+        """
+        target = self.bytes[:, :, row : row + self.page_size]
+        source = page.view(torch.uint8).view(target.shape)
+        if target.device.type == "cpu":
+            target.copy_(source)
+            return
+        assert self._storage_stream is not None
+        with self._storage_lock, torch.cuda.stream(self._storage_stream):
+            target.copy_(source.to(self.device))
+            self._storage_stream.synchronize()
+
+    def close(self) -> None:
+        """Give the memory back; idempotent. Waits for the device, so that no copy is under way."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._copier = None
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self._region.release()
+
+    def _warm_pinned_cache(self) -> None:
+        """Have torch's pinned cache hold a block of every size that `stage_rows` asks for.
+
+        It caches by powers of two, and allocating pinned memory later would stall the GPU.
+        """
+        nbytes = 1 << 12
+        while nbytes < 2 * 8 * (self.num_tokens // self.page_size):
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            nbytes *= 2
+
+
+def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """A uint8 tensor of shape (nbytes,) over memory that somebody else owns and keeps alive.
+
+    With a CUDA `device` the tensor carries that label wherever the bytes are: operations run on that GPU, which
+    must be able to address them. Asking the driver for the owner, as other ways to wrap a pointer do, would name
+    the peer and run torch's kernels there.
+    """
+    if device.type == "cpu":
+        return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+    storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))

@@ -1,0 +1,153 @@
+"""Tier `peer`: HBM of other GPUs of this host, over NVLink where there is one.
+
+Memory comes from CUDA's virtual memory management: physical memory created on the peer, mapped into this process
+for the rank's GPU alone. That needs no context on the peer, so nothing but the pool itself is taken from it, and the
+driver gives it back when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+
+from sglang_xmem import gpus
+from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.tiers.base import Locality, MemoryTier, Ranks, Region
+
+#: Left free on each peer: for the driver's own page tables and whoever starts a context there.
+RESERVE_BYTES = 1 << 30
+
+
+class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Keys of `peer` in --hicache-xmem-config.
+
+    Attributes:
+        gpus: CUDA ordinals whose memory to use; dealt to the ranks in turn. Default: all idle ones. Naming a GPU
+            allows it to be in use by others.
+        stripe_mib: where a rank has several peers, bytes (in MiB, 2^20) on one before the next one's turn.
+    """
+
+    gpus: tuple[int, ...] | None = None
+    stripe_mib: int = 32
+
+
+class PeerSeat(msgspec.Struct, frozen=True):
+    """The peers of one rank. `named`: the user named them, so others may use them too."""
+
+    gpus: tuple[int, ...]
+    named: bool
+
+
+class PeerTier(MemoryTier):
+    name = "peer"
+    nominal_gbps = 397.0  # measured, one direction, NV18 between two H200s
+    locality = Locality.DEVICE
+    Settings = PeerSettings
+
+    settings: PeerSettings
+    seat: PeerSeat
+
+    @classmethod
+    def seats(cls, settings: PeerSettings, ranks: Ranks) -> tuple[PeerSeat, ...]:
+        option = "--hicache-xmem-config 'peer.gpus'"
+        if not 2 <= settings.stripe_mib <= 1 << 20:
+            raise ConfigError(
+                f"--hicache-xmem-config 'peer.stripe_mib' is {settings.stripe_mib}; give 2 to {1 << 20} (MiB)."
+            )
+        if settings.gpus is not None and (not settings.gpus or len(set(settings.gpus)) != len(settings.gpus)):
+            raise ConfigError(f"{option} is {list(settings.gpus)}; name at least one GPU, and none twice.")
+        if not ranks.uses_gpu:
+            raise TierUnavailable("it needs GPUs and SGLang runs on the CPU; use --hicache-xmem-tier dram")
+        visible = gpus.visible_gpus()
+        engine = [gpu for gpu in ranks.gpus if gpu is not None]
+        if settings.gpus is not None:
+            for gpu in settings.gpus:
+                if gpu not in visible:
+                    raise ConfigError(f"{option} names GPU {gpu}, but this process sees GPUs 0 to {len(visible) - 1}.")
+                if gpu in engine:
+                    raise ConfigError(f"{option} names GPU {gpu}, which this engine computes on; name another GPU.")
+            peers, reasons = list(settings.gpus), []
+        else:
+            peers, reasons = [], []
+            for gpu in visible:
+                if gpu in engine:
+                    continue
+                use = gpus.foreign_use(gpu)
+                if use is None:
+                    peers.append(gpu)
+                else:
+                    reasons.append(use)
+        if len(peers) < len(engine):
+            found = f"{len(peers)} other GPU(s) can be used for {len(engine)} rank(s), and each rank needs its own"
+            raise TierUnavailable("; ".join([found, *reasons]))
+        seats = []
+        for index, gpu in enumerate(engine):
+            mine = tuple(peers[index :: len(engine)])
+            for peer in mine:
+                if not gpus.can_access_peer(gpu, peer):
+                    raise TierUnavailable(f"GPU {gpu} has no peer access to GPU {peer}")
+            seats.append(PeerSeat(gpus=mine, named=settings.gpus is not None))
+        return tuple(seats)
+
+    def capacity_bytes(self) -> int:
+        if not self.seat.named:
+            for gpu in self.seat.gpus:
+                use = gpus.foreign_use(gpu)
+                if use is not None:
+                    raise TierUnavailable(use)
+        least = min(gpus.memory_bytes(gpu)[0] for gpu in self.seat.gpus) - RESERVE_BYTES
+        # Stripes are whole on each GPU, so up to one stripe a GPU stays unused.
+        return max(0, (least // self._stripe_bytes) * self._stripe_bytes * len(self.seat.gpus))
+
+    @property
+    def _stripe_bytes(self) -> int:
+        return self.settings.stripe_mib << 20
+
+    def allocate(self, nbytes: int) -> Region:
+        d = gpus.driver()
+        peers = self.seat.gpus
+        props = [_allocation_properties(d, gpu) for gpu in peers]
+        granularity = math.lcm(
+            *(
+                gpus.checked(
+                    d.cuMemGetAllocationGranularity(
+                        p, d.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+                    ),
+                    "asking for the allocation granularity",
+                )
+                for p in props
+            )
+        )
+        total = -(-nbytes // granularity) * granularity
+        stripe = total if len(peers) == 1 else -(-self._stripe_bytes // granularity) * granularity
+        what = f"allocating {nbytes / 1e9:.2f} GB on GPU {', '.join(map(str, peers))}"
+        undo = ExitStack()
+        with undo:
+            base = int(gpus.checked(d.cuMemAddressReserve(total, granularity, 0, 0), "reserving addresses"))
+            undo.callback(d.cuMemAddressFree, base, total)
+            for number, offset in enumerate(range(0, total, stripe)):
+                size = min(stripe, total - offset)
+                handle = gpus.checked(d.cuMemCreate(size, props[number % len(peers)], 0), what)
+                try:
+                    gpus.checked(d.cuMemMap(base + offset, size, 0, handle, 0), what)
+                finally:
+                    d.cuMemRelease(handle)  # the mapping alone keeps the memory from here on
+                undo.callback(d.cuMemUnmap, base + offset, size)
+            access = d.CUmemAccessDesc()
+            access.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            access.location.id = self.gpu
+            access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+            gpus.checked(d.cuMemSetAccess(base, total, [access], 1), f"giving GPU {self.gpu} access to its peers")
+            keep = undo.pop_all()
+        return Region(base, nbytes, f"HBM of GPU {', '.join(map(str, peers))}", keep.close)
+
+
+def _allocation_properties(d: Any, gpu: int) -> Any:
+    prop = d.CUmemAllocationProp()
+    prop.type = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    prop.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    prop.location.id = gpu
+    return prop
