@@ -193,7 +193,9 @@ def _plan(record: Any, request: Request) -> Plan:
             "so leave the flag out for this model."
         )
     if envs.SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS.get():
-        raise ConfigError("--hicache-use-xmem needs ranks that see all GPUs; unset SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS.")
+        raise ConfigError(
+            "--hicache-use-xmem needs ranks that see all GPUs; unset SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS."
+        )
 
     per_node = max(1, cfg.tp_size // cfg.nnodes)
     ranks = Ranks(

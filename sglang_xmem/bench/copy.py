@@ -7,6 +7,7 @@ cannot run here says WAIVED and why.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -152,9 +153,10 @@ def measure(args: argparse.Namespace, cases: list[Case]) -> Iterator[dict[str, A
                     )
                     copy = copier.load if load else copier.store
                     planes = range(case.planes)
-                    times = _times_ms(lambda: copy(tier_rows, device_rows, planes), args.repetitions)
+                    times = _times_ms(functools.partial(copy, tier_rows, device_rows, planes), args.repetitions)
                     gbps = case.nbytes / statistics.median(times) / 1e6
                     used = copier.load_tuning if load else copier.store_tuning
+                    right = _verify(copier, tier_planes, device_planes, tier_rows, device_rows, rows_per_page, load)
                     yield {
                         "path": path,
                         "case": case.label,
@@ -168,7 +170,7 @@ def measure(args: argparse.Namespace, cases: list[Case]) -> Iterator[dict[str, A
                         "contiguous_gbps": round(contiguous, 2),
                         "ratio": round(gbps / contiguous, 4),
                         "times_ms": [round(t, 4) for t in times],
-                        "verified": _verify(copier, tier_planes, device_planes, tier_rows, device_rows, rows_per_page, load),
+                        "verified": right,
                     }
         finally:
             torch.cuda.synchronize()

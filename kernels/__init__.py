@@ -1,0 +1,18 @@
+"""Sources of the copy kernels. In the repository they lie in `kernels/`; installed they are `sglang_xmem.kernels`.
+
+`page_copy.cu` is CUDA C++, compiled on the user's machine by NVRTC (`sglang_xmem.copies.nvrtc`), so it ships as text;
+`page_copy_triton.py` is the same contract in Triton.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+
+def source(name: str) -> str:
+    """Text of a kernel source that lies here, such as "page_copy.cu".
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
