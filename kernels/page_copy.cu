@@ -349,6 +349,71 @@ extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
     }
     __syncwarp();
 
+    if (pieces_per_tile == 1) {
+        // Large pages: a tile is one bulk copy, which lane 0 issues. All 32 lanes work out addresses, each that of one
+        // of the next 32 tiles, and a block of 32 ahead: reading the index tables takes as long as a stage's copy, so
+        // a warp that read them tile by tile could not keep a link busy.
+        const u64 total = (u64)num_planes * tiles_per_plane;
+        const u32 count = (u32)((total - first + stride - 1) / stride);  // first < total: out.plane < num_planes
+        struct Ahead {
+            const u64 *planes;
+            const s64 *rows;
+            u64 plane, row, address;  // plane and row of the block after the one at hand
+            u32 chunk, bytes;
+        };
+        auto fetch = [&](Ahead &side, const s64 rows_stride, u32 k) {
+            const u64 tile = first + (u64)min(k, count - 1) * stride;
+            const u32 at_plane = (u32)(tile / tiles_per_plane), in_plane = (u32)(tile % tiles_per_plane);
+            side.plane = load_index(side.planes + at_plane);
+            side.row = load_index(side.rows + in_plane / chunks_per_page * rows_stride);
+            side.chunk = in_plane % chunks_per_page;
+        };
+        auto rotate = [&](Ahead &side, const s64 rows_stride, u32 k) {
+            side.address = side.plane + side.row * (u32)row_bytes + side.chunk * chunk;
+            side.bytes = min(chunk, page_size - side.chunk * chunk);
+            fetch(side, rows_stride, k + 32 + lane);
+        };
+        Ahead from = {src_planes, src_rows, 0, 0, 0, 0, 0}, to = {dst_planes, dst_rows, 0, 0, 0, 0, 0};
+        fetch(from, src_rows_stride, lane);
+        fetch(to, dst_rows_stride, lane);
+
+        u32 loaded = 0, load_slot = 0;
+        auto load_next = [&] {
+            if (loaded % 32 == 0) rotate(from, src_rows_stride, loaded);
+            const u64 address = __shfl_sync(~0u, from.address, loaded % 32);
+            const u32 bytes = __shfl_sync(~0u, from.bytes, loaded % 32);
+            if (lane == 0) {
+                barrier_expect(barrier + 8 * load_slot, bytes);
+                bulk_load(ring + load_slot * STAGE_BYTES, address, bytes, barrier + 8 * load_slot);
+            }
+            load_slot = load_slot + 1 == STAGES ? 0 : load_slot + 1;
+            ++loaded;
+        };
+        while (loaded < min(count, (u32)(STAGES - PENDING_STORES))) load_next();
+
+        u32 slot = 0, phase = 0;
+        for (u32 stored = 0; stored < count; ++stored) {
+            if (stored % 32 == 0) rotate(to, dst_rows_stride, stored);
+            const u64 address = __shfl_sync(~0u, to.address, stored % 32);
+            const u32 bytes = __shfl_sync(~0u, to.bytes, stored % 32);
+            if (lane == 0) {
+                barrier_wait(barrier + 8 * slot, phase);
+                bulk_store(address, ring + slot * STAGE_BYTES, bytes);
+                asm volatile("cp.async.bulk.commit_group;" : : : "memory");
+                // load_slot was last emptied PENDING_STORES tiles ago: those bytes must have left shared memory.
+                asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(PENDING_STORES) : "memory");
+            }
+            __syncwarp();
+            if (loaded < count) load_next();
+            if (++slot == STAGES) {
+                slot = 0;
+                phase ^= 1;
+            }
+        }
+        asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
+        return;
+    }
+
     // Pieces of a tile: number, bytes of one, and a piece's address in the planes.
     auto pieces_of = [&](const Cursor &at) {
         return min(pieces_per_tile, plane_pieces - at.tile * pieces_per_tile);

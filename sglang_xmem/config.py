@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import Any, Literal
 
 import msgspec
 
+from sglang_xmem.copies.tuning import CudaTuning
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.tiers import tier_classes
 
@@ -20,12 +22,13 @@ class CopySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         kernel: which page copier; `auto` is `cuda` on a GPU and `torch` without one.
-        load_ctas, store_ctas: thread blocks that a load or a store may occupy; 0 leaves it to the copier.
+        load, store: changes to the copier's measured settings of a direction, such as {"ctas": 16}: fields of
+            `sglang_xmem.copies.tuning.CudaTuning`.
     """
 
     kernel: Literal["auto", "cuda", "triton", "torch"] = "auto"
-    load_ctas: int = 0
-    store_ctas: int = 0
+    load: dict[str, int | str | bool] = {}
+    store: dict[str, int | str | bool] = {}
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -70,9 +73,14 @@ def parse_options(tier: str, config: str | dict[str, Any] | None) -> Options:
         except msgspec.ValidationError as error:
             raise ConfigError(f"{CONFIG_OPTION}: {section!r} is wrong: {error}.") from None
     copy = parsed.pop("copy")
-    for key in ("load_ctas", "store_ctas"):
-        if not 0 <= getattr(copy, key) <= 4096:
-            raise ConfigError(f"{CONFIG_OPTION}: 'copy.{key}' is {getattr(copy, key)}; give 1 to 4096, or 0 for auto.")
+    for direction in ("load", "store"):
+        try:
+            dataclasses.replace(CudaTuning(), **getattr(copy, direction))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{CONFIG_OPTION}: 'copy.{direction}' is {json.dumps(getattr(copy, direction))}: {error}; known keys: "
+                f"{', '.join(field.name for field in dataclasses.fields(CudaTuning))}."
+            ) from None
     return Options(tier=tier, copy=copy, tiers=parsed)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,7 @@ class TierPool:
         self.bytes: torch.Tensor = bytes_at(self._region.address, nbytes, label).view(
             PLANES_PER_LAYER, num_layers, num_tokens, row_bytes
         )
+        self._planes = [range(PLANES_PER_LAYER * layer, PLANES_PER_LAYER * (layer + 1)) for layer in range(num_layers)]
         self._storage_lock = threading.Lock()
         self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if device.type == "cuda":
@@ -95,8 +96,8 @@ class TierPool:
             device_planes,
             self.page_size,
             tier_locality=self.tier.locality.value,
-            load_ctas=self._copy.load_ctas,
-            store_ctas=self._copy.store_ctas,
+            load=self._copy.load,
+            store=self._copy.store,
         )
         logger.info("sglang_xmem: pages of %d B copied by %s", self._copier.page_bytes, self._copier.describe())
 
@@ -121,8 +122,18 @@ class TierPool:
 
     def load_layer(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, layer: int) -> None:
         """Enqueue tier -> GPU of one layer's pages on the current stream; rows as from `stage_rows`."""
-        first = PLANES_PER_LAYER * layer
-        self.copier.load(tier_rows, device_rows, range(first, first + PLANES_PER_LAYER))
+        self.copier.load(tier_rows, device_rows, self._planes[layer])
+
+    def load_layers(
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        layers: Sequence[int],
+        after: Callable[[int], None],
+    ) -> None:
+        """Enqueue `load_layer` of each of `layers`, and call `after(i)` behind the i-th."""
+        parts = [self._planes[layer] for layer in layers]
+        self.copier.load_in_parts(tier_rows, device_rows, parts, after)
 
     def store(self, tier_rows: torch.Tensor, device_rows: torch.Tensor) -> None:
         """Enqueue GPU -> tier of all layers' pages on the current stream."""

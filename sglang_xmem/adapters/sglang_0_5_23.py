@@ -301,6 +301,57 @@ def _move_indices(original: Any, self: Any, host_indices: Any, device_indices: A
     return host_indices, device_indices
 
 
+def _transfer_streams(result: Any, self: Any, io_backend: str) -> None:
+    """Loads before everything else: the forward pass waits for them, and theirs are a handful of thread blocks.
+
+    On a stream of the forward pass's priority, a load's blocks queue behind those of whatever kernel came first.
+    """
+    import torch
+
+    if isinstance(self.host_to_device_stream, torch.cuda.Stream):
+        self.host_to_device_stream = torch.cuda.Stream(self.host_to_device_stream.device, priority=-1)
+
+
+def _submit_host_to_device(
+    original: Any,
+    self: Any,
+    transfers: Any,
+    *,
+    transfer_layer_id_max: int,
+    start_event: Any = None,
+    on_layer_done: Any = None,
+) -> Any:
+    """SGLang's loop over layers in one call, which costs the scheduler thread a fraction of it."""
+    from sglang.srt.environ import envs
+    from sglang.srt.managers.cache_controller import LayerLoadingEvent
+
+    counter = getattr(on_layer_done, "__self__", None)
+    transfer: Any = transfers[0] if len(transfers) == 1 else None
+    host_pool: Any = getattr(transfer, "host_pool", None)
+    mapper = getattr(transfer, "layer_mapper", None)
+    layers = [layer if mapper is None else mapper(layer) for layer in range(transfer_layer_id_max)]
+    if (
+        type(host_pool) is not tier_host_pool_class()
+        or None in layers
+        or not isinstance(counter, LayerLoadingEvent)
+        or host_pool.tier_pool.device.type != "cuda"
+        or envs.SGLANG_TEST_HICACHE_H2D_DELAY_CYCLES.get()
+    ):
+        return original(
+            self,
+            transfers,
+            transfer_layer_id_max=transfer_layer_id_max,
+            start_event=start_event,
+            on_layer_done=on_layer_done,
+        )
+    stream, events = self.host_to_device_stream, counter.load_events
+    with self._submission(transfers, stream, "host_to_device", start_event) as (prepared, completion):
+        host_pool.tier_pool.load_layers(
+            prepared[0].host_indices, prepared[0].device_indices, layers, lambda layer: events[layer].record(stream)
+        )
+    return completion
+
+
 def _get_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     result[INFO_KEY] = ",".join(_tier_names)
     return result
@@ -345,7 +396,7 @@ def tier_host_pool_class() -> type:
             _tier_names.append(self.tier_pool.tier.name)
             self.token_stride_size = self.tier_pool.row_bytes
             self.layout_dim = self.token_stride_size * self.layer_num
-            self.kv_buffer = self.tier_pool.bytes.view(self.dtype).view(
+            self.kv_buffer: Any = self.tier_pool.bytes.view(self.dtype).view(
                 2, self.layer_num, self.size, self.head_num, self.head_dim
             )
             self.fd = None
@@ -393,8 +444,8 @@ def tier_host_pool_class() -> type:
             *,
             is_draft: bool = False,
         ) -> None:
-            rows = self.prepare_transfer_indices(host_indices, device_indices, io_backend)
-            self.tier_pool.load_layer(*rows, layer_id)
+            tier_rows, device_rows = self.prepare_transfer_indices(host_indices, device_indices, io_backend)
+            self.tier_pool.load_layer(tier_rows, device_rows, layer_id)
 
         def backup_from_device_all_layer(
             self, device_pool: Any, host_indices: Any, device_indices: Any, io_backend: str
@@ -487,6 +538,20 @@ POOL_HOOKS = (
         "around",
         _move_indices,
         "keep transfers from waiting for the GPU",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.l2_transfer.L2TransferEngine.__init__",
+        ("self", "io_backend"),
+        "after",
+        _transfer_streams,
+        "give loads their priority",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.l2_transfer.L2TransferEngine.submit_host_to_device",
+        ("self", "transfers", "transfer_layer_id_max", "start_event", "on_layer_done"),
+        "around",
+        _submit_host_to_device,
+        "enqueue loads at little cost",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.get_init_info",

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", type=int, default=0)
     parser.add_argument("--peer", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--tunings", default="[{}]", help="JSON list of CudaTuning keywords to measure; {} is default")
+    parser.add_argument("--tunings", default="[{}]", help="JSON list of changes to the default tuning")
     parser.add_argument("--ctas", default="0", help="comma-separated CTA limits; 0 is the tuning's own")
     parser.add_argument("--output", type=Path, default=Path("copy.jsonl"), help="JSON Lines file to append to")
 
@@ -94,7 +94,8 @@ def measure(args: argparse.Namespace, cases: list[Case]) -> Iterator[dict[str, A
     import torch
 
     from sglang_xmem.config import parse_options
-    from sglang_xmem.copies.cuda import CudaPageCopier, CudaTuning
+    from sglang_xmem.copies import make_copier
+    from sglang_xmem.copies.cuda import CudaPageCopier
     from sglang_xmem.errors import ConfigError
     from sglang_xmem.plan import Placement, make_plan
     from sglang_xmem.pool import bytes_at
@@ -140,17 +141,17 @@ def measure(args: argparse.Namespace, cases: list[Case]) -> Iterator[dict[str, A
                 )
                 contiguous = _contiguous_gbps(tier_bytes, device_bytes, case.nbytes, load, args.repetitions)
                 for settings, ctas in itertools.product(tunings, ctas_limits):
-                    tuning = CudaTuning(**settings) if settings else None
-                    copier = CudaPageCopier(
+                    changes = {**settings, **({"ctas": ctas} if ctas else {})}
+                    copier = make_copier(
+                        "cuda",
                         tier_planes,
                         device_planes,
                         rows_per_page,
                         tier_locality=tier.locality.value,
-                        load_ctas=ctas,
-                        store_ctas=ctas,
-                        load_tuning=tuning,
-                        store_tuning=tuning,
+                        load=changes,
+                        store=changes,
                     )
+                    assert isinstance(copier, CudaPageCopier)
                     copy = copier.load if load else copier.store
                     planes = range(case.planes)
                     times = _times_ms(functools.partial(copy, tier_rows, device_rows, planes), args.repetitions)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.tuning import DEFAULT_TUNING
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +26,8 @@ def make_copier(
     page_size: int,
     *,
     tier_locality: Literal["host", "device"] = "device",
-    load_ctas: int = 0,
-    store_ctas: int = 0,
+    load: Mapping[str, Any] = MappingProxyType({}),
+    store: Mapping[str, Any] = MappingProxyType({}),
 ) -> PageCopier:
     """The page copier of a name.
 
@@ -32,7 +35,8 @@ def make_copier(
         name: `auto` is `cuda` for device planes on a GPU and `torch` for those on the CPU.
         tier_planes, device_planes, page_size: as PageCopier's.
         tier_locality: where the tier's bytes live, in host memory or on another device.
-        load_ctas, store_ctas: thread blocks that a load or a store may occupy; 0 leaves it to the copier.
+        load, store: changes to the measured settings of a direction, fields of `tuning.CudaTuning`. The Triton kernel
+            takes `ctas` alone, the torch copier nothing.
 
     Raises:
         ValueError: an unknown name, planes that do not match, or that this copier cannot reach.
@@ -50,7 +54,8 @@ def make_copier(
     if name == "triton":
         from sglang_xmem.copies.triton import TritonPageCopier
 
-        return TritonPageCopier(tier_planes, device_planes, page_size, load_ctas=load_ctas, store_ctas=store_ctas)
+        ctas = {f"{side}_ctas": given["ctas"] for side, given in (("load", load), ("store", store)) if "ctas" in given}
+        return TritonPageCopier(tier_planes, device_planes, page_size, **ctas)
     from sglang_xmem.copies.cuda import CudaPageCopier
 
     return CudaPageCopier(
@@ -58,6 +63,6 @@ def make_copier(
         device_planes,
         page_size,
         tier_locality=tier_locality,
-        load_ctas=load_ctas,
-        store_ctas=store_ctas,
+        load_tuning=dataclasses.replace(DEFAULT_TUNING["load", tier_locality], **load),
+        store_tuning=dataclasses.replace(DEFAULT_TUNING["store", tier_locality], **store),
     )

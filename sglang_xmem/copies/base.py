@@ -9,7 +9,7 @@ plane `2 * layer + 1` is V, so a layer is two consecutive planes. *Load* moves t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -65,6 +65,22 @@ class PageCopier(ABC):
         """
         if self._num_pages(tier_rows, device_rows, planes):
             self._copy(tier_rows, device_rows, planes, load=True)
+
+    def load_in_parts(
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        parts: Sequence[range],
+        after: Callable[[int], None],
+    ) -> None:
+        """`load` of each of `parts` in order, with `after(i)` called when part i is enqueued.
+
+        What a request's load is: a part a layer, and an event behind each. A copier may do it at less cost than the
+        loads one by one.
+        """
+        for number, planes in enumerate(parts):
+            self.load(tier_rows, device_rows, planes)
+            after(number)
 
     def store(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range) -> None:
         """Enqueue GPU -> tier for `planes` on the current stream; as `load`, the other way."""

@@ -63,15 +63,16 @@ class PeerTier(MemoryTier):
             raise TierUnavailable("it needs GPUs and SGLang runs on the CPU; use --hicache-xmem-tier dram")
         visible = gpus.visible_gpus()
         engine = [gpu for gpu in ranks.gpus if gpu is not None]
+        reasons: list[str] = []
         if settings.gpus is not None:
             for gpu in settings.gpus:
                 if gpu not in visible:
                     raise ConfigError(f"{option} names GPU {gpu}, but this process sees GPUs 0 to {len(visible) - 1}.")
                 if gpu in engine:
                     raise ConfigError(f"{option} names GPU {gpu}, which this engine computes on; name another GPU.")
-            peers, reasons = list(settings.gpus), []
+            peers = list(settings.gpus)
         else:
-            peers, reasons = [], []
+            peers = []
             for gpu in visible:
                 if gpu in engine:
                     continue

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from sglang_xmem.copies import PageCopier, make_copier
-from sglang_xmem.copies.cuda import CudaPageCopier, CudaTuning
+from sglang_xmem.copies.cuda import CudaPageCopier
 from sglang_xmem.copies.triton import TritonPageCopier
+from sglang_xmem.copies.tuning import CudaTuning
 
 pytestmark = pytest.mark.gpu
 

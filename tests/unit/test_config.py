@@ -20,11 +20,11 @@ def test_defaults_have_every_tier() -> None:
 
 @pytest.mark.parametrize("as_dict", [True, False])
 def test_json_text_and_dict_are_the_same(as_dict: bool) -> None:
-    config = {"peer": {"gpus": [3, 1], "stripe_mib": 64}, "dram": {"numa_node": 1}, "copy": {"load_ctas": 16}}
+    config = {"peer": {"gpus": [3, 1], "stripe_mib": 64}, "dram": {"numa_node": 1}, "copy": {"load": {"ctas": 16}}}
     options = parse_options("peer", config if as_dict else json.dumps(config))
     assert options.tiers["peer"].gpus == (3, 1)
     assert options.tiers["dram"].numa_node == 1
-    assert options.copy.load_ctas == 16
+    assert options.copy.load == {"ctas": 16}
 
 
 def test_file(tmp_path: Path) -> None:
@@ -45,7 +45,8 @@ def test_file(tmp_path: Path) -> None:
         ("auto", '{"peer": {"gpus": "1"}}', ["'peer' is wrong", "gpus"]),
         ("auto", '{"peer": 1}', ["'peer' must be a JSON object"]),
         ("auto", '{"copy": {"kernel": "fast"}}', ["'copy' is wrong", "fast"]),
-        ("auto", '{"copy": {"load_ctas": -1}}', ["copy.load_ctas", "-1"]),
+        ("auto", '{"copy": {"load": {"ctas": -1}}}', ["copy.load", "-1"]),
+        ("auto", '{"copy": {"store": {"blocks": 3}}}', ["copy.store", "blocks", "known keys: variant, ctas"]),
     ],
 )
 def test_refusals_name_option_value_and_way_out(tier: str, config: str | None, words: list[str]) -> None:

@@ -1,0 +1,48 @@
+"""Fixtures and skips for all tests. Imports no torch: lint runs and collection stay fast."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def gpu_count() -> int:
+    """GPUs of this machine, by the driver's own tool; asking torch would start CUDA in the test process."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+if gpu_count() == 0:
+    # Without a GPU SGLang has its CPU engine or nothing; child processes inherit this.
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, with the reason in pytest's summary."""
+    needed = 1 if item.get_closest_marker("gpu") else 0
+    for marker in item.iter_markers("gpus"):
+        needed = max(needed, marker.args[0])
+    if gpu_count() < needed:
+        pytest.skip(f"needs {needed} GPU(s), this machine has {gpu_count()}")
+    if item.get_closest_marker("cpu_engine") and gpu_count() > 0:
+        pytest.skip("runs SGLang's CPU engine, which is for machines without a GPU")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random model whose output depends on its prompt's prefix; made once a session."""
+    directory = tmp_path_factory.mktemp("model") / "tiny_qwen3"
+    script = REPOSITORY / "scripts" / "make_tiny_model.py"
+    subprocess.run([sys.executable, str(script), str(directory)], check=True)
+    return directory
