@@ -327,14 +327,14 @@ def _submit_host_to_device(
 
     counter = getattr(on_layer_done, "__self__", None)
     transfer: Any = transfers[0] if len(transfers) == 1 else None
-    host_pool: Any = getattr(transfer, "host_pool", None)
+    pool = getattr(getattr(transfer, "host_pool", None), "tier_pool", None)
     mapper = getattr(transfer, "layer_mapper", None)
     layers = [layer if mapper is None else mapper(layer) for layer in range(transfer_layer_id_max)]
     if (
-        type(host_pool) is not tier_host_pool_class()
+        not isinstance(pool, TierPool)
+        or pool.device.type != "cuda"
         or None in layers
         or not isinstance(counter, LayerLoadingEvent)
-        or host_pool.tier_pool.device.type != "cuda"
         or envs.SGLANG_TEST_HICACHE_H2D_DELAY_CYCLES.get()
     ):
         return original(
@@ -346,7 +346,7 @@ def _submit_host_to_device(
         )
     stream, events = self.host_to_device_stream, counter.load_events
     with self._submission(transfers, stream, "host_to_device", start_event) as (prepared, completion):
-        host_pool.tier_pool.load_layers(
+        pool.load_layers(
             prepared[0].host_indices, prepared[0].device_indices, layers, lambda layer: events[layer].record(stream)
         )
     return completion

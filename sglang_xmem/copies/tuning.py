@@ -108,13 +108,18 @@ class CudaTuning:
         return f"register, {self.ctas} CTAs x {self.threads} threads x {self.unroll}"
 
 
-#: By (direction, locality of the tier). Reads across a link need more bytes in flight than writes, which are posted;
-#: PCIe is full with a few blocks.
+#: A load or a store in eight thread blocks, each with little of a multiprocessor: 128 KiB of shared memory, so that one
+#: block of attention (64 KiB) or of a MoE product (68 KiB) still fits beside it, and few registers.
+_FRUGAL: Final = CudaTuning(variant="bulk", ctas=8, rings=8, stages=4, stage_bytes=4096, pending_stores=1)
+
+#: By (direction, locality of the tier); docs/performance.md has the measurements behind them. More blocks would fill the
+#: link, but a load runs beside the forward pass, and attention kernels plan one wave over all multiprocessors: blocks
+#: that take places from that wave double attention's time.
 DEFAULT_TUNING: Final[Mapping[tuple[Literal["load", "store"], Locality], CudaTuning]] = {
-    ("load", "device"): CudaTuning(ctas=32, unroll=16),
-    ("store", "device"): CudaTuning(ctas=32, unroll=8),
-    ("load", "host"): CudaTuning(ctas=16, unroll=8),
-    ("store", "host"): CudaTuning(ctas=16, unroll=8),
+    ("load", "device"): _FRUGAL,
+    ("store", "device"): _FRUGAL,
+    ("load", "host"): _FRUGAL,
+    ("store", "host"): _FRUGAL,
 }
 
 

@@ -144,7 +144,9 @@ time.sleep(60)
 """
 
 
-def hold(nbytes: int, gpu: int = 0, config: dict[str, object] | None = None) -> subprocess.Popen[str]:
+def hold(nbytes: int, gpu: int = 0) -> subprocess.Popen[str]:
+    # Named, because by now this test process itself has a context on GPU 1: an automatic choice would pass it over.
+    config = {"peer": {"gpus": [1]}}
     code = textwrap.dedent(HOLD).format(path=sys.path, nbytes=nbytes, gpu=gpu, config=config)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

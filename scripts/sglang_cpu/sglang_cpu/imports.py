@@ -1,0 +1,76 @@
+"""Import hooks for the two packages that SGLang imports but that do not load without CUDA. Standard library only:
+this runs at the start of every interpreter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NoReturn
+
+
+class _StandInLoader(Loader):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__version__"] = "0.0.0+standin"
+        module.__dict__["__getattr__"] = _missing_kernel
+
+
+def _missing_kernel(name: str) -> Callable[..., NoReturn]:
+    # Dunders are probed by inspect, pickle and copy; they must look absent, not like kernels.
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def missing(*args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"sgl_kernel.{name} has no CPU version; sglang_cpu provides its name only")
+
+    missing.__name__ = missing.__qualname__ = name
+    return missing
+
+
+class SglKernelFinder(MetaPathFinder):
+    """Finds a stand-in for `sgl_kernel`, whose wheels all need CUDA.
+
+    It is no package: SGLang imports submodules (`sgl_kernel.scalar_type`) inside `try` and goes on without them.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, _StandInLoader()) if fullname == "sgl_kernel" else None
+
+
+class TorchvisionFinder(MetaPathFinder):
+    """Defines the operators that torchvision's Python files describe but its unloadable library does not provide.
+
+    Finds nothing itself. It acts where torchvision has tried its library and is about to describe the operators:
+    at that point `_has_ops` tells whether they exist, so a CPU build of torchvision is left alone.
+    """
+
+    library: Any = None  # torch drops the definitions with this object
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname == "torchvision._meta_registrations" and self.library is None:
+            extension = sys.modules.get("torchvision.extension")
+            if extension is not None and not extension._has_ops():
+                import torch
+
+                self.library = torch.library.Library("torchvision", "FRAGMENT")
+                for operator in ("nms", "qnms"):
+                    self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return None
+
+
+def install() -> None:
+    """Install both finders, once an interpreter."""
+    if any(isinstance(finder, SglKernelFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, TorchvisionFinder())
+    # Last, so that an installed sgl_kernel wins.
+    sys.meta_path.append(SglKernelFinder())

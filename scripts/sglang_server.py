@@ -1,0 +1,223 @@
+"""Starts an SGLang server as a child process, talks to it over HTTP and stops it. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+HOST = "127.0.0.1"
+#: The line that sglang_xmem's scheduler logs once at start.
+TIER_LINE = re.compile(r"sglang_xmem: tier=(\w+)")
+#: What SGLang needs to run a small model on a machine without a GPU.
+CPU_OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "disable_overlap_schedule": True,
+}
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or was not ready in time; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one prompt.
+
+    Attributes:
+        output_ids: generated tokens.
+        logprobs: their log probabilities, if asked for.
+        cached: prompt tokens that were taken from a cache, by where they were: device, host, storage.
+        ttft_ms: time from sending the request to its first token.
+    """
+
+    output_ids: list[int]
+    logprobs: list[float]
+    cached: dict[str, int]
+    ttft_ms: float
+
+
+def answer_from(reply: Mapping[str, Any], ttft_ms: float) -> Answer:
+    """Read SGLang's reply to /generate or Engine.generate, complete or the last piece of a stream."""
+    meta = reply["meta_info"]
+    details = meta.get("cached_tokens_details") or {}
+    return Answer(
+        output_ids=list(reply["output_ids"]),
+        logprobs=[entry[0] for entry in meta.get("output_token_logprobs") or []],
+        cached={place: count for place, count in details.items() if isinstance(count, int)},
+        ttft_ms=ttft_ms,
+    )
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """Command line for keywords of sgl.Engine: True gives the bare flag, None leaves the option out."""
+    flags: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif value is False:
+            flags.append(flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
+
+
+def tier_in(log: str) -> str | None:
+    """The tier that the server says it uses; None where sglang_xmem is not at work."""
+    match = TIER_LINE.search(log)
+    return match.group(1) if match else None
+
+
+class Server:
+    """A running server; a context manager that leaves no process behind.
+
+    Args:
+        command: how to start it, e.g. [python, "-m", "sglang.launch_server"].
+        options: keywords of sgl.Engine, turned into flags.
+        log_path: file that receives its stdout and stderr.
+        environment: variables on top of this process's own.
+        arguments: given behind the options as they are, so they win over them.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        options: Mapping[str, Any],
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        self.port = _free_port()
+        self.log_path = log_path
+        with log_path.open("wb") as log:
+            # A session of its own: its process group holds SGLang's children and nothing else.
+            self.process = subprocess.Popen(
+                [*command, *as_flags(options), *arguments, "--host", HOST, "--port", str(self.port)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def log(self) -> str:
+        """All that the server wrote so far."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return once the server answers its health check.
+
+        Raises:
+            ServerFailed: it ended first, or time ran out.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            status = self.process.poll()
+            if status is not None:
+                raise ServerFailed(f"the server ended with status {status}: {self._reason()}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.request("GET", "/health", timeout_s=5)[0] == 200:
+                    return
+            time.sleep(0.2)
+        raise ServerFailed(f"the server was not ready after {timeout_s:g} s: {self._reason()}")
+
+    def request(self, method: str, path: str, timeout_s: float = 60) -> tuple[int, bytes]:
+        """One HTTP request without a body; returns status and body."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
+        try:
+            connection.request(method, path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def generate(self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False) -> Answer:
+        """Greedy generation over /generate, streamed in order to time the first token."""
+        body = {
+            "input_ids": list(input_ids),
+            "sampling_params": {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True},
+            "return_logprob": logprobs,
+            "stream": True,
+        }
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=600)
+        try:
+            start = time.perf_counter()
+            connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise ServerFailed(f"/generate answered {response.status}: {response.read(2000)!r}")
+            ttft_ms: float | None = None
+            last: dict[str, Any] = {}
+            for raw in response:
+                line = raw.decode().strip()
+                if not line.startswith("data:") or line == "data: [DONE]":
+                    continue
+                if ttft_ms is None:
+                    ttft_ms = (time.perf_counter() - start) * 1e3
+                last = json.loads(line.removeprefix("data:"))
+                if "error" in last:
+                    raise ServerFailed(f"/generate failed: {last['error']}")
+        finally:
+            connection.close()
+        if ttft_ms is None:
+            raise ServerFailed(f"/generate ended without a token: {self._reason()}")
+        return answer_from(last, ttft_ms)
+
+    def stop(self, first: signal.Signals = signal.SIGTERM, grace_s: float = 20) -> int:
+        """Signal the server, then kill what is left of its process group; returns the server's exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(first)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(grace_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
+    def _reason(self) -> str:
+        """What sglang_xmem refused with, or else the end of the log."""
+        lines = self.log().splitlines()
+        refusals = [line for line in lines if line.startswith("sglang_xmem: ")]
+        # SGLang logs its whole configuration in one line of many kilobytes.
+        return "\n".join(refusals or ["its log ends:", *(line[:400] for line in lines[-40:])])
+
+
+def launch_server_command() -> list[str]:
+    """`python -m sglang.launch_server` with the interpreter that runs this."""
+    return [sys.executable, "-m", "sglang.launch_server"]
+
+
+def serve_command() -> list[str]:
+    """`sglang serve` as installed beside the interpreter that runs this."""
+    return [str(Path(sys.executable).parent / "sglang"), "serve"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port

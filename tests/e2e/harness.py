@@ -1,0 +1,401 @@
+"""Starts SGLang through one of its entry points, takes it through a list of steps and reports what came back.
+
+Servers are child processes that pytest talks to over HTTP. `sgl.Engine` lives in the process that makes it, and a
+scheduler that fails kills that process; so engines run in children forked from a process that has imported SGLang
+once. Importing takes far longer than anything that is tested here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from sglang_server import (
+    CPU_OPTIONS,
+    Answer,
+    Server,
+    answer_from,
+    as_flags,
+    launch_server_command,
+    serve_command,
+    tier_in,
+)
+
+Entry = Literal["engine", "launch_server", "serve"]
+#: A step's name and its arguments, see `_run_steps`.
+Step = tuple[Any, ...]
+
+#: Found in the environment of every process of one run, and of nothing else.
+MARKER = "SGLANG_XMEM_TEST_RUN"
+PROMPT_TOKENS = 400
+#: Holds two prompts of the pool below, and not three.
+DEVICE_POOL_TOKENS = 1024
+OUTPUT_TOKENS = 8
+START_TIMEOUT_S = 120
+SURVIVAL_S = 10.0
+
+#: A small HiCache on the CPU engine. Layout and io backend are left to SGLang and to sglang_xmem.
+BASE_OPTIONS: dict[str, Any] = {
+    **CPU_OPTIONS,
+    "skip_tokenizer_init": True,
+    "dtype": "bfloat16",
+    "page_size": 16,
+    "max_total_tokens": DEVICE_POOL_TOKENS,
+    "max_running_requests": 4,
+    "context_length": 1024,
+    "chunked_prefill_size": 512,
+    "random_seed": 0,
+    "log_level": "info",
+    "enable_hierarchical_cache": True,
+    "hicache_ratio": 4.0,
+    "hicache_write_policy": "write_through",
+}
+XMEM_DRAM: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "dram"}
+#: What stock HiCache can do with sglang_cpu's copies.
+STOCK: dict[str, Any] = {"hicache_mem_layout": "layer_first", "hicache_io_backend": "kernel"}
+
+#: Asked twice from the device pool, because write_through_selective stores at the second use.
+EVICT_AND_ASK_AGAIN: tuple[Step, ...] = (
+    ("ask", "cold", "A"),
+    ("ask", "device_hit", "A"),
+    ("ask", "device_hit_again", "A"),
+    ("flood",),
+    ("ask", "tier_hit", "A"),
+    ("ask", "changed", "A with another prefix"),
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run.
+
+    Attributes:
+        entry: how SGLang is started.
+        options: keywords of sgl.Engine, over BASE_OPTIONS; None removes one.
+        steps: see `_run_steps`.
+        environment: variables for SGLang's processes.
+        starts: how often SGLang is started and stopped in a row, each time with all steps.
+        stop: signal that ends a server. After SIGKILL nothing else is signalled until the survivors are counted.
+    """
+
+    entry: Entry
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    steps: Sequence[Step] = EVICT_AND_ASK_AGAIN
+    environment: Mapping[str, str] = field(default_factory=dict)
+    starts: int = 1
+    stop: Literal["SIGTERM", "SIGKILL", "SIGINT"] = "SIGTERM"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What happened.
+
+    Attributes:
+        starts: for each start the answers by the names that the steps gave them.
+        log: everything that SGLang wrote.
+        statuses: exit statuses of the engine's process or of each server.
+        survivors: command lines of processes that outlived SGLang by SURVIVAL_S seconds.
+    """
+
+    starts: list[dict[str, Answer]]
+    log: str
+    statuses: list[int]
+    survivors: list[str]
+
+    @property
+    def answers(self) -> dict[str, Answer]:
+        """Those of the first start."""
+        return self.starts[0]
+
+    @property
+    def tier(self) -> str | None:
+        """The tier that the log names."""
+        return tier_in(self.log)
+
+
+class Refusal(NamedTuple):
+    """How a start ended that was refused."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class _Client(Protocol):
+    def generate(self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False) -> Answer: ...
+
+    def flush_cache(self) -> bool: ...
+
+
+# ---- in pytest's process ----
+
+
+def run(spec: Spec, timeout_s: float = 300) -> Result:
+    """Run `spec`; SGLang is gone afterwards.
+
+    Raises:
+        AssertionError: a step failed or SGLang did not start; the message holds the log's end.
+    """
+    with tempfile.TemporaryDirectory(prefix="sglang_xmem_e2e_") as scratch:
+        if spec.entry == "engine":
+            return _run_engine(spec, Path(scratch), timeout_s)
+        return _run_server(spec, Path(scratch))
+
+
+def start_refused(options: Mapping[str, Any], model: str, arguments: Sequence[str], timeout_s: float = 120) -> Refusal:
+    """Run `python -m sglang.launch_server` with arguments that it should refuse.
+
+    Args:
+        options: keywords of sgl.Engine over BASE_OPTIONS, as in Spec.
+        model: model directory.
+        arguments: put behind them as they are.
+    """
+    command_line = [*as_flags({**BASE_OPTIONS, **options, "model_path": model}), *arguments]
+    with tempfile.TemporaryDirectory(prefix="sglang_xmem_e2e_") as scratch:
+        stdout, stderr = Path(scratch) / "stdout", Path(scratch) / "stderr"
+        request = {"argv": command_line, "stdout": str(stdout), "stderr": str(stderr), "environment": {}}
+        status = _forker().run(request, timeout_s)
+        return Refusal(status, stdout.read_text(errors="replace"), stderr.read_text(errors="replace"))
+
+
+def _run_engine(spec: Spec, scratch: Path, timeout_s: float) -> Result:
+    marker = uuid.uuid4().hex
+    log, answers = scratch / "log", scratch / "answers.json"
+    request = {
+        "spec": dataclasses.asdict(spec),
+        "answers": str(answers),
+        "stdout": str(log),
+        "stderr": str(log),
+        "environment": {**spec.environment, MARKER: marker},
+    }
+    status = _forker().run(request, timeout_s)
+    survivors = wait_for_end(marker)
+    log_text = log.read_text(encoding="utf-8", errors="replace")
+    assert status == 0, f"the engine's process ended with status {status}; its log ends:\n{_end(log_text)}"
+    starts = [{name: Answer(**answer) for name, answer in start.items()} for start in json.loads(answers.read_text())]
+    return Result(starts=starts, log=log_text, statuses=[status], survivors=survivors)
+
+
+def _run_server(spec: Spec, scratch: Path) -> Result:
+    command = launch_server_command() if spec.entry == "launch_server" else serve_command()
+    result = Result(starts=[], log="", statuses=[], survivors=[])
+    for _ in range(spec.starts):
+        marker = uuid.uuid4().hex
+        log_path = scratch / "log"
+        with Server(command, _all_options(spec), log_path, {**spec.environment, MARKER: marker}) as server:
+            try:
+                server.wait_ready(START_TIMEOUT_S)
+                result.starts.append(_run_steps(_ServerClient(server), spec.steps))
+                server.process.send_signal(signal.Signals[spec.stop])
+                result.statuses.append(server.process.wait(60))
+            except Exception as error:
+                raise AssertionError(f"{error!r}; the server's log ends:\n{_end(server.log())}") from error
+            # Before leaving the context, which kills the process group.
+            result.survivors.extend(wait_for_end(marker))
+            result = dataclasses.replace(result, log=result.log + server.log())
+    return result
+
+
+def wait_for_end(marker: str, timeout_s: float = SURVIVAL_S) -> list[str]:
+    """Wait until no process carries `marker`; returns the command lines of those that stay, which are killed."""
+    deadline = time.monotonic() + timeout_s
+    while _pids(marker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    stayed = []
+    for pid in _pids(marker):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            os.kill(pid, signal.SIGKILL)
+            stayed.append(f"{pid}: {command}")
+    return stayed
+
+
+def _pids(marker: str) -> list[int]:
+    wanted = f"{MARKER}={marker}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            # A process that ended, one of another user, and a zombie (empty environment) all drop out here.
+            with contextlib.suppress(OSError):
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def _end(text: str, n_lines: int = 60) -> str:
+    return "\n".join(text.splitlines()[-n_lines:])
+
+
+class _Forker:
+    """A process with SGLang imported that forks a child for each request."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self._process.kill)
+
+    def run(self, request: Mapping[str, Any], timeout_s: float) -> int:
+        """Exit status of the child, negative for a signal."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        pid = self._read()
+        # The child leads a session, so this takes what it started along.
+        timer = threading.Timer(timeout_s, os.killpg, (pid, signal.SIGKILL))
+        timer.start()
+        try:
+            return self._read()
+        finally:
+            timer.cancel()
+
+    def _read(self) -> int:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the process that forks engines is gone; its message stands above"
+        return int(line)
+
+
+@functools.cache
+def _forker() -> _Forker:
+    return _Forker()
+
+
+# ---- steps ----
+
+
+class _EngineClient:
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def generate(self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False) -> Answer:
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        start = time.perf_counter()
+        reply = self._engine.generate(input_ids=list(input_ids), sampling_params=sampling, return_logprob=logprobs)
+        return answer_from(reply, (time.perf_counter() - start) * 1e3)
+
+    def flush_cache(self) -> bool:
+        return bool(self._engine.flush_cache().success)
+
+
+class _ServerClient:
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def generate(self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False) -> Answer:
+        return self._server.generate(input_ids, max_new_tokens, logprobs=logprobs)
+
+    def flush_cache(self) -> bool:
+        return self._server.request("POST", "/flush_cache?timeout=10")[0] == 200
+
+
+def prompt(name: str, n_tokens: int = PROMPT_TOKENS) -> list[int]:
+    """The prompt of that name: equal names give equal tokens in every process and session."""
+    if name == "A with another prefix":
+        return [*prompt("another prefix", 16), *prompt("A", n_tokens)[16:]]
+    generator = random.Random(name)
+    return [generator.randrange(3, 1000) for _ in range(n_tokens)]
+
+
+def _run_steps(client: _Client, steps: Sequence[Step]) -> dict[str, Answer]:
+    """Steps: ("ask", name of the answer, name of the prompt), ("flood",) pushes everything out of the device pool,
+    ("flush",) empties the caches, ("await_files", directory) waits until the prompt's pages are stored there."""
+    answers: dict[str, Answer] = {}
+    for number, (operation, *arguments) in enumerate(steps):
+        if operation == "ask":
+            name, prompt_name = arguments
+            answers[name] = client.generate(prompt(prompt_name), OUTPUT_TOKENS, logprobs=True)
+            print(f"harness: {name}: {answers[name]}", flush=True)
+        elif operation == "flood":
+            for index in range(DEVICE_POOL_TOKENS // PROMPT_TOKENS + 2):
+                client.generate(prompt(f"flood {number} {index}"), 1)
+        elif operation == "flush":
+            assert client.flush_cache(), "flush_cache was refused"
+        elif operation == "await_files":
+            _await_files(Path(arguments[0]))
+        else:
+            raise ValueError(f"unknown step {operation!r}")
+    return answers
+
+
+def _await_files(directory: Path, timeout_s: float = 30) -> None:
+    wanted = PROMPT_TOKENS // BASE_OPTIONS["page_size"]
+    deadline = time.monotonic() + timeout_s
+    while (found := len(list(directory.iterdir()))) < wanted:
+        assert time.monotonic() < deadline, f"{found} of {wanted} pages were stored in {timeout_s:g} s"
+        time.sleep(0.1)
+
+
+def _all_options(spec: Spec) -> dict[str, Any]:
+    merged = {**BASE_OPTIONS, **spec.options, "model_path": spec.model}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+# ---- in the forked child ----
+
+
+def _fork_for_requests() -> None:
+    """Body of the forking process. Returns in each child when it is done, for a regular exit of the interpreter."""
+    import sglang.launch_server
+    import sglang.srt.entrypoints.engine
+    import sglang.srt.entrypoints.http_server  # noqa: F401
+
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _serve_request(json.loads(line))
+            return
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _serve_request(request: Mapping[str, Any]) -> None:
+    os.setsid()
+    for descriptor, path in ((1, request["stdout"]), (2, request["stderr"])):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)
+    os.environ.update(request["environment"])
+    if "argv" in request:
+        sys.argv = ["sglang.launch_server", *request["argv"]]
+        del sys.modules["sglang.launch_server"]
+        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+        return
+    spec = Spec(**request["spec"])
+    starts = []
+    for _ in range(spec.starts):
+        import sglang
+
+        engine = sglang.Engine(**_all_options(spec))
+        try:
+            answers = _run_steps(_EngineClient(engine), spec.steps)
+        finally:
+            engine.shutdown()
+        starts.append({name: dataclasses.asdict(answer) for name, answer in answers.items()})
+    Path(request["answers"]).write_text(json.dumps(starts))
+
+
+if __name__ == "__main__":
+    _fork_for_requests()
