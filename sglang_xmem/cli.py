@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sglang_xmem.bench import copy, ttft
+from sglang_xmem.bench import copy, roundtrip, ttft
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
     for name, module, purpose in (
         ("copy", copy, "page copies against the link's contiguous copies"),
+        ("roundtrip", roundtrip, "a whole pool through a tier and back, byte by byte"),
         ("ttft", ttft, "time to first token of hits, by backend and prompt length"),
     ):
         command = bench.add_parser(name, help=purpose, description=module.__doc__)

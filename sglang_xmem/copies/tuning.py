@@ -112,9 +112,9 @@ class CudaTuning:
 #: block of attention (64 KiB) or of a MoE product (68 KiB) still fits beside it, and few registers.
 _FRUGAL: Final = CudaTuning(variant="bulk", ctas=8, rings=8, stages=4, stage_bytes=4096, pending_stores=1)
 
-#: By (direction, locality of the tier); docs/performance.md has the measurements behind them. More blocks would fill the
-#: link, but a load runs beside the forward pass, and attention kernels plan one wave over all multiprocessors: blocks
-#: that take places from that wave double attention's time.
+#: By (direction, locality of the tier); docs/performance.md has the measurements behind them. More blocks would fill
+#: the link, but a load runs beside the forward pass, and attention kernels plan one wave over all multiprocessors:
+#: blocks that take places from that wave double attention's time.
 DEFAULT_TUNING: Final[Mapping[tuple[Literal["load", "store"], Locality], CudaTuning]] = {
     ("load", "device"): _FRUGAL,
     ("store", "device"): _FRUGAL,
