@@ -25,8 +25,9 @@ class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `peer` in --hicache-xmem-config.
 
     Attributes:
-        gpus: CUDA ordinals whose memory to use; dealt to the ranks in turn. Default: all idle ones. Naming a GPU
-            allows it to be in use by others.
+        gpus: CUDA ordinals whose memory to use; dealt to the ranks in turn, and each rank's pool is striped over all
+            of its GPUs. Naming a GPU allows it to be in use by others. Default: the fewest idle GPUs that can hold the
+            pool.
         stripe_mib: where a rank has several peers, bytes (in MiB, 2^20) on one before the next one's turn.
     """
 
@@ -94,22 +95,42 @@ class PeerTier(MemoryTier):
         return tuple(seats)
 
     def capacity_bytes(self) -> int:
-        if not self.seat.named:
-            for gpu in self.seat.gpus:
-                use = gpus.foreign_use(gpu)
-                if use is not None:
-                    raise TierUnavailable(use)
-        least = min(gpus.memory_bytes(gpu)[0] for gpu in self.seat.gpus) - RESERVE_BYTES
+        return self._room_bytes(self._usable())
+
+    def _usable(self) -> tuple[int, ...]:
+        """The seat's GPUs, less those that others have come to use since; a GPU that the user named stays."""
+        if self.seat.named:
+            return self.seat.gpus
+        uses = {gpu: gpus.foreign_use(gpu) for gpu in self.seat.gpus}
+        usable = tuple(gpu for gpu, use in uses.items() if use is None)
+        if not usable:
+            raise TierUnavailable("; ".join(use for use in uses.values() if use is not None))
+        return usable
+
+    def _room_bytes(self, peers: tuple[int, ...]) -> int:
+        """Bytes of a pool over `peers`: the emptiest cannot make up for the fullest, since stripes take turns."""
+        least = min(gpus.memory_bytes(gpu)[0] for gpu in peers) - RESERVE_BYTES
+        if len(peers) == 1:
+            return max(0, least)
         # Stripes are whole on each GPU, so up to one stripe a GPU stays unused.
-        return max(0, (least // self._stripe_bytes) * self._stripe_bytes * len(self.seat.gpus))
+        return max(0, (least // self._stripe_bytes) * self._stripe_bytes * len(peers))
 
     @property
     def _stripe_bytes(self) -> int:
         return self.settings.stripe_mib << 20
 
+    def _peers_for(self, nbytes: int) -> tuple[int, ...]:
+        """All GPUs that the user named; else the fewest idle ones that can hold the pool, so that others stay free."""
+        usable = self._usable()
+        if not self.seat.named:
+            for count in range(1, len(usable)):
+                if self._room_bytes(usable[:count]) >= nbytes:
+                    return usable[:count]
+        return usable
+
     def allocate(self, nbytes: int) -> Region:
         d = gpus.driver()
-        peers = self.seat.gpus
+        peers = self._peers_for(nbytes)
         props = [_allocation_properties(d, gpu) for gpu in peers]
         granularity = math.lcm(
             *(
