@@ -8,9 +8,10 @@ import sys
 from sglang_xmem.bench import copy, roundtrip, ttft
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sglang-xmem", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """All commands; each sets `run`, a function of the parsed arguments that returns the exit status."""
+    root = argparse.ArgumentParser(prog="sglang-xmem", description=__doc__)
+    commands = root.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
     for name, module, purpose in (
         ("copy", copy, "page copies against the link's contiguous copies"),
@@ -20,7 +21,11 @@ def main(argv: list[str] | None = None) -> int:
         command = bench.add_parser(name, help=purpose, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     return int(args.run(args))
 
 

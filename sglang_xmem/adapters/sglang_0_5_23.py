@@ -240,8 +240,10 @@ def _end(processes: Any, message: str) -> None:
 def _publish(result: Any, server_args: Any, *, role: str, hf_config: Any = None, ranks: Any = None) -> None:
     """Every process publishes its configuration once; a scheduler does it before it builds anything."""
     plan = getattr(server_args, "_sglang_xmem", None)
-    if role != "scheduler" or not isinstance(plan, Plan):
+    if role != "scheduler" or plan is None:
         return
+    if not isinstance(plan, Plan):  # a launcher that does not call check_server_args
+        refuse("--hicache-use-xmem does not work with this way of starting SGLang; use sglang serve or sgl.Engine.")
     global _placement
     try:
         place(POOL_HOOKS)

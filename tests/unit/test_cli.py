@@ -1,0 +1,34 @@
+"""The command `sglang-xmem`: what it says on a machine without a GPU, and that documented commands parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sglang_xmem import cli
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+@pytest.mark.parametrize("bench", ["copy", "roundtrip"])
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
+def test_device_benches_are_waived_without_a_gpu(bench: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", bench]) == 0
+    assert capsys.readouterr().out.startswith("WAIVED: no GPU")
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(SystemExit, match="--backends nvme: choose from"):
+        cli.main(["bench", "ttft", "--backends", "nvme"])
+
+
+def test_commands_of_the_readme_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = re.findall(r"^sglang-xmem (.+)$", README.read_text(), flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        arguments = cli.parser().parse_args(shlex.split(command))
+        assert callable(arguments.run)
