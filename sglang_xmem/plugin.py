@@ -43,18 +43,28 @@ def _adapter() -> Any:
 
 
 def _guard_engine(message: str) -> None:
-    """Make `sgl.Engine(hicache_use_xmem=True)` fail with `message` where the keyword cannot be offered."""
+    """Make `sgl.Engine(hicache_use_xmem=True)` fail with `message` where the keyword cannot be offered.
+
+    Through `server_args_class`, which an engine reads after it has loaded plugins; its `__init__` is running by then.
+    """
     try:
         engine = importlib.import_module("sglang.srt.entrypoints.engine").Engine
+        original = engine.server_args_class
     except Exception:  # nothing to guard: this SGLang has no such engine, or does not import
         return
-    original = engine.__init__
+    engine.server_args_class = _Guard(original, message)
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+
+class _Guard:
+    """Refuses this package's keywords, and passes all others on. An object: a function would be bound to the engine."""
+
+    def __init__(self, original: Any, message: str) -> None:
+        self.original = original
+        self.message = message
+
+    def __call__(self, **kwargs: Any) -> Any:
         if kwargs.get("hicache_use_xmem"):
-            raise RuntimeError(f"sglang_xmem: {message}")
+            raise RuntimeError(f"sglang_xmem: {self.message}")
         for name in ("hicache_use_xmem", "hicache_xmem_tier", "hicache_xmem_config"):
             kwargs.pop(name, None)
-        original(self, *args, **kwargs)
-
-    engine.__init__ = __init__
+        return self.original(**kwargs)

@@ -6,7 +6,6 @@ for storage run on the scheduler thread: they never wait for the GPU and never l
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from sglang_xmem.copies import make_copier
 from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
 from sglang_xmem.plan import Placement, describe_passed_over
-from sglang_xmem.tiers import Locality
+from sglang_xmem.tiers import Region
 
 if TYPE_CHECKING:
     from sglang_xmem.config import CopySettings
@@ -58,9 +57,8 @@ class TierPool:
         self._copier: PageCopier | None = None
         nbytes = PLANES_PER_LAYER * num_layers * num_tokens * row_bytes
         self.tier, self._region = placement.allocate(nbytes)
-        label = device if self.tier.locality is Locality.DEVICE else torch.device("cpu")
         #: All bytes, shape (2, num_layers, num_tokens, row_bytes): HiCache's layer_first, K before V.
-        self.bytes: torch.Tensor = bytes_at(self._region.address, nbytes, label).view(
+        self.bytes: torch.Tensor = region_bytes(self._region, device).view(
             PLANES_PER_LAYER, num_layers, num_tokens, row_bytes
         )
         self._planes = [range(PLANES_PER_LAYER * layer, PLANES_PER_LAYER * (layer + 1)) for layer in range(num_layers)]
@@ -185,14 +183,15 @@ class TierPool:
             nbytes *= 2
 
 
-def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """A uint8 tensor of shape (nbytes,) over memory that somebody else owns and keeps alive.
+def region_bytes(region: Region, device: torch.device) -> torch.Tensor:
+    """All bytes of a tier's region as a uint8 tensor of shape (region.nbytes,).
 
-    With a CUDA `device` the tensor carries that label wherever the bytes are: operations run on that GPU, which
-    must be able to address them. Asking the driver for the owner, as other ways to wrap a pointer do, would name
-    the peer and run torch's kernels there.
+    Host memory becomes a CPU tensor that keeps it mapped. Device memory becomes a tensor with the label `device`, the
+    rank's own GPU, wherever the bytes are: operations run on that GPU, which can address them. Asking the driver for
+    the owner, as other ways to wrap a pointer do, would name the peer and run torch's kernels there. It is valid until
+    the region is released.
     """
-    if device.type == "cpu":
-        return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
-    storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
+    if region.owner is not None:
+        return torch.frombuffer(region.owner, dtype=torch.uint8, count=region.nbytes)
+    storage = torch._C._construct_storage_from_data_pointer(region.address, device, region.nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (region.nbytes,), (1,))

@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace, cases: list[Case]) -> Iterator[dict[str, A
     from sglang_xmem.copies.cuda import CudaPageCopier
     from sglang_xmem.errors import ConfigError
     from sglang_xmem.plan import Placement, make_plan
-    from sglang_xmem.pool import bytes_at
+    from sglang_xmem.pool import region_bytes
     from sglang_xmem.tiers import Ranks
 
     def unlimited(nbytes: int) -> int:
@@ -121,8 +121,7 @@ def measure(args: argparse.Namespace, cases: list[Case]) -> Iterator[dict[str, A
             for path in paths:
                 yield {"path": path, "waived": str(error)}
             continue
-        label = device if tier_name == "peer" else torch.device("cpu")
-        tier_bytes = bytes_at(region.address, nbytes, label)
+        tier_bytes = region_bytes(region, device)
         device_bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
         device_bytes.view(torch.int64).random_()
         try:

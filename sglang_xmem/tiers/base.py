@@ -42,9 +42,12 @@ class Region:
         address: first byte; the rank's GPU (or the CPU, on a machine without one) reads and writes there.
         nbytes: usable bytes.
         summary: where the bytes are, for the log line.
+        owner: for host memory, an object with the buffer protocol over the bytes: whoever views the memory through it
+            keeps it mapped, past `release` if need be. None for memory that the CPU does not address.
     """
 
-    def __init__(self, address: int, nbytes: int, summary: str, release: Callable[[], None]) -> None:
+    def __init__(self, address: int, nbytes: int, summary: str, release: Callable[[], None], owner: Any = None) -> None:
+        self.owner = owner
         self.address = address
         self.nbytes = nbytes
         self.summary = summary
@@ -52,6 +55,7 @@ class Region:
 
     def release(self) -> None:
         release, self._release = self._release, None
+        self.owner = None
         if release is not None:
             release()
 

@@ -89,26 +89,30 @@ class DramTier(MemoryTier):
     def allocate(self, nbytes: int) -> Region:
         undo = ExitStack()
         with undo:
-            buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except (OSError, OverflowError, ValueError) as error:
+                raise TierUnavailable(
+                    f"mapping {nbytes / 1e9:.2f} GB of host memory failed: {error}; lower --hicache-size"
+                ) from None
             with suppress(AttributeError, OSError):
-                buffer.madvise(mmap.MADV_HUGEPAGE)  # fewer faults and TLB misses; a hint, so no error if refused
-            anchor = (ctypes.c_char * nbytes).from_buffer(buffer)
-            address = ctypes.addressof(anchor)
+                mapping.madvise(mmap.MADV_HUGEPAGE)  # fewer faults and TLB misses; a hint, so no error if refused
+            views = [(ctypes.c_uint8 * nbytes).from_buffer(mapping)]
+            address = ctypes.addressof(views[0])
 
-            def unmap(views: list[Any] = [anchor], mapping: mmap.mmap = buffer) -> None:  # noqa: B006
+            def unmap() -> None:
                 views.clear()
-                with suppress(BufferError):  # a tensor still views it: the mapping goes with the last view
+                with suppress(BufferError):  # a tensor still views the memory, which goes with the last view
                     mapping.close()
 
             undo.callback(unmap)
-            del anchor
             self._touch(address, nbytes)
             if self.gpu is not None:
                 self._register(address, nbytes, undo)
             keep = undo.pop_all()
         node = "" if self.seat.numa_node is None else f" of NUMA node {self.seat.numa_node}"
         kind = "pinned host memory" if self.gpu is not None else "host memory"
-        return Region(address, nbytes, kind + node, keep.close)
+        return Region(address, nbytes, kind + node, keep.close, views[0])
 
     def _touch(self, address: int, nbytes: int) -> None:
         if self.gpu is None and self.seat.numa_node is None:
@@ -116,14 +120,27 @@ class DramTier(MemoryTier):
         count = self.settings.threads or max(1, min(16, (os.cpu_count() or 2) // 2))
         numa = _libnuma() if self.seat.numa_node is not None else None
 
+        refused: list[list[int]] = []
+
         def bind() -> None:
             if numa is not None:
                 numa.memory.set_membind_nodes(self.seat.numa_node)  # of this thread alone
+                bound = numa.memory.get_membind_nodes()  # the bindings cannot tell that the kernel refused
+                if bound != [self.seat.numa_node]:
+                    refused.append(bound)
+
+        def touch(at: int) -> None:
+            if not refused:
+                ctypes.memset(address + at, 0, min(TOUCH_BYTES, nbytes - at))
 
         with ThreadPoolExecutor(count, initializer=bind) as threads:
-            starts = range(0, nbytes, TOUCH_BYTES)
             # ctypes releases the GIL, so the kernel zeroes pages on all threads at once.
-            list(threads.map(lambda at: ctypes.memset(address + at, 0, min(TOUCH_BYTES, nbytes - at)), starts))
+            list(threads.map(touch, range(0, nbytes, TOUCH_BYTES)))
+        if refused:
+            raise TierUnavailable(
+                f"the kernel does not let this process bind memory to NUMA node {self.seat.numa_node}; allow "
+                "set_mempolicy, or choose --hicache-xmem-config 'dram.numa_node'"
+            )
 
     def _register(self, address: int, nbytes: int, undo: ExitStack) -> None:
         import torch
@@ -147,13 +164,27 @@ class DramTier(MemoryTier):
 
 
 def _nodes() -> list[int]:
-    """NUMA nodes that have memory."""
+    """NUMA nodes that have memory for this process."""
     try:
         names = os.listdir(_NODES)
     except OSError:
         return []
     nodes = sorted(int(name[4:]) for name in names if name.startswith("node") and name[4:].isdigit())
-    return [node for node in nodes if _node_field(node, "MemTotal") > 0]
+    allowed = _allowed_nodes()
+    return [node for node in nodes if _node_field(node, "MemTotal") > 0 and (allowed is None or node in allowed)]
+
+
+def _allowed_nodes() -> set[int] | None:
+    """Nodes that this process's cpuset lets it have memory of; None where the kernel does not say.
+
+    Binding to another one crashes the bindings.
+    """
+    with suppress(OSError, ValueError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("Mems_allowed_list:"):
+                parts = (part.split("-") for part in line.split(":")[1].strip().split(",") if part)
+                return {node for part in parts for node in range(int(part[0]), int(part[-1]) + 1)}
+    return None
 
 
 def _node_field(node: int, field: str) -> int:

@@ -77,11 +77,11 @@ class PeerTier(MemoryTier):
             for gpu in visible:
                 if gpu in engine:
                     continue
-                use = gpus.foreign_use(gpu)
-                if use is None:
+                reason = gpus.foreign_use(gpu) or _unreachable(engine, gpu)
+                if reason is None:
                     peers.append(gpu)
                 else:
-                    reasons.append(use)
+                    reasons.append(reason)
         if len(peers) < len(engine):
             found = f"{len(peers)} other GPU(s) can be used for {len(engine)} rank(s), and each rank needs its own"
             raise TierUnavailable("; ".join([found, *reasons]))
@@ -89,13 +89,14 @@ class PeerTier(MemoryTier):
         for index, gpu in enumerate(engine):
             mine = tuple(peers[index :: len(engine)])
             for peer in mine:
-                if not gpus.can_access_peer(gpu, peer):
-                    raise TierUnavailable(f"GPU {gpu} has no peer access to GPU {peer}")
+                reason = _unreachable([gpu], peer)
+                if reason is not None:
+                    raise TierUnavailable(reason)
             seats.append(PeerSeat(gpus=mine, named=settings.gpus is not None))
         return tuple(seats)
 
     def capacity_bytes(self) -> int:
-        return self._room_bytes(self._usable())
+        return max(self._room_bytes(peers) for peers in self._choices())
 
     def _usable(self) -> tuple[int, ...]:
         """The seat's GPUs, less those that others have come to use since; a GPU that the user named stays."""
@@ -119,18 +120,17 @@ class PeerTier(MemoryTier):
     def _stripe_bytes(self) -> int:
         return self.settings.stripe_mib << 20
 
-    def _peers_for(self, nbytes: int) -> tuple[int, ...]:
-        """All GPUs that the user named; else the fewest idle ones that can hold the pool, so that others stay free."""
+    def _choices(self) -> list[tuple[int, ...]]:
+        """Sets of peers that a pool may lie on, in order of preference: all GPUs that the user named; else the first
+        idle one, the first two, and so on, so that others stay free."""
         usable = self._usable()
-        if not self.seat.named:
-            for count in range(1, len(usable)):
-                if self._room_bytes(usable[:count]) >= nbytes:
-                    return usable[:count]
-        return usable
+        return [usable] if self.seat.named else [usable[:count] for count in range(1, len(usable) + 1)]
 
     def allocate(self, nbytes: int) -> Region:
         d = gpus.driver()
-        peers = self._peers_for(nbytes)
+        choices = self._choices()
+        # Where none has the room, the last one's error is the driver's own.
+        peers = next((peers for peers in choices if self._room_bytes(peers) >= nbytes), choices[-1])
         props = [_allocation_properties(d, gpu) for gpu in peers]
         granularity = math.lcm(
             *(
@@ -165,6 +165,14 @@ class PeerTier(MemoryTier):
             gpus.checked(d.cuMemSetAccess(base, total, [access], 1), f"giving GPU {self.gpu} access to its peers")
             keep = undo.pop_all()
         return Region(base, nbytes, f"HBM of GPU {', '.join(map(str, peers))}", keep.close)
+
+
+def _unreachable(engine: list[int], peer: int) -> str | None:
+    """A clause that says which of the engine's GPUs cannot reach a peer, or None where all can."""
+    for gpu in engine:
+        if not gpus.can_access_peer(gpu, peer):
+            return f"GPU {gpu} has no peer access to GPU {peer}"
+    return None
 
 
 def _allocation_properties(d: Any, gpu: int) -> Any:

@@ -1,0 +1,705 @@
+"""What is patched in SGLang and what is not, and how a SGLang that does not fit is refused.
+
+Run as a script (`test_hooks.py MODEL_DIRECTORY REPORT_DIRECTORY`), this file imports SGLang once and plays each of
+SCENARIOS in a fork of its own, where it may patch SGLang and end the process. The tests read the reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import pickle
+import pkgutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
+
+import pytest
+
+from sglang_xmem.adapters import hooks
+from sglang_xmem.adapters import sglang_0_5_23 as adapter
+from sglang_xmem.adapters.hooks import Hook
+from sglang_xmem.errors import UnsupportedSGLang
+from sglang_xmem.plan import Plan
+from sglang_xmem.plugin import ADAPTERS
+from sglang_xmem.tiers import Ranks
+
+ALL_HOOKS = (*adapter.FLAG_HOOKS, *adapter.LAUNCHER_HOOKS, *adapter.POOL_HOOKS)
+KEYWORDS = {"hicache_use_xmem": True, "hicache_xmem_tier": "dram", "hicache_xmem_config": {"dram": {"threads": 2}}}
+UNKNOWN_VERSION = "0.5.99"
+#: What HiCache is made of.
+HICACHE = tuple(
+    f"sglang.srt.{name}"
+    for name in (
+        "mem_cache.pool_host.base",
+        "mem_cache.pool_host.common",
+        "mem_cache.pool_host.mha",
+        "mem_cache.l2_transfer",
+        "mem_cache.hybrid_cache.host_pool_config",
+        "mem_cache.hybrid_cache.hybrid_cache_controller",
+        "mem_cache.hybrid_cache.hybrid_pool_assembler",
+        "managers.cache_controller",
+    )
+)
+
+# ---- in forks of the script ----
+
+_model = ""
+
+
+def _identities() -> dict[str, Any]:
+    """Every function and class in HiCache's modules, and everything in those classes, by where it is found."""
+    found: dict[str, Any] = {}
+    for module in map(importlib.import_module, HICACHE):
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) or inspect.isclass(value):
+                found[f"{module.__name__}.{name}"] = value
+            if inspect.isclass(value) and value.__module__.startswith("sglang."):
+                found |= {f"{module.__name__}.{name}.{key}": member for key, member in vars(value).items()}
+    return found
+
+
+def _changed(before: dict[str, Any]) -> list[str]:
+    after = _identities()
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) is not after.get(key))
+
+
+def _load_plugins() -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+
+def _engine_class() -> Any:
+    return importlib.import_module("sglang.srt.entrypoints.engine").Engine
+
+
+def _options(**more: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {"model_path": _model, "device": "cpu", "attention_backend": "torch_native"}
+    return {**options, "skip_tokenizer_init": True, "enable_hierarchical_cache": True, "page_size": 16, **more}
+
+
+def _keyword_record(**more: Any) -> Any:
+    """A record as sgl.Engine makes it."""
+    record = _engine_class().server_args_class(**_options(**more))
+    record.resolve_once()
+    return record
+
+
+def _command_record(*flags: str) -> Any:
+    """A record as the commands make it."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    command = ["--model-path", _model, "--device", "cpu", "--attention-backend", "torch_native"]
+    command += ["--skip-tokenizer-init", "--enable-hierarchical-cache", "--page-size", "16", *flags]
+    record = ServerArgs.from_cli_args(parser.parse_args(command))
+    record.resolve_once()
+    return record
+
+
+def _publish(record: Any) -> None:
+    """The first thing that a scheduler does with the record that it was sent."""
+    from sglang.srt import runtime_context
+
+    sent = pickle.loads(pickle.dumps(record))
+    runtime_context.publish(sent, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0))
+
+
+def _pretend_version(version: str) -> None:
+    real = importlib.metadata.version
+
+    def pretended(distribution_name: str) -> str:
+        return version if distribution_name == "sglang" else real(distribution_name)
+
+    importlib.metadata.version = pretended
+
+
+def _message(call: Callable[[], Any]) -> list[str]:
+    """Type and text of what `call` raises."""
+    try:
+        call()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return []
+
+
+def flag_off() -> Any:
+    before = _identities()
+    _load_plugins()
+    record = _keyword_record()
+    record.check_server_args()
+    _publish(record)
+    return {"changed": _changed(before), "compared": len(before), "attached": hasattr(record, "_sglang_xmem")}
+
+
+def flag_on() -> Any:
+    before = _identities()
+    _load_plugins()
+    _keyword_record(**KEYWORDS).check_server_args()
+    in_launcher = _changed(before)
+    for _ in range(2):  # as with two engines in one process
+        record = _keyword_record(**KEYWORDS)
+        record.check_server_args()
+        _publish(record)
+        hooks.verify(ALL_HOOKS)
+    wrappers = {}
+    for hook in ALL_HOOKS:
+        function, depth = pkgutil.resolve_name(hook.target), 0
+        while hasattr(function, "__wrapped__"):
+            function, depth = function.__wrapped__, depth + 1
+        wrappers[hook.target] = depth
+    return {"in_launcher": in_launcher, "changed": _changed(before), "wrappers": wrappers}
+
+
+def targets() -> Any:
+    return {hook.target: list(inspect.signature(pkgutil.resolve_name(hook.target)).parameters) for hook in ALL_HOOKS}
+
+
+def _unknown_version(*argv: str) -> None:
+    _pretend_version(UNKNOWN_VERSION)
+    sys.argv = ["launch_server", "--model-path", _model, *argv]
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger = logging.getLogger("sglang_xmem")
+    logger.addHandler(handler)
+    logger.propagate = False
+    _load_plugins()
+
+
+def unknown_version_with_the_flag() -> None:
+    _unknown_version("--hicache-use-xmem")
+
+
+def unknown_version_with_another_flag() -> None:
+    _unknown_version("--hicache-xmem-tier=dram")
+
+
+def unknown_version_without_the_flag() -> Any:
+    from sglang.srt.server_args import ServerArgs
+
+    before, flags = _identities(), ServerArgs.add_cli_args
+    _unknown_version("--enable-hierarchical-cache")
+    return {"changed": _changed(before), "same_flags": ServerArgs.add_cli_args == flags}
+
+
+def _engine_keywords(**keywords: Any) -> Any:
+    """What Engine(**keywords) makes of its keywords, or how it fails."""
+    engine = _engine_class()
+    seen: list[Any] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(**kwargs: Any) -> NoReturn:
+        seen.append(sorted(kwargs))
+        raise Stop
+
+    engine.server_args_class.original = stop  # behind the guard
+    failure = _message(lambda: engine(**keywords))
+    return {"keywords": seen[0] if seen else None, "failure": None if failure[:1] == ["Stop"] else failure}
+
+
+def unknown_version_second_engine() -> Any:
+    _unknown_version()
+    on = _message(lambda: _engine_class()(model_path=_model, **KEYWORDS))
+    return {"on": on, "off": _engine_keywords(model_path=_model, **{**KEYWORDS, "hicache_use_xmem": False})}
+
+
+def unknown_version_first_engine() -> Any:
+    _pretend_version(UNKNOWN_VERSION)  # plugins load inside of Engine()
+    return _message(lambda: _engine_class()(model_path=_model, **KEYWORDS))
+
+
+def _remove_a_pool_target() -> None:
+    from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
+
+    del L2TransferEngine.submit_host_to_device
+
+
+def _change_a_pool_target() -> None:
+    from sglang.srt.managers.cache_controller import HiCacheController
+
+    def move_indices(self: Any, operation: Any) -> Any: ...
+
+    HiCacheController.move_indices = move_indices
+
+
+def removed_target_of_a_command() -> None:
+    _load_plugins()
+    _remove_a_pool_target()
+    _command_record("--hicache-use-xmem", "--hicache-xmem-tier", "dram").check_server_args()
+
+
+def changed_target_of_a_command() -> None:
+    _load_plugins()
+    _change_a_pool_target()
+    _command_record("--hicache-use-xmem", "--hicache-xmem-tier", "dram").check_server_args()
+
+
+def removed_target_of_an_engine() -> Any:
+    _load_plugins()
+    _remove_a_pool_target()
+    return _message(_keyword_record(**KEYWORDS).check_server_args)
+
+
+def removed_target_with_the_flag_off() -> None:
+    _load_plugins()
+    _remove_a_pool_target()
+    for record in (_keyword_record(), _command_record()):
+        record.check_server_args()
+        _publish(record)
+
+
+def removed_target_in_a_scheduler() -> None:
+    _load_plugins()
+    record = _keyword_record(**KEYWORDS)
+    record.check_server_args()
+    _remove_a_pool_target()
+    _publish(record)
+
+
+def unplanned_record_in_a_scheduler() -> None:
+    _load_plugins()
+    _publish(_keyword_record(**KEYWORDS))
+
+
+def keywords() -> Any:
+    _load_plugins()
+    factory = _engine_class().server_args_class
+    adapter.install_flags()
+    record = _keyword_record(**KEYWORDS)
+    sent = [pickle.loads(pickle.dumps(record))._sglang_xmem]
+    asked = record._sglang_xmem
+    record.check_server_args()
+    sent.append(pickle.loads(pickle.dumps(record))._sglang_xmem)
+
+    class Fork(_engine_class()):  # type: ignore[misc]
+        """An engine of somebody else."""
+
+    return {
+        "request": [asked.tier, asked.config, asked.from_cli],
+        "planned": type(record._sglang_xmem).__name__,
+        "equal after pickling": [sent[0] == asked, sent[1] == record._sglang_xmem],
+        "plan": base64.b64encode(pickle.dumps(record._sglang_xmem)).decode(),
+        "layout": [
+            record.hicache_mem_layout,
+            _keyword_record(**KEYWORDS, hicache_mem_layout="page_first").hicache_mem_layout,
+            _keyword_record(hicache_use_xmem=False).hicache_mem_layout == _keyword_record().hicache_mem_layout,
+        ],
+        "off": [
+            hasattr(_keyword_record(**more), "_sglang_xmem")
+            for more in ({}, {"hicache_use_xmem": False}, {"hicache_xmem_tier": "dram"})
+        ],
+        "subclass": Fork.server_args_class(**_options(**KEYWORDS))._sglang_xmem == asked,
+        "wrapped once": _engine_class().server_args_class is factory,
+        "wrong types": [
+            _message(functools.partial(factory, **_options(hicache_use_xmem=on))) for on in ("yes", 1, None)
+        ],
+        "unknown keyword": _message(lambda: factory(**_options(**KEYWORDS, hicache_xmem_teir="dram"))),
+    }
+
+
+def flags() -> Any:
+    _load_plugins()
+    stock = _command_record().hicache_mem_layout
+    on = _command_record("--hicache-use-xmem", "--hicache-xmem-config", '{"dram": {}}')
+    request = pickle.loads(pickle.dumps(on))._sglang_xmem
+    return {
+        "request": [request.tier, request.config, request.from_cli],
+        "layout": on.hicache_mem_layout,
+        "layout given": _command_record("--hicache-use-xmem", "--hicache-mem-layout", stock).hicache_mem_layout
+        == stock,
+        "off": [
+            hasattr(_command_record(*given), "_sglang_xmem")
+            for given in ((), ("--hicache-use-xmem", "--no-hicache-use-xmem"), ("--hicache-xmem-tier", "dram"))
+        ],
+    }
+
+
+SCENARIOS: tuple[Callable[[], Any], ...] = (
+    flag_off,
+    flag_on,
+    targets,
+    unknown_version_with_the_flag,
+    unknown_version_with_another_flag,
+    unknown_version_without_the_flag,
+    unknown_version_second_engine,
+    unknown_version_first_engine,
+    removed_target_of_a_command,
+    changed_target_of_a_command,
+    removed_target_of_an_engine,
+    removed_target_with_the_flag_off,
+    removed_target_in_a_scheduler,
+    unplanned_record_in_a_scheduler,
+    keywords,
+    flags,
+)
+
+
+def _play(scenario: Callable[[], Any], directory: Path) -> NoReturn:
+    """In the fork: the scenario's value to NAME.json, what it says to NAME.err, its status to the parent."""
+    name = scenario.__name__
+    error = os.open(directory / f"{name}.err", os.O_WRONLY | os.O_CREAT)
+    os.dup2(error, 2)
+    status = 1
+    try:
+        (directory / f"{name}.json").write_text(json.dumps(scenario()))
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _play_all(model: str, directory: Path) -> None:
+    global _model
+    _model = model
+    for module in ("launch_server", "srt.entrypoints.engine", "srt.managers.scheduler"):
+        importlib.import_module(f"sglang.{module}")
+    _identities()
+    statuses = {}
+    for scenario in SCENARIOS:
+        pid = os.fork()
+        if pid == 0:
+            _play(scenario, directory)
+        statuses[scenario.__name__] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    (directory / "statuses.json").write_text(json.dumps(statuses))
+
+
+# ---- in pytest's process ----
+
+
+class Report(NamedTuple):
+    """How a scenario ended."""
+
+    status: int
+    stderr: str
+    value: Any
+
+    @property
+    def said(self) -> str:
+        """The one line of this package on stderr, and that there is no traceback."""
+        assert "Traceback" not in self.stderr, self.stderr
+        lines = [line for line in self.stderr.splitlines() if "sglang_xmem: " in line]
+        assert len(lines) == 1, self.stderr
+        return lines[0]
+
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    """What came of all scenarios, with this package as the only plugin."""
+    model, directory = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("reports")
+    (model / "config.json").write_text(json.dumps(CONFIG))  # enough for everything before the weights
+    done = subprocess.run(
+        [sys.executable, __file__, str(model), str(directory)],
+        env={**os.environ, "SGLANG_PLUGINS": "sglang_xmem"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    statuses = json.loads((directory / "statuses.json").read_text())
+    return {
+        name: Report(
+            status,
+            (directory / f"{name}.err").read_text(),
+            json.loads((directory / f"{name}.json").read_text()) if status == 0 else None,
+        )
+        for name, status in statuses.items()
+    }
+
+
+def value_of(report: Report) -> Any:
+    assert report.status == 0, report.stderr
+    return report.value
+
+
+@pytest.mark.cpu_engine
+def test_flag_off_leaves_hicache_as_it_is(reports: dict[str, Report]) -> None:
+    value = value_of(reports["flag_off"])
+    assert value["changed"] == []
+    assert value["compared"] > 500
+    assert value["attached"] is False
+
+
+@pytest.mark.cpu_engine
+def test_flag_on_patches_schedulers_alone_and_what_it_says(reports: dict[str, Report]) -> None:
+    """Also the negative control of the test above: the same comparison sees every patch."""
+    value = value_of(reports["flag_on"])
+    assert value["in_launcher"] == []
+    expected = {hook.target for hook in adapter.POOL_HOOKS if hook.target.startswith(HICACHE)}
+    assert len(expected) == len(adapter.POOL_HOOKS) - 1, "all but one of the scheduler's"
+    assert expected <= set(value["changed"])
+    # The rest are other modules' names of the same functions.
+    assert {name.rpartition(".")[2] for name in value["changed"]} == {name.rpartition(".")[2] for name in expected}
+    assert set(value["wrappers"].values()) == {1}, "once, however many engines there are"
+
+
+@pytest.mark.cpu_engine
+def test_targets_are_there_with_their_parameters(reports: dict[str, Report]) -> None:
+    assert value_of(reports["targets"]) == {hook.target: list(hook.parameters) for hook in ALL_HOOKS}
+
+
+@pytest.mark.cpu_engine
+@pytest.mark.parametrize("scenario", ["unknown_version_with_the_flag", "unknown_version_with_another_flag"])
+def test_unknown_version_ends_a_command_with_the_flag(reports: dict[str, Report], scenario: str) -> None:
+    report = reports[scenario]
+    assert report.status == 2
+    for word in ("--hicache-use-xmem", UNKNOWN_VERSION, *ADAPTERS, "pip install sglang=="):
+        assert word in report.said
+    assert "WARNING" not in report.said
+
+
+@pytest.mark.cpu_engine
+def test_unknown_version_only_warns_without_the_flag(reports: dict[str, Report]) -> None:
+    report = reports["unknown_version_without_the_flag"]
+    assert value_of(report) == {"changed": [], "same_flags": True}
+    assert "WARNING" in report.said
+    assert UNKNOWN_VERSION in report.said
+
+
+def check_version_refusal(failure: list[str]) -> None:
+    kind, message = failure
+    assert kind == "RuntimeError"
+    for word in ("sglang_xmem: ", "--hicache-use-xmem", UNKNOWN_VERSION, "pip install sglang=="):
+        assert word in message
+
+
+@pytest.mark.cpu_engine
+def test_unknown_version_refuses_the_keyword(reports: dict[str, Report]) -> None:
+    value = value_of(reports["unknown_version_second_engine"])
+    check_version_refusal(value["on"])
+    # Switched off, the keywords do no harm.
+    assert value["off"]["failure"] is None
+    assert {"model_path"} <= set(value["off"]["keywords"]) <= {"model_path", "log_level"}
+
+
+@pytest.mark.cpu_engine
+def test_unknown_version_refuses_the_keyword_of_the_first_engine(reports: dict[str, Report]) -> None:
+    check_version_refusal(value_of(reports["unknown_version_first_engine"]))
+
+
+@pytest.mark.cpu_engine
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("removed_target_of_a_command", ["has no", "L2TransferEngine.submit_host_to_device", "enqueue loads"]),
+        ("removed_target_in_a_scheduler", ["has no", "L2TransferEngine.submit_host_to_device", "enqueue loads"]),
+        (
+            "changed_target_of_a_command",
+            [
+                "move_indices",
+                "(self, operation)",
+                "(self, host_indices, device_indices)",
+                "keep transfers from waiting",
+            ],
+        ),
+        ("unplanned_record_in_a_scheduler", ["--hicache-use-xmem", "use sglang serve or sgl.Engine"]),
+    ],
+)
+def test_sglang_that_does_not_fit_is_refused(reports: dict[str, Report], scenario: str, words: list[str]) -> None:
+    report = reports[scenario]
+    assert report.status == 78, report.stderr
+    for word in words:
+        assert word in report.said
+
+
+@pytest.mark.cpu_engine
+def test_sglang_that_does_not_fit_is_an_error_of_the_engine(reports: dict[str, Report]) -> None:
+    kind, message = value_of(reports["removed_target_of_an_engine"])
+    assert kind == "UnsupportedSGLang"
+    assert "L2TransferEngine.submit_host_to_device" in message
+    assert "\n" not in message
+
+
+@pytest.mark.cpu_engine
+def test_sglang_that_does_not_fit_serves_with_the_flag_off(reports: dict[str, Report]) -> None:
+    value_of(reports["removed_target_with_the_flag_off"])
+
+
+@pytest.mark.cpu_engine
+def test_keywords_of_the_engine(reports: dict[str, Report]) -> None:
+    value = value_of(reports["keywords"])
+    assert value["request"] == ["dram", KEYWORDS["hicache_xmem_config"], False]
+    assert value["planned"] == "Plan"
+    assert value["equal after pickling"] == [True, True]
+    assert value["layout"] == ["layer_first", "page_first", True]
+    assert value["off"] == [False, False, False]
+    assert value["subclass"] is True
+    assert value["wrapped once"] is True
+    for (kind, message), given in zip(value["wrong types"], ("'yes'", "1", "None"), strict=True):
+        assert (kind, message) == ("ConfigError", f"hicache_use_xmem is {given}; give True or False.")
+    assert value["unknown keyword"][0] == "TypeError"
+    assert "hicache_xmem_teir" in value["unknown keyword"][1]
+
+
+@pytest.mark.cpu_engine
+def test_a_plan_is_the_same_in_another_process(reports: dict[str, Report]) -> None:
+    plan = pickle.loads(base64.b64decode(value_of(reports["keywords"])["plan"]))
+    assert isinstance(plan, Plan)
+    assert plan.ranks == Ranks(gpus=(None,))
+    assert [candidate.tier for candidate in plan.candidates] == ["dram"]
+    assert plan.options.tiers["dram"].threads == 2
+
+
+@pytest.mark.cpu_engine
+def test_flags_of_the_commands(reports: dict[str, Report]) -> None:
+    value = value_of(reports["flags"])
+    assert value["request"] == ["auto", '{"dram": {}}', True]
+    assert value["layout"] == "layer_first"
+    assert value["layout given"] is True
+    assert value["off"] == [False, False, False]
+
+
+# ---- without SGLang ----
+
+
+class Target:
+    """Something to patch."""
+
+    def method(self, first: int, *, second: int = 0) -> int:
+        return first + second
+
+
+@pytest.fixture
+def fake_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module in the place of SGLang."""
+    module = ModuleType("fake_sglang_part")
+    module.__dict__["Target"] = Target
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def hook(target: str, *parameters: str) -> Hook:
+    return Hook(target, parameters, "after", lambda *args: None, "hold the door")
+
+
+def test_verify_takes_what_fits(fake_module: ModuleType) -> None:
+    hooks.verify((hook("fake_sglang_part.Target.method", "self", "first", "second"),))
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters"),
+    [
+        ("fake_sglang_part.Target.renamed", ("self",)),
+        ("fake_sglang_part.Renamed.method", ("self",)),
+        ("fake_sglang_part.moved.Target", ("self",)),
+        ("no_such_sglang.Target", ()),
+        ("fake_sglang_part.Target.method", ("self", "first")),
+        ("fake_sglang_part.Target.method", ("self", "second", "first")),
+        ("fake_sglang_part.Target.method", ("self", "first", "second", "third")),
+    ],
+)
+def test_verify_names_what_does_not_fit(fake_module: ModuleType, target: str, parameters: tuple[str, ...]) -> None:
+    fits = hook("fake_sglang_part.Target.method", "self", "first", "second")
+    with pytest.raises(UnsupportedSGLang) as caught:
+        hooks.verify((fits, hook(target, *parameters)))
+    message = str(caught.value)
+    assert target in message
+    assert "hold the door" in message
+    assert "\n" not in message
+    if target.endswith("method") and "Renamed" not in target:
+        assert "(self, first, second)" in message
+        assert f"({', '.join(parameters)})" in message
+
+
+def test_a_hook_that_sglang_does_not_place_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, fake_module: ModuleType
+) -> None:
+    """SGLang logs a failing hook and goes on."""
+    registry = ModuleType("sglang.srt.plugins.hook_registry")
+    lazy = SimpleNamespace(register=lambda target, function, kind: None, apply_hooks=lambda: None)
+    registry.__dict__.update(HookRegistry=lazy, HookType=str)
+    monkeypatch.setitem(sys.modules, registry.__name__, registry)
+    with pytest.raises(UnsupportedSGLang, match=r"did not patch fake_sglang_part\.Target\.method, needed to hold the"):
+        hooks.place((hook("fake_sglang_part.Target.method", "self", "first", "second"),))
+
+
+class Scheduler:
+    """A scheduler's process, as the launcher sees it."""
+
+    def __init__(self, exitcode: int | None = None) -> None:
+        self.exitcode = exitcode
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def kill(self) -> None:
+        self.exitcode = -9
+
+
+@contextmanager
+def launching(monkeypatch: pytest.MonkeyPatch, on: bool) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "_launching_with_tier", on)
+        yield
+
+
+def test_ranks_with_the_patches_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    infos = [{adapter.INFO_KEY: "dram"}, {adapter.INFO_KEY: ""}]
+    with launching(monkeypatch, on=True):
+        assert adapter._wait_for_scheduler_ready(lambda readers, processes: infos, [], []) is infos
+    with launching(monkeypatch, on=False):
+        assert adapter._wait_for_scheduler_ready(lambda readers, processes: [{}], [], []) == [{}]
+
+
+def test_a_rank_without_the_patches_must_not_serve(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes = [Scheduler(), Scheduler()]
+    infos: list[dict[str, str]] = [{adapter.INFO_KEY: "dram"}, {}]
+    with launching(monkeypatch, on=True), pytest.raises(SystemExit, match="78"):
+        adapter._wait_for_scheduler_ready(lambda readers, procs: infos, [], processes)
+    assert "rank 1 came up without the patches" in capsys.readouterr().err
+    assert [process.exitcode for process in processes] == [-9, -9]
+
+
+@pytest.mark.parametrize(("status", "refused"), [(78, True), (1, False), (-9, False)])
+def test_a_refusal_is_told_from_a_crash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, refused: bool
+) -> None:
+    def fail(readers: Any, processes: Any) -> NoReturn:
+        raise RuntimeError("Initialization failed")
+
+    processes = [Scheduler(), Scheduler(status)]
+    expected: type[BaseException] = SystemExit if refused else RuntimeError
+    with launching(monkeypatch, on=True), pytest.raises(expected):
+        adapter._wait_for_scheduler_ready(fail, [], processes)
+    assert ("a rank refused to start" in capsys.readouterr().err) is refused
+    assert processes[0].is_alive() is not refused
+
+
+if __name__ == "__main__":
+    _play_all(sys.argv[1], Path(sys.argv[2]))

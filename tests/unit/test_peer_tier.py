@@ -1,0 +1,445 @@
+"""Tier peer without a GPU: which peers a rank gets, and that the driver is left as it was found, whatever fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+from cuda.bindings import driver as bindings
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_xmem import gpus
+from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.tiers import Ranks
+from sglang_xmem.tiers.peer import RESERVE_BYTES, PeerSeat, PeerSettings, PeerTier
+
+MIB = 1 << 20
+GRANULARITY = 2 * MIB
+FIRST_ADDRESS = 1 << 40
+SUCCESS = bindings.CUresult.CUDA_SUCCESS
+FAILURE = bindings.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+
+
+class Block(NamedTuple):
+    gpu: int
+    size: int
+
+
+class FakeDriver:
+    """CUDA's virtual memory management with its rules: what the driver would refuse is an AssertionError here.
+
+    Attributes:
+        free: bytes that each GPU has left.
+        fail_at: which of the calls that acquire something fails, counted from 0; None for none.
+    """
+
+    CUmemAllocationGranularity_flags = bindings.CUmemAllocationGranularity_flags
+    CUmemAllocationProp = bindings.CUmemAllocationProp
+    CUmemAllocationType = bindings.CUmemAllocationType
+    CUmemLocationType = bindings.CUmemLocationType
+    CUmemAccessDesc = bindings.CUmemAccessDesc
+    CUmemAccess_flags = bindings.CUmemAccess_flags
+
+    def __init__(self, free: dict[int, int]) -> None:
+        self.free = free
+        self.fail_at: int | None = None
+        self.calls: list[str] = []
+        self.ranges: dict[int, int] = {}
+        self.handles: dict[int, Block] = {}
+        self.mapped: dict[int, Block] = {}
+        self.readers: dict[int, tuple[int, int]] = {}
+        self._acquired = 0
+        self._numbers = iter(range(1, 1 << 20))
+
+    def _fails(self, name: str) -> bool:
+        self.calls.append(name)
+        self._acquired += 1
+        return self._acquired - 1 == self.fail_at
+
+    def cuMemGetAllocationGranularity(self, prop: Any, flags: Any) -> tuple[Any, int]:
+        return (FAILURE, 0) if self._fails("granularity") else (SUCCESS, GRANULARITY)
+
+    def cuMemAddressReserve(self, size: int, alignment: int, address: int, flags: int) -> tuple[Any, Any]:
+        assert size > 0
+        assert size % GRANULARITY == 0
+        if self._fails("reserve"):
+            return FAILURE, None
+        base = FIRST_ADDRESS * next(self._numbers)
+        self.ranges[base] = size
+        return SUCCESS, bindings.CUdeviceptr(base)
+
+    def cuMemCreate(self, size: int, prop: Any, flags: int) -> tuple[Any, Any]:
+        assert size > 0
+        assert size % GRANULARITY == 0
+        assert prop.type == bindings.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        assert prop.location.type == bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        gpu = prop.location.id
+        if self._fails("create") or size > self.free[gpu]:
+            return FAILURE, None
+        self.free[gpu] -= size
+        handle = next(self._numbers)
+        self.handles[handle] = Block(gpu, size)
+        return SUCCESS, handle
+
+    def cuMemMap(self, address: int, size: int, offset: int, handle: int, flags: int) -> tuple[Any]:
+        assert handle in self.handles, "mapped after its handle was released"
+        assert offset == 0
+        assert size == self.handles[handle].size
+        assert address % GRANULARITY == 0
+        assert any(base <= address and address + size <= base + length for base, length in self.ranges.items())
+        for other, block in self.mapped.items():
+            assert address + size <= other or other + block.size <= address, "mapped over another mapping"
+        if self._fails("map"):
+            return (FAILURE,)
+        self.mapped[address] = self.handles[handle]
+        return (SUCCESS,)
+
+    def cuMemSetAccess(self, address: int, size: int, access: list[Any], count: int) -> tuple[Any]:
+        assert count == len(access) == 1
+        assert access[0].flags == bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        inside = [block.size for at, block in self.mapped.items() if address <= at < address + size]
+        assert sum(inside) == size, "access to addresses without memory"
+        if self._fails("access"):
+            return (FAILURE,)
+        self.readers[address] = (size, access[0].location.id)
+        return (SUCCESS,)
+
+    def cuMemRelease(self, handle: int) -> tuple[Any]:
+        self.calls.append("release")
+        block = self.handles.pop(handle)
+        if not any(mapped is block for mapped in self.mapped.values()):
+            self.free[block.gpu] += block.size
+        return (SUCCESS,)
+
+    def cuMemUnmap(self, address: int, size: int) -> tuple[Any]:
+        self.calls.append("unmap")
+        block = self.mapped.pop(address)
+        assert block.size == size
+        self.free[block.gpu] += size
+        return (SUCCESS,)
+
+    def cuMemAddressFree(self, address: int, size: int) -> tuple[Any]:
+        self.calls.append("free")
+        assert not any(address <= at < address + size for at in self.mapped), "freed with memory mapped"
+        assert self.ranges.pop(address) == size
+        self.readers.pop(address, None)
+        return (SUCCESS,)
+
+
+class Machine:
+    """GPUs of a machine. `busy`: who uses a GPU; `apart`: pairs without peer access."""
+
+    def __init__(self, free: list[int]) -> None:
+        self.start = dict(enumerate(free))
+        self.driver = FakeDriver(dict(self.start))
+        self.busy: dict[int, str] = {}
+        self.apart: set[tuple[int, int]] = set()
+        self.asked: list[int] = []
+
+    def foreign_use(self, gpu: int) -> str | None:
+        self.asked.append(gpu)
+        return self.busy.get(gpu)
+
+    def check_untouched(self) -> None:
+        """Nothing is reserved, mapped or held."""
+        assert self.driver.ranges == {}
+        assert self.driver.mapped == {}
+        assert self.driver.handles == {}
+        assert self.driver.free == self.start
+
+
+@contextmanager
+def machine_with(free: list[int]) -> Iterator[Machine]:
+    """A machine with so many bytes free on its GPUs, in place of this one's."""
+    machine = Machine(free)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpus, "driver", lambda: machine.driver)
+        patch.setattr(gpus, "visible_gpus", lambda: range(len(free)))
+        patch.setattr(gpus, "foreign_use", machine.foreign_use)
+        patch.setattr(gpus, "can_access_peer", lambda gpu, peer: (gpu, peer) not in machine.apart)
+        patch.setattr(gpus, "memory_bytes", lambda gpu: (machine.driver.free[gpu], 0))
+        # The text of an error comes from libcuda, which is not here.
+        patch.setattr(bindings, "cuGetErrorString", lambda status: (SUCCESS, b"out of memory"))
+        yield machine
+
+
+@pytest.fixture
+def eight() -> Iterator[Machine]:
+    """Eight idle GPUs."""
+    with machine_with([RESERVE_BYTES + 1024 * MIB] * 8) as machine:
+        yield machine
+
+
+def seats(ranks: tuple[int | None, ...], settings: PeerSettings | None = None) -> list[tuple[int, ...]]:
+    return [seat.gpus for seat in PeerTier.seats(settings or PeerSettings(), Ranks(gpus=ranks))]
+
+
+# ---- seats ----
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ((0,), [(1, 2, 3, 4, 5, 6, 7)]),
+        ((3,), [(0, 1, 2, 4, 5, 6, 7)]),
+        ((0, 1), [(2, 4, 6), (3, 5, 7)]),
+        ((0, 2), [(1, 4, 6), (3, 5, 7)]),
+        ((0, 1, 2, 3), [(4,), (5,), (6,), (7,)]),
+    ],
+)
+def test_idle_gpus_are_dealt_to_the_ranks(eight: Machine, ranks: tuple[int, ...], expected: object) -> None:
+    assert seats(ranks) == expected
+    assert eight.driver.calls == [], "planning asks the driver for nothing"
+
+
+def test_busy_gpus_are_left_alone(eight: Machine) -> None:
+    eight.busy = {2: "GPU 2 is in use by process 7", 5: "GPU 5 is in use by process 8"}
+    assert seats((0, 1)) == [(3, 6), (4, 7)]
+
+
+def test_named_gpus_are_taken_in_their_order_and_may_be_busy(eight: Machine) -> None:
+    eight.busy = {5: "GPU 5 is in use by process 7"}
+    assert seats((0, 1), PeerSettings(gpus=(7, 5, 3))) == [(7, 3), (5,)]
+    assert eight.asked == []
+    assert all(seat.named for seat in PeerTier.seats(PeerSettings(gpus=(5,)), Ranks(gpus=(0,))))
+
+
+@given(st.data())
+def test_seats_are_disjoint_idle_and_never_the_engines_own(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 8))
+    ranks = tuple(data.draw(st.lists(st.sampled_from(range(count)), min_size=1, unique=True)))
+    busy = data.draw(st.sets(st.sampled_from(range(count))))
+    usable = set(range(count)) - busy - set(ranks)
+    with machine_with([RESERVE_BYTES] * count) as machine:
+        machine.busy = {gpu: f"GPU {gpu} is in use by process 7" for gpu in busy}
+        if len(usable) < len(ranks):
+            with pytest.raises(TierUnavailable):
+                seats(ranks)
+            return
+        dealt = seats(ranks)
+    assert len(dealt) == len(ranks)
+    assert all(dealt)
+    assert Counter(gpu for seat in dealt for gpu in seat) == Counter(usable)
+
+
+def test_too_few_peers_is_told_with_the_reasons(eight: Machine) -> None:
+    eight.busy = {gpu: f"GPU {gpu} is in use by process {70 + gpu}" for gpu in (4, 5, 6)}
+    with pytest.raises(TierUnavailable) as caught:
+        seats((0, 1, 2, 3))
+    assert "1 other GPU(s) can be used for 4 rank(s)" in str(caught.value)
+    for gpu in (4, 5, 6):
+        assert f"GPU {gpu} is in use by process {70 + gpu}" in str(caught.value)
+
+
+def test_one_gpu_machine_has_no_peer() -> None:
+    with machine_with([RESERVE_BYTES]), pytest.raises(TierUnavailable, match=r"0 other GPU\(s\) can be used"):
+        seats((0,))
+
+
+def test_a_named_peer_without_access_is_told(eight: Machine) -> None:
+    eight.apart = {(1, 3)}
+    with pytest.raises(TierUnavailable, match="GPU 1 has no peer access to GPU 3"):
+        seats((0, 1), PeerSettings(gpus=(2, 3)))
+
+
+def test_an_unreachable_peer_is_left_out(eight: Machine) -> None:
+    eight.apart = {(1, 3)}
+    assert seats((0, 1)) == [(2, 5, 7), (4, 6)]
+
+
+def test_cpu_engine_has_no_peer(eight: Machine) -> None:
+    with pytest.raises(TierUnavailable, match="SGLang runs on the CPU; use --hicache-xmem-tier dram"):
+        seats((None, None))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (PeerSettings(gpus=(8,)), ["peer.gpus", "GPU 8", "0 to 7"]),
+        (PeerSettings(gpus=(-1,)), ["peer.gpus", "GPU -1"]),
+        (PeerSettings(gpus=(0,)), ["peer.gpus", "GPU 0", "another GPU"]),
+        (PeerSettings(gpus=()), ["peer.gpus", "at least one"]),
+        (PeerSettings(gpus=(2, 2)), ["peer.gpus", "[2, 2]", "twice"]),
+        (PeerSettings(stripe_mib=1), ["peer.stripe_mib", "1;", "give 2 to"]),
+        (PeerSettings(stripe_mib=-32), ["peer.stripe_mib", "-32"]),
+    ],
+)
+def test_impossible_settings_are_refused(eight: Machine, settings: PeerSettings, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        seats((0,), settings)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# ---- room ----
+
+
+def tier(*peers: int, stripe_mib: int = 8, named: bool = False) -> PeerTier:
+    return PeerTier(PeerSettings(stripe_mib=stripe_mib), PeerSeat(gpus=peers, named=named), 0)
+
+
+def test_room_is_what_all_peers_have_above_the_reserve() -> None:
+    with machine_with([0, RESERVE_BYTES + 64 * MIB, RESERVE_BYTES + 64 * MIB, RESERVE_BYTES - 1]):
+        assert tier(1).capacity_bytes() == 64 * MIB
+        assert tier(1, 2).capacity_bytes() == 128 * MIB
+        assert tier(3).capacity_bytes() == 0
+
+
+@given(
+    frees=st.lists(st.integers(0, 200 * MIB), min_size=1, max_size=4),
+    stripe_mib=st.sampled_from([2, 3, 8, 32, 64]),
+    less=st.integers(0, 64 * MIB),
+)
+def test_all_the_room_can_be_allocated_and_the_reserve_stays(frees: list[int], stripe_mib: int, less: int) -> None:
+    peers = range(1, len(frees) + 1)
+    with machine_with([0, *(RESERVE_BYTES + free for free in frees)]) as machine:
+        where = tier(*peers, stripe_mib=stripe_mib)
+        room = where.capacity_bytes()
+        assert 0 <= room <= sum(frees)
+        if room > less:
+            region = where.allocate(room - less)
+            # Less the rounding of a stripe, and of the whole, to what the driver allocates.
+            assert all(machine.driver.free[peer] >= RESERVE_BYTES - 2 * GRANULARITY for peer in peers)
+            region.release()
+        machine.check_untouched()
+
+
+def test_peers_taken_since_are_left_alone_unless_they_were_named(eight: Machine) -> None:
+    eight.busy = {2: "GPU 2 is in use by process 7"}
+    assert tier(1, 2, 3).capacity_bytes() == 2048 * MIB
+    assert tier(1, 2, 3, named=True).capacity_bytes() == 3072 * MIB
+    region = tier(2, 3).allocate(8 * MIB)
+    assert used(eight) == {3: 8}
+    region.release()
+    eight.busy[1] = "GPU 1 is in use by process 8"
+    for call in (tier(1, 2).capacity_bytes, lambda: tier(1, 2).allocate(8 * MIB)):
+        with pytest.raises(TierUnavailable, match=r"^GPU 1 is in use by process 8; GPU 2 is in use by process 7$"):
+            call()
+    eight.check_untouched()
+
+
+# ---- memory ----
+
+
+@contextmanager
+def small_peers(count: int) -> Iterator[Machine]:
+    """GPUs 1 to `count` have 64 MiB each for a pool."""
+    with machine_with([0] + [RESERVE_BYTES + 64 * MIB] * count) as machine:
+        yield machine
+
+
+def used(machine: Machine) -> dict[int, int]:
+    """MiB taken from each GPU that anything was taken from."""
+    now = machine.driver.free
+    return {gpu: (then - now[gpu]) // MIB for gpu, then in machine.start.items() if then != now[gpu]}
+
+
+def test_one_peer_gives_one_block() -> None:
+    with small_peers(1) as machine:
+        region = tier(1).allocate(33 * MIB + 1)
+        assert region.nbytes == 33 * MIB + 1
+        assert machine.driver.mapped == {region.address: Block(1, 34 * MIB)}
+        assert machine.driver.readers == {region.address: (34 * MIB, 0)}, "the rank's GPU may read and write, no other"
+        assert machine.driver.handles == {}, "the mapping alone keeps the memory"
+        assert "GPU 1" in region.summary
+        region.release()
+        machine.check_untouched()
+
+
+@pytest.mark.parametrize(
+    ("mib", "stripe_mib", "peers", "expected"),
+    [
+        (100, 8, (1, 2), {1: 52, 2: 48}),
+        (128, 8, (2, 1), {1: 64, 2: 64}),
+        (66, 8, (1, 2), {1: 34, 2: 32}),
+        (100, 3, (2, 1), {2: 52, 1: 48}),  # stripes of 4 MiB
+        (192, 32, (1, 2, 3), {1: 64, 2: 64, 3: 64}),
+    ],
+)
+def test_stripes_cover_the_range_in_turn(
+    mib: int, stripe_mib: int, peers: tuple[int, ...], expected: dict[int, int]
+) -> None:
+    with small_peers(3) as machine:
+        region = tier(*peers, stripe_mib=stripe_mib).allocate(mib * MIB - 5)
+        stripe = -(-stripe_mib // 2) * 2 * MIB
+        at = region.address
+        blocks = sorted(machine.driver.mapped.items())
+        for number, (address, block) in enumerate(blocks):
+            assert address == at
+            assert block.gpu == peers[number % len(peers)]
+            assert block.size == stripe or number == len(blocks) - 1
+            at += block.size
+        assert at == region.address + mib * MIB
+        assert used(machine) == expected
+        assert machine.driver.readers == {region.address: (mib * MIB, 0)}
+        region.release()
+        machine.check_untouched()
+
+
+@pytest.mark.parametrize(
+    ("mib", "expected"),
+    [(2, {3}), (32, {3}), (64, {3}), (66, {3, 1}), (120, {3, 1}), (130, {3, 1, 2}), (190, {3, 1, 2})],
+)
+def test_no_more_peers_than_needed_in_the_seats_order(mib: int, expected: set[int]) -> None:
+    with small_peers(3) as machine:
+        region = tier(3, 1, 2, stripe_mib=2).allocate(mib * MIB)
+        assert set(used(machine)) == expected
+        assert all(f"{gpu}" in region.summary for gpu in expected)
+        region.release()
+        machine.check_untouched()
+
+
+def test_all_named_peers_are_used() -> None:
+    with small_peers(3) as machine:
+        region = tier(3, 1, stripe_mib=2, named=True).allocate(8 * MIB)
+        assert used(machine) == {1: 4, 3: 4}
+        region.release()
+        machine.check_untouched()
+
+
+def test_release_is_idempotent_and_frees_its_own_alone() -> None:
+    with small_peers(2) as machine:
+        first, second = tier(1).allocate(8 * MIB), tier(2).allocate(8 * MIB)
+        first.release()
+        calls = list(machine.driver.calls)
+        first.release()
+        assert machine.driver.calls == calls
+        assert used(machine) == {2: 8}
+        assert list(machine.driver.ranges) == [second.address]
+        second.release()
+        machine.check_untouched()
+
+
+#: Two granularities, a reservation, three stripes created and mapped, access.
+CALLS = 2 + 1 + 3 * 2 + 1
+
+
+@pytest.mark.parametrize("failing", range(CALLS))
+def test_a_failure_of_any_call_leaves_nothing_behind(failing: int) -> None:
+    with small_peers(2) as machine:
+        machine.driver.fail_at = failing
+        with pytest.raises(TierUnavailable, match=r"failed with CUDA error 2: out of memory") as caught:
+            tier(1, 2, stripe_mib=40).allocate(100 * MIB)
+        assert "\n" not in str(caught.value)
+        machine.check_untouched()
+
+
+def test_all_calls_are_covered_by_the_failures() -> None:
+    with small_peers(2) as machine:
+        machine.driver.fail_at = CALLS
+        region = tier(1, 2, stripe_mib=40).allocate(96 * MIB)
+        acquiring = [call for call in machine.driver.calls if call not in ("release", "unmap", "free")]
+        assert len(acquiring) == CALLS
+        region.release()
+        machine.check_untouched()
+
+
+def test_memory_that_went_since_is_told_with_size_and_gpu() -> None:
+    with machine_with([0, RESERVE_BYTES + 8 * MIB]) as machine:
+        with pytest.raises(TierUnavailable, match=r"2\.00 GB on GPU 1 failed with CUDA error 2: out of memory"):
+            tier(1).allocate(2_000_000_000)
+        machine.check_untouched()
