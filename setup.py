@@ -12,11 +12,17 @@ setup(
     description="HiCache's L2 pool in faster or larger memory for stock SGLang: peer-GPU HBM, NUMA DRAM, X-Mem",
     python_requires=">=3.10",
     packages=find_packages(include=["sglang_xmem", "sglang_xmem.*"]),
-    package_data={"sglang_xmem.kernels": ["*.cu"], "sglang_xmem": ["py.typed"]},
+    package_data={
+        "sglang_xmem.kernels": ["*.cu"],
+        "sglang_xmem.mtier": ["native/*.h", "native/*.cpp"],
+        "sglang_xmem": ["py.typed"],
+    },
     # torch and sglang come with the user's SGLang installation; naming them here would replace it.
     install_requires=["msgspec>=0.18", "psutil", "nvidia-ml-py>=12", "cuda-bindings>=13.0", "py-libnuma==1.2"],
     extras_require={
         "sglang": ["sglang==0.5.23"],
+        # pip would replace torch for its metadata; --no-deps is enough where SGLang is installed.
+        "xmem": ["xmem-mtier==0.1.2"],
         "dev": ["pytest>=8", "hypothesis>=6", "nvidia-cuda-nvrtc>=13,<14", "ruff==0.14.5", "mypy==1.18.2", "requests"],
     },
     entry_points={

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from sglang_xmem.bench import copy, roundtrip, ttft
+from sglang_xmem.mtier import daemon
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,6 +22,9 @@ def parser() -> argparse.ArgumentParser:
         command = bench.add_parser(name, help=purpose, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
+    service = commands.add_parser("mtierd", help="share banks of memory among engines", description=daemon.__doc__)
+    daemon.add_arguments(service)
+    service.set_defaults(run=daemon.run)
     return root
 
 

@@ -1,0 +1,131 @@
+"""Compiles libmtier.so and mtierd with the system's C++ compiler, once for each version of the sources.
+
+`python -m sglang_xmem.mtier.build DIRECTORY` puts both into a directory of the user's choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_xmem.copies.nvrtc import cache_dir
+
+LIBRARY = "libmtier.so"
+DAEMON = "mtierd"
+NATIVE = Path(__file__).with_name("native")
+
+_FLAGS = ("-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
+_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+#: What is made of which source, with which further flags.
+_TARGETS = (
+    (LIBRARY, "libmtier.cpp", ("-shared", "-fPIC", "-fvisibility=hidden")),
+    (DAEMON, "mtierd.cpp", ()),
+)
+
+
+class BuildError(RuntimeError):
+    """The library and the service could not be compiled; the message is one sentence."""
+
+
+def built(*, sanitize: bool = False) -> Path:
+    """Directory with LIBRARY and DAEMON, compiled now if the cache has none of these sources.
+
+    Args:
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, for tests.
+
+    Raises:
+        BuildError: there is no compiler, it refuses the sources, or the cache cannot be written.
+    """
+    compiler = _compiler()
+    digest = hashlib.sha256(repr((compiler, _version(compiler), _FLAGS, sanitize and _SANITIZE)).encode())
+    for source in sorted(NATIVE.iterdir()):
+        digest.update(source.read_bytes())
+    directory = cache_dir() / f"mtier-{digest.hexdigest()[:32]}"
+    if directory.is_dir():
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix="mtier-build-"))
+        try:
+            _compile(compiler, scratch, sanitize)
+            try:
+                scratch.rename(directory)
+            except OSError:
+                if not directory.is_dir():  # else another process was first, with the same result
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(
+            f"mtierd cannot be kept in {directory.parent} ({error.strerror}); name a directory that can be written in "
+            "SGLANG_XMEM_CACHE_DIR."
+        ) from None
+    return directory
+
+
+def build_into(directory: Path) -> None:
+    """Put LIBRARY and DAEMON into `directory`, each in one step as other processes see it.
+
+    Raises:
+        BuildError: as `built`, or `directory` cannot be written.
+    """
+    source = built()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (LIBRARY, DAEMON):
+            with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}-", delete=False) as file:
+                file.write((source / name).read_bytes())
+            os.chmod(file.name, 0o755)
+            os.replace(file.name, directory / name)
+    except OSError as error:
+        raise BuildError(f"{directory} cannot be written ({error.strerror}); name another directory.") from None
+
+
+def _compiler() -> str:
+    """Path of the C++ compiler: $CXX, or the first of the usual names."""
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    looked = f"CXX is {chosen!r}, which is no program" if chosen else "no C++ compiler is installed"
+    raise BuildError(f"mtierd is compiled on first use and {looked}; run apt-get install g++, or name one in CXX.")
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _compile(compiler: str, directory: Path, sanitize: bool) -> None:
+    for target, source, flags in _TARGETS:
+        command = [compiler, *_FLAGS, *flags, *(_SANITIZE if sanitize else ())]
+        command += [str(NATIVE / source), "-o", str(directory / target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            said = lines[0].strip() if lines else f"status {done.returncode}"
+            raise BuildError(f"{compiler} cannot compile {source}: {said}; name a C++17 compiler in CXX.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sglang_xmem.mtier.build", description=__doc__)
+    parser.add_argument("directory", type=Path, help=f"where {LIBRARY} and {DAEMON} go")
+    args = parser.parse_args(argv)
+    try:
+        build_into(args.directory)
+    except BuildError as error:
+        print(f"sglang_xmem: {error}", file=sys.stderr)
+        return 1
+    print(args.directory / LIBRARY)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
