@@ -87,8 +87,8 @@ def _add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
         "--hicache-xmem-tier",
         default=AUTO,
         metavar="{" + ",".join([AUTO, *tier_classes()]) + "}",
-        help="Which memory: peer is HBM of other GPUs, dram is NUMA-placed pinned host memory; auto takes the "
-        "fastest that this machine has and that can hold the pool.",
+        help="Which memory: mtier is X-Mem's banks, peer is HBM of other GPUs, dram is NUMA-placed pinned host "
+        "memory; auto takes the fastest that this machine has and that can hold the pool.",
     )
     group.add_argument(
         "--hicache-xmem-config",

@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if not args.status:
         print(f"MTIER_LIB_PATH={directory / LIBRARY}", flush=True)
-    sys.stderr.flush()
     program = str(directory / DAEMON)
-    os.execv(program, [program, *arguments])
+    return os.execv(program, [program, *arguments])
 
 
 def service_arguments(args: argparse.Namespace) -> list[str]:

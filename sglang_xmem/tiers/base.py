@@ -72,7 +72,8 @@ class MemoryTier(ABC):
     name: ClassVar[str]
     #: Order in which `auto` tries tiers, fastest first: nominal GB/s (1e9 bytes) of one direction.
     nominal_gbps: ClassVar[float]
-    locality: ClassVar[Locality]
+    #: Of the class, or of an instance where it follows from the machine.
+    locality: Locality
     #: msgspec.Struct with forbid_unknown_fields: the tier's keys in --hicache-xmem-config.
     Settings: ClassVar[type[msgspec.Struct]]
 

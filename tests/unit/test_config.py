@@ -13,7 +13,7 @@ from sglang_xmem.errors import ConfigError
 
 def test_defaults_have_every_tier() -> None:
     options = parse_options("auto", None)
-    assert set(options.tiers) == {"peer", "dram"}
+    assert set(options.tiers) == {"mtier", "peer", "dram"}
     assert options.copy.kernel == "auto"
     assert options.tiers["peer"].gpus is None
 
@@ -40,8 +40,9 @@ def test_file(tmp_path: Path) -> None:
         ("auto", "{", ["--hicache-xmem-config", "not JSON"]),
         ("auto", "[1]", ["--hicache-xmem-config", "JSON object", "[1]"]),
         ("auto", "@/does/not/exist.json", ["--hicache-xmem-config", "/does/not/exist.json", "No such file"]),
-        ("auto", '{"peers": {}}', ["unknown key 'peers'", "known keys: peer, dram, copy"]),
+        ("auto", '{"peers": {}}', ["unknown key 'peers'", "known keys: mtier, peer, dram, copy"]),
         ("auto", '{"peer": {"gpu": 1}}', ["unknown key 'gpu' in 'peer'", "known keys: gpus, stripe_mib"]),
+        ("auto", '{"mtier": {"bank": 1}}', ["unknown key 'bank' in 'mtier'", "known keys: banks"]),
         ("auto", '{"peer": {"gpus": "1"}}', ["'peer' is wrong", "gpus"]),
         ("auto", '{"peer": 1}', ["'peer' must be a JSON object"]),
         ("auto", '{"copy": {"kernel": "fast"}}', ["'copy' is wrong", "fast"]),

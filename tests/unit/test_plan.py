@@ -39,7 +39,7 @@ RANKS = Ranks(gpus=(None, None))
 
 
 def test_every_tier_file_is_found_fastest_first() -> None:
-    assert list(tier_classes()) == ["peer", "dram"]
+    assert list(tier_classes()) == ["mtier", "peer", "dram"]
 
 
 def test_auto_takes_the_fastest() -> None:

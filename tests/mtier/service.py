@@ -1,0 +1,201 @@
+"""Helpers of the tests here: a running mtierd, a client of the library by ctypes, and clients in processes of their
+own."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+GRANULE = 2 * MIB
+
+SUCCESS, FAILURE, NOT_INITIALIZED, OUT_OF_MEMORY, INVALID_ARGUMENT = 0, -1, -2, -3, -4
+SERVICE_UNAVAILABLE, SERVER_ERROR, MALLOC_ERROR = -5, -7, -8
+
+#: struct Request of native/protocol.h: magic, version, op, id, bank, reserved, size, allocation.
+REQUEST = struct.Struct("=IHHQiIQQ")
+#: The head of struct Reply: magic, version, op, id, code, text_bytes; the rest of its 72 bytes are values.
+REPLY_HEAD = struct.Struct("=IHHQiI")
+REPLY_BYTES = 72
+MAGIC = 0x5249544D
+HELLO, STATUS, BANK_STATUS, MALLOC, FREE, LOGS, RESET_ALL, REPORT = range(1, 9)
+
+
+class Daemon:
+    """A running mtierd; a context manager that leaves no process behind.
+
+    Args:
+        build: directory with the binaries.
+        socket_path: where it serves.
+        arguments: mtierd's own, such as --bank host:BYTES.
+        uid: user to run as; needs root.
+    """
+
+    def __init__(self, build: Path, socket_path: Path, arguments: Sequence[str], uid: int | None = None) -> None:
+        self.socket_path = socket_path
+        self.log_path = socket_path.with_suffix(f".{time.monotonic_ns()}.log")
+        self._program = str(build / "mtierd")
+        command = [self._program, "--socket", str(socket_path), *arguments]
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(command, stderr=log, user=uid)
+        wait_until(lambda: "serving" in self.log() or self.process.poll() is not None, 20)
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def status(self) -> dict[str, Any]:
+        command = [self._program, "--status", "--socket", str(self.socket_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return dict(json.loads(done.stdout))
+
+    def available(self, bank: int = 0) -> int:
+        return int(self.status()["banks"][bank]["available"])
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGKILL)
+
+
+class Status(ctypes.Structure):
+    _fields_ = [("status", ctypes.c_int), ("num_banks", ctypes.c_int), ("bank_size", ctypes.c_uint64)]
+
+
+class BankStatus(ctypes.Structure):
+    _fields_ = [("bank_id", ctypes.c_int), ("total_memory", ctypes.c_uint64), ("available_memory", ctypes.c_uint64)]
+
+
+class Library:
+    """The eight functions of libmtier.so, as C gives them."""
+
+    def __init__(self, path: str) -> None:
+        self.c = ctypes.CDLL(path)
+        self.c.mTierGetLastError.restype = ctypes.c_char_p
+        self.c.mTierFree.argtypes = [ctypes.c_void_p]
+        self.c.mTierMalloc.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p]
+        self.c.mTierGetLogs.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+    def init(self) -> int:
+        return int(self.c.mTierInit())
+
+    def error(self) -> str:
+        return str(self.c.mTierGetLastError().decode())
+
+    def status(self) -> tuple[int, Status]:
+        out = Status()
+        return int(self.c.mTierGetStatus(ctypes.byref(out))), out
+
+    def bank(self, bank: int) -> tuple[int, BankStatus]:
+        out = BankStatus()
+        return int(self.c.mTierGetBankStatus(bank, ctypes.byref(out))), out
+
+    def malloc(self, bank: int, nbytes: int) -> tuple[int, int]:
+        """Code and address; 0 where there is none."""
+        out = ctypes.c_void_p(0xDEAD)
+        code = int(self.c.mTierMalloc(bank, nbytes, ctypes.byref(out)))
+        return code, out.value or 0
+
+    def free(self, address: int) -> int:
+        return int(self.c.mTierFree(address))
+
+    def logs(self, nbytes: int = 1 << 16) -> tuple[int, str]:
+        buffer, used = ctypes.create_string_buffer(nbytes), ctypes.c_size_t()
+        code = int(self.c.mTierGetLogs(buffer, nbytes, ctypes.byref(used)))
+        assert code != SUCCESS or used.value == len(buffer.value)
+        return code, buffer.value.decode()
+
+    def reset_all(self) -> int:
+        return int(self.c.mTierResetAll())
+
+
+class ClientProcess:
+    """A process with the library loaded, which runs lines of Python that print what they find.
+
+    Args:
+        environment: added to this process's.
+    """
+
+    def __init__(self, build: Path, socket_path: Path, environment: dict[str, str] | None = None) -> None:
+        variables = {
+            **os.environ,
+            "MTIER_LIB_PATH": str(build / "libmtier.so"),
+            "MTIER_SOCKET": str(socket_path),
+            **(environment or {}),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
+        )
+
+    def ask(self, expression: str) -> Any:
+        """The value of a Python expression over `lib`, a Library."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(expression + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"the client ended at {expression!r} with status {self.process.wait(10)}"
+        return json.loads(line)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(20)
+
+    def close(self) -> int:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        return self.process.wait(20)
+
+    def __enter__(self) -> ClientProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> float:
+    """Seconds that it took until `condition` held."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout_s, f"this took longer than {timeout_s:g} s"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def request(
+    op: int, bank: int = 0, size: int = 0, allocation: int = 0, *, number: int = 1, version: int = 1
+) -> bytes:
+    return REQUEST.pack(MAGIC, version, op, number, bank, 0, size, allocation)
+
+
+@contextlib.contextmanager
+def daemon_environment(build: Path, socket_path: Path) -> Iterator[dict[str, str]]:
+    """What a client's environment has to hold."""
+    yield {"MTIER_LIB_PATH": str(build / "libmtier.so"), "MTIER_SOCKET": str(socket_path)}
+
+
+def _answer_lines() -> None:
+    lib = Library(os.environ["MTIER_LIB_PATH"])
+    for line in sys.stdin:
+        print(json.dumps(eval(line, {"lib": lib, "ctypes": ctypes, "os": os, "time": time})), flush=True)
+
+
+if __name__ == "__main__":
+    _answer_lines()
