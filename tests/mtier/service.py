@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,7 @@ class ClientProcess:
     """
 
     def __init__(self, build: Path, socket_path: Path, environment: dict[str, str] | None = None) -> None:
-        variables = {
-            **os.environ,
-            "MTIER_LIB_PATH": str(build / "libmtier.so"),
-            "MTIER_SOCKET": str(socket_path),
-            **(environment or {}),
-        }
+        variables = {**os.environ, **client_environment(build, socket_path), **(environment or {})}
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
         )
@@ -179,16 +174,13 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> float:
     return time.monotonic() - start
 
 
-def request(
-    op: int, bank: int = 0, size: int = 0, allocation: int = 0, *, number: int = 1, version: int = 1
-) -> bytes:
+def request(op: int, bank: int = 0, size: int = 0, allocation: int = 0, *, number: int = 1, version: int = 1) -> bytes:
     return REQUEST.pack(MAGIC, version, op, number, bank, 0, size, allocation)
 
 
-@contextlib.contextmanager
-def daemon_environment(build: Path, socket_path: Path) -> Iterator[dict[str, str]]:
+def client_environment(build: Path, socket_path: Path) -> dict[str, str]:
     """What a client's environment has to hold."""
-    yield {"MTIER_LIB_PATH": str(build / "libmtier.so"), "MTIER_SOCKET": str(socket_path)}
+    return {"MTIER_LIB_PATH": str(build / "libmtier.so"), "MTIER_SOCKET": str(socket_path)}
 
 
 def _answer_lines() -> None:
