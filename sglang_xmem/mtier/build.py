@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sglang_xmem.copies.nvrtc import cache_dir
@@ -21,8 +22,8 @@ LIBRARY = "libmtier.so"
 DAEMON = "mtierd"
 NATIVE = Path(__file__).with_name("native")
 
-_FLAGS = ("-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
-_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+_FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+_SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 #: What is made of which source, with which further flags.
 _TARGETS = (
     (LIBRARY, "libmtier.cpp", ("-shared", "-fPIC", "-fvisibility=hidden")),
@@ -104,7 +105,7 @@ def _version(compiler: str) -> str:
 
 
 def _compile(compiler: str, directory: Path, sanitize: bool) -> None:
-    for target, source, flags in _TARGETS:
+    def make(target: str, source: str, flags: tuple[str, ...]) -> None:
         command = [compiler, *_FLAGS, *flags, *(_SANITIZE if sanitize else ())]
         command += [str(NATIVE / source), "-o", str(directory / target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -112,6 +113,9 @@ def _compile(compiler: str, directory: Path, sanitize: bool) -> None:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             said = lines[0].strip() if lines else f"status {done.returncode}"
             raise BuildError(f"{compiler} cannot compile {source}: {said}; name a C++17 compiler in CXX.")
+
+    with ThreadPoolExecutor(len(_TARGETS)) as threads:
+        list(threads.map(lambda target: make(*target), _TARGETS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -96,7 +96,7 @@ class Library:
         return int(self.c.mTierInit())
 
     def error(self) -> str:
-        return str(self.c.mTierGetLastError().decode())
+        return str(self.c.mTierGetLastError().decode(errors="replace"))
 
     def status(self) -> tuple[int, Status]:
         out = Status()
@@ -118,8 +118,8 @@ class Library:
     def logs(self, nbytes: int = 1 << 16) -> tuple[int, str]:
         buffer, used = ctypes.create_string_buffer(nbytes), ctypes.c_size_t()
         code = int(self.c.mTierGetLogs(buffer, nbytes, ctypes.byref(used)))
-        assert code != SUCCESS or used.value == len(buffer.value)
-        return code, buffer.value.decode()
+        assert used.value < nbytes
+        return code, buffer.value.decode(errors="replace")
 
     def reset_all(self) -> int:
         return int(self.c.mTierResetAll())

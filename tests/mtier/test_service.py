@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -358,7 +359,8 @@ def test_another_user_is_refused(build: Path, start_daemon: StartDaemon, tmp_pat
     for directory in (tmp_path, *tmp_path.parents[:2]):
         directory.chmod(0o755)
     connect = (
-        "import socket, sys\n"
+        "import os, socket, sys\n"
+        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
         "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
         "try:\n"
         "    s.connect(sys.argv[1]); print(s.recv(9))\n"
@@ -368,7 +370,7 @@ def test_another_user_is_refused(build: Path, start_daemon: StartDaemon, tmp_pat
 
     def answer() -> str:
         command = [sys.executable, "-I", "-c", connect, str(daemon.socket_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, user=NOBODY, group=NOBODY).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     assert answer() == "PermissionError\n"
     daemon.socket_path.chmod(0o666)
@@ -406,11 +408,11 @@ def test_a_client_that_never_reads_holds_up_nobody(build: Path, start_daemon: St
         deaf.connect(str(daemon.socket_path))
         deaf.setblocking(False)
         sent = 0
-        with pytest.raises(BlockingIOError):
-            while True:
+        with contextlib.suppress(BlockingIOError):
+            while sent < 100_000:
                 deaf.send(request(MALLOC, size=1))
                 sent += 1
-        assert sent > 0
+        assert 0 < sent < 100_000
         start = time.monotonic()
         daemon.status()
         assert time.monotonic() - start < 2
@@ -459,8 +461,8 @@ def test_too_many_connections_are_refused_and_the_service_goes_on(start_daemon: 
     try:
         for _ in range(300):
             client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            client.settimeout(5)
             client.connect(str(daemon.socket_path))
+            client.settimeout(5)
             clients.append(client)
         assert clients[-1].recv(9) == b""
         clients[0].send(request(BANK_STATUS))

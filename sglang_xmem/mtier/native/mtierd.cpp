@@ -170,7 +170,7 @@ class Service {
             for (std::size_t i = 0; i < order.size(); ++i) {
                 if (entries[i + 2].revents != 0) attend(order[i], entries[i + 2].revents);
             }
-            if (entries[1].revents != 0) accept_paused = !accept_from(listener);
+            if (entries[1].revents != 0) accept_paused = !accept_all(listener);
         }
     }
 
@@ -180,9 +180,16 @@ class Service {
     using Client = std::list<Connection>::iterator;
 
     // False where the system has no descriptor left, which the next attempt at once would not change.
-    bool accept_from(int listener) {
-        int fd = ::accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd < 0) return errno != EMFILE && errno != ENFILE && errno != ENOMEM && errno != ENOBUFS;
+    bool accept_all(int listener) {
+        for (int n = 0; n < kTurn; ++n) {
+            int fd = ::accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
+            if (fd < 0) return errno != EMFILE && errno != ENFILE && errno != ENOMEM && errno != ENOBUFS;
+            admit(fd);
+        }
+        return true;
+    }
+
+    void admit(int fd) {
         ucred peer{};
         socklen_t length = sizeof(peer);
         if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0 || peer.uid != geteuid()) {
@@ -196,7 +203,6 @@ class Service {
             connections_.back().fd = fd;
             connections_.back().pid = peer.pid;
         }
-        return true;
     }
 
     void attend(Client client, short events) {

@@ -1,0 +1,286 @@
+"""Random and mutated messages: the service answers or hangs up, and serves on; so does the library with a liar.
+
+SGLANG_XMEM_FUZZ_MESSAGES sets how many messages the service gets (default 20000, on a build with AddressSanitizer and
+UndefinedBehaviorSanitizer).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import StartDaemon
+from service import (
+    HELLO,
+    MAGIC,
+    MIB,
+    REPLY_BYTES,
+    REPLY_HEAD,
+    REPORT,
+    REQUEST,
+    RESET_ALL,
+    SERVER_ERROR,
+    SUCCESS,
+    ClientProcess,
+    client_environment,
+    request,
+    wait_until,
+)
+
+from sglang_xmem.mtier.build import BuildError, built
+
+MESSAGES = int(os.environ.get("SGLANG_XMEM_FUZZ_MESSAGES", "20000"))
+SEED = int(os.environ.get("SGLANG_XMEM_FUZZ_SEED", "1"))
+#: Values at which arithmetic goes wrong.
+EDGES = (0, 1, 2, 3, 4095, 4096, 2 * MIB - 1, 2 * MIB, 64 * MIB, 64 * MIB + 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1)
+LARGEST = (2**63, 2**64 - 2 * MIB, 2**64 - 1)
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> Path:
+    try:
+        return built(sanitize=True)
+    except BuildError as error:
+        pytest.skip(f"the compiler has no sanitizers: {error}")
+
+
+class Fuzzer:
+    """A client with no manners: keeps a few connections, of which some read and some do not."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self._path = path
+        self._random = random.Random(seed)
+        self._clients: list[socket.socket] = []
+        self.answered = self.hung_up = 0
+
+    def message(self) -> bytes:
+        """A whole request with odd values, or one with bytes changed, cut off or added, or noise."""
+        r = self._random
+        whole = REQUEST.pack(
+            MAGIC if r.random() < 0.95 else r.getrandbits(32),
+            1 if r.random() < 0.95 else r.getrandbits(16),
+            r.randint(HELLO, REPORT + 1) if r.random() < 0.95 else r.getrandbits(16),
+            r.getrandbits(64),
+            r.choice((0, 0, 1, 2, -1, 2**31 - 1, -(2**31))),
+            0 if r.random() < 0.95 else r.getrandbits(32),
+            r.choice(EDGES + LARGEST) if r.random() < 0.7 else r.randrange(1, 8 * MIB),
+            r.choice(EDGES + LARGEST) if r.random() < 0.3 else r.randrange(0, 2000),
+        )
+        kind = r.random()
+        if kind < 0.6:
+            return whole
+        if kind < 0.75:
+            changed = bytearray(whole)
+            for _ in range(r.randint(1, 4)):
+                changed[r.randrange(len(changed))] = r.getrandbits(8)
+            return bytes(changed)
+        if kind < 0.85:
+            return whole[: r.randrange(0, len(whole))]
+        if kind < 0.95:
+            return whole + r.randbytes(r.choice((1, 8, 216, 217, 4096, 100_000)))
+        return r.randbytes(r.randrange(0, 300))
+
+    def step(self) -> None:
+        r = self._random
+        if not self._clients or (len(self._clients) < 8 and r.random() < 0.02):
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            client.connect(str(self._path))
+            client.setblocking(False)
+            self._clients.append(client)
+        client = r.choice(self._clients)
+        try:
+            if r.random() < 0.02:
+                with open(os.devnull, "rb") as file:
+                    socket.send_fds(client, [self.message()], [file.fileno()] * r.randint(1, 20))
+            else:
+                client.send(self.message())
+            if r.random() < 0.9:
+                self.read(client)
+            if r.random() < 0.005:
+                self._hang_up(client)
+        except BlockingIOError:  # unread answers have filled the connection
+            self._hang_up(client)
+        except OSError:
+            self.hung_up += 1
+            self._hang_up(client)
+
+    def read(self, client: socket.socket) -> None:
+        assert select.select([client], [], [], 10)[0], "the service neither answers nor hangs up"
+        answer, descriptors, _, _ = socket.recv_fds(client, 1 << 17, 4)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if not answer:
+            raise OSError("hung up")
+        magic, version, _, _, code, text_bytes = REPLY_HEAD.unpack_from(answer)
+        assert (magic, version) == (MAGIC, 1)
+        assert -8 <= code <= 0
+        assert len(answer) == REPLY_BYTES + text_bytes
+        self.answered += 1
+
+    def _hang_up(self, client: socket.socket) -> None:
+        self._clients.remove(client)
+        client.close()
+
+    def close(self) -> None:
+        for client in list(self._clients):
+            self._hang_up(client)
+
+
+def test_service_survives_hostile_messages(sanitized: Path, start_daemon: StartDaemon, build: Path) -> None:
+    banks = ["--bank", f"host:{64 * MIB}", "--bank", f"host:{32 * MIB}", "--quota", str(80 * MIB)]
+    daemon = start_daemon(*banks, binaries=sanitized)
+    descriptors = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+    fuzzer = Fuzzer(daemon.socket_path, SEED)
+    for _ in range(MESSAGES):
+        fuzzer.step()
+    fuzzer.close()
+    assert fuzzer.answered > MESSAGES // 2
+    wait_until(lambda: daemon.available(0) == 64 * MIB and daemon.available(1) == 32 * MIB, 5)
+    wait_until(lambda: len(os.listdir(f"/proc/{daemon.process.pid}/fd")) == descriptors, 5)
+    with ClientProcess(build, daemon.socket_path) as client:
+        assert client.ask("lib.init()") == SUCCESS
+        assert client.ask("lib.malloc(0, 64 << 20)[0]") == SUCCESS
+    # What the sanitizers find, leaks included, ends the process with another status.
+    assert daemon.stop() == 0, daemon.log()[-4000:]
+    assert "ERROR" not in daemon.log()
+
+
+LIBRARY_CALLS = """
+import ctypes, os, sys
+sys.path.insert(0, sys.argv[1])
+from service import *
+lib = Library(os.environ["MTIER_LIB_PATH"])
+assert lib.status()[0] == NOT_INITIALIZED
+assert lib.init() == SUCCESS
+assert lib.status()[0] == lib.bank(0)[0] == SUCCESS
+assert lib.bank(9)[0] == INVALID_ARGUMENT
+addresses = [lib.malloc(0, size)[1] for size in (1, 2 << 20, (2 << 20) + 1, 9 << 20)]
+assert all(addresses)
+for address in addresses:
+    ctypes.memset(address, 1, 1)
+assert lib.malloc(0, 1 << 40)[0] == OUT_OF_MEMORY
+assert lib.free(addresses[0]) == SUCCESS
+assert lib.free(addresses[0]) == INVALID_ARGUMENT
+for size in (1, 2, 100, 1 << 20):
+    assert lib.logs(size)[0] == SUCCESS
+pid = os.fork()
+if pid == 0:
+    code = lib.status()[0] == NOT_INITIALIZED and lib.init() == SUCCESS and lib.malloc(0, 5)[0] == SUCCESS
+    os._exit(0 if code else 1)
+assert os.waitpid(pid, 0)[1] == 0
+assert lib.reset_all() == SUCCESS
+assert lib.free(addresses[1]) == SUCCESS
+print("done")
+"""
+
+
+def test_library_under_sanitizers(sanitized: Path, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(binaries=sanitized)
+    done = run_sanitized(sanitized, daemon.socket_path, LIBRARY_CALLS)
+    assert done.stdout == "done\n", done.stderr[-4000:]
+    assert daemon.stop() == 0, daemon.log()[-4000:]
+
+
+def run_sanitized(sanitized: Path, socket_path: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with the sanitized library, whose runtime has to be the process's first."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+    path = runtime.stdout.strip()
+    if not os.path.isabs(path):
+        pytest.skip("the compiler does not say where AddressSanitizer's runtime is")
+    environment = {
+        **os.environ,
+        **client_environment(sanitized, socket_path),
+        "LD_PRELOAD": path,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "MTIER_TIMEOUT_MS": "200",
+    }
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+LIED_TO = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from service import *
+lib = Library(os.environ["MTIER_LIB_PATH"])
+codes = set()
+for _ in range(150):
+    codes.add(lib.init())
+    for code in (lib.status()[0], lib.bank(0)[0], lib.malloc(0, 1 << 20)[0], lib.logs(500)[0], lib.reset_all()):
+        codes.add(code)
+        assert -8 <= code <= 0
+print(sorted(codes))
+"""
+
+
+def test_library_survives_a_lying_service(sanitized: Path, tmp_path: Path) -> None:
+    """Replies with random values, of wrong sizes, with files that are too small, twice or not at all."""
+    r = random.Random(SEED)
+    path = tmp_path / "liar.sock"
+    small = os.memfd_create("small")
+    os.ftruncate(small, 4096)
+
+    def lie(op: int, number: int) -> bytes:
+        text = r.randbytes(r.choice((0, 0, 5, 3000)))
+        claimed = len(text) if r.random() < 0.8 else r.getrandbits(32)
+        code = 0 if r.random() < 0.8 else r.randint(-20, 20)
+        head = REPLY_HEAD.pack(MAGIC, 1, op, number if r.random() < 0.9 else r.getrandbits(64), code, claimed)
+        values = struct.pack(
+            "=iI5Q", r.randint(-2, 2), r.choice((0, 1, 1, 1, 2)), *(r.choice(EDGES + LARGEST) for _ in range(5))
+        )
+        message = head + values + text
+        return message if r.random() < 0.9 else message[: r.randrange(len(message))]
+
+    def serve(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            while message := client.recv(1000):
+                op, number = REQUEST.unpack(message)[2:4]
+                if op == HELLO and r.random() < 0.9:
+                    client.send(REPLY_HEAD.pack(MAGIC, 1, op, number, 0, 0) + bytes(REPLY_BYTES - REPLY_HEAD.size))
+                    continue
+                if r.random() < 0.02:
+                    return
+                descriptors = [small] * r.choice((0, 1, 1, 3))
+                for _ in range(r.choice((1, 1, 1, 1, 2))):
+                    socket.send_fds(client, [lie(op, number)], descriptors)
+
+    def listen(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        threading.Thread(target=listen, args=(listener,), daemon=True).start()
+        done = run_sanitized(sanitized, path, LIED_TO)
+        listener.shutdown(socket.SHUT_RDWR)
+    os.close(small)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert str(SERVER_ERROR) in done.stdout
+
+
+def test_reset_by_one_client_between_another_s_calls(sanitized: Path, start_daemon: StartDaemon, build: Path) -> None:
+    daemon = start_daemon(binaries=sanitized)
+    with (
+        ClientProcess(build, daemon.socket_path) as client,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other,
+    ):
+        other.connect(str(daemon.socket_path))
+        assert client.ask("lib.init()") == SUCCESS
+        for _ in range(20):
+            assert client.ask("[setattr(lib, 'p', lib.malloc(0, 1)), lib.p[0]][1]") == SUCCESS
+            other.send(request(RESET_ALL))
+            other.recv(1 << 17)
+            assert client.ask("lib.free(lib.p[1])") == SUCCESS
+    assert daemon.available() == 64 * MIB
+    assert daemon.stop() == 0, daemon.log()[-4000:]
