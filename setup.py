@@ -17,7 +17,18 @@ setup(
     install_requires=["msgspec>=0.18", "psutil", "nvidia-ml-py>=12", "cuda-bindings>=13.0", "py-libnuma==1.2"],
     extras_require={
         "sglang": ["sglang==0.5.23"],
-        "dev": ["pytest>=8", "hypothesis>=6", "nvidia-cuda-nvrtc>=13,<14", "ruff==0.14.5", "mypy==1.18.2", "requests"],
+        # Framed tables and progress bars, and plots; benchmarks run without them too.
+        "bench": ["rich>=13", "matplotlib>=3.8"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "nvidia-cuda-nvrtc>=13,<14",
+            "ruff==0.14.5",
+            "mypy==1.18.2",
+            "requests",
+            "rich>=13",
+            "matplotlib>=3.8",
+        ],
     },
     entry_points={
         "sglang.srt.plugins": ["sglang_xmem = sglang_xmem.plugin:register"],

@@ -20,7 +20,6 @@ from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.runs import EnginePlan, Measurement, Results, Sample
 from sglang_xmem.bench.server import ServerClient
 from sglang_xmem.bench.workloads import Agents, Prompt
-from sglang_xmem.errors import ConfigError
 
 SERVER = "server"
 
@@ -232,6 +231,3 @@ def summarize(samples: list[Sample], backend: str, agents: Agents) -> list[dict[
             row.update(seconds=round(seconds, 3), tokens_per_s=round(tokens / seconds, 2))
         rows.append({**row, "samples_unproven": 0})
     return rows
-
-
-__all__ = ["ConfigError", "add_arguments", "run"]

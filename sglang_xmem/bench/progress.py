@@ -53,7 +53,8 @@ class Progress:
     def engine_done(self) -> None:
         """All steps of the engine count as done, whatever it has done."""
         self._done = self._engine_end
-        self._show(self._engine)
+        if self._bar is not None:
+            self._show(self._engine)
 
     def step(self, doing: str, count: int = 1) -> None:
         """So many steps more are done."""

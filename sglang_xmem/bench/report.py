@@ -32,6 +32,8 @@ COLOURS = {
     "recompute": "#888888",
 }
 FLOOR_AND_CEILING = ("hbm", "recompute")
+#: Where lines lie on each other, another marker shows both.
+MARKERS = {"stock": "s", "peer": "^", "mtier": "D", "server": "v"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -406,8 +408,9 @@ def _style(backend: str) -> dict[str, Any]:
     return {
         "color": COLOURS.get(backend, "#666666"),
         "linestyle": "--" if dashed else "-",
-        "marker": None if dashed else "o",
-        "markersize": 4,
+        "marker": None if dashed else MARKERS.get(backend, "o"),
+        "markersize": 6 if backend == "stock" else 5,
+        "markerfacecolor": "none" if backend == "stock" else COLOURS.get(backend, "#666666"),
         "label": label.get(backend, backend),
     }
 
@@ -440,7 +443,7 @@ def _plot_ttft(rows: list[Row]) -> Any:
     axis.set_xlabel("prompt tokens")
     axis.set_ylabel("time to first token, ms")
     axis.set_title(f"TTFT of a hit, {rows[0].get('shape', '')}: median, min to max", fontsize=11)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left")
     return figure
 
 

@@ -23,8 +23,10 @@ from sglang_xmem.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_engine_arguments(parser, "hbm,stock,dram,peer,recompute")
-    parser.add_argument("--size", default=None, help="prompt length in tokens; default 16K, with --shape tiny 512")
-    parser.add_argument("--hit-ratios", default="0,50,80,90,100", help="percent of a prompt that hits, comma-separated")
+    parser.add_argument("--size", default=None, help="prompt length in tokens; default 16K, with --shape tiny 256")
+    parser.add_argument(
+        "--hit-ratios", default=None, help="percent that hits; default 0,50,80,90,100, with --quick 0,50,100"
+    )
     parser.add_argument("--concurrency", default=None, help="requests at once; default 1,4,8, with --quick 2")
     parser.add_argument("--output-tokens", type=int, default=None, help="of each request; default 16, with --quick 4")
     parser.add_argument(
@@ -115,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
     tiny = args.model is None and args.shape == "tiny"
     levels = [runs.parse_tokens(level) for level in (args.concurrency or ("2" if args.quick else "1,4,8")).split(",")]
     workload = Workload(
-        size=runs.parse_tokens(args.size or ("512" if tiny else "16K")),
-        ratios=parse_ratios(args.hit_ratios),
+        size=runs.parse_tokens(args.size or ("256" if tiny else "16K")),
+        ratios=parse_ratios(args.hit_ratios or ("0,50,100" if args.quick else "0,50,80,90,100")),
         levels=sorted(set(levels)),
         output_tokens=args.output_tokens or (4 if args.quick else 16),
         requests=args.requests or 2 * max(levels),
