@@ -132,7 +132,7 @@ def _plans(args: argparse.Namespace, agents: Agents) -> tuple[list[EnginePlan], 
         if args.on_gpu and "disable_decode_cuda_graph" not in args.engine_options:
             # Answers are decoded as in production.
             engine.pop("disable_decode_cuda_graph")
-            engine["cuda_graph_max_bs"] = agents.agents
+            engine["cuda_graph_max_bs_decode"] = agents.agents
     return [EnginePlan(name, engine, agents.agents * agents.turns) for name, engine in options.items()], device
 
 

@@ -419,9 +419,18 @@ def _backends(rows: Sequence[Row]) -> list[str]:
     return sorted({row["backend"] for row in rows}, key=_order)
 
 
-def _plot_ttft(rows: list[Row]) -> Any:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def _log_ms(axis: Any) -> None:
+    """TTFT on a logarithmic scale with plain numbers, also over less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_ylabel("time to first token, ms")
+
+
+def _plot_ttft(rows: list[Row]) -> Any:
     rows = [row for row in rows if row["ttft_ms"]["p50"] is not None]
     figure, (axis,) = _figure(7, 4.5)
     for backend in _backends(rows):
@@ -434,14 +443,11 @@ def _plot_ttft(rows: list[Row]) -> Any:
         errors += [[row["ttft_ms"]["max"] - p50 for p50, row in zip(y, mine, strict=True)]]
         axis.errorbar(x, y, yerr=errors, capsize=2, elinewidth=1, **style)
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     sizes = sorted({row["prompt_tokens"] for row in rows})
     axis.set_xticks(sizes, [tokens_label(size) for size in sizes])
-    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.minorticks_off()
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _log_ms(axis)
     axis.set_xlabel("prompt tokens")
-    axis.set_ylabel("time to first token, ms")
     axis.set_title(f"TTFT of a hit, {rows[0].get('shape', '')}: median, min to max", fontsize=11)
     axis.legend(frameon=False, loc="upper left")
     return figure
@@ -488,9 +494,8 @@ def _plot_multiturn(rows: list[Row]) -> Any:
         tail = {**style, "linestyle": ":", "marker": None, "label": f"{style['label']}, p90"}
         axis.plot(x, [row["ttft_ms"]["p90"] for row in mine], **tail)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_yscale("log")
+    _log_ms(axis)
     axis.set_xlabel("turn")
-    axis.set_ylabel("time to first token, ms")
     axis.set_title(f"{rows[0]['agents']} agents, TTFT by turn, {rows[0].get('shape', '')}: median and p90", fontsize=11)
     axis.legend(frameon=False)
     return figure

@@ -98,7 +98,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str) -> None
     model.add_argument("--model", help="path of a model to run with its weights")
     parser.add_argument("--page-size", type=int, default=None, help="tokens; default 64, with --shape tiny 16")
     parser.add_argument("--tp-size", type=int, default=1)
-    parser.add_argument("--hicache-size", type=int, default=0, help="GB a rank; 0: what the workload needs, and a half")
+    parser.add_argument("--hicache-size", type=int, default=0, help="GB a rank; 0: what the workload needs, and some")
     parser.add_argument("--stock-layout", default="layer_first", choices=["layer_first", "page_first"])
     parser.add_argument("--attention-backend", default=None)
     parser.add_argument("--xmem-config", default=None, help="--hicache-xmem-config of the tier engines")

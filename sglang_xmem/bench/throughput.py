@@ -23,7 +23,7 @@ from sglang_xmem.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_engine_arguments(parser, "hbm,stock,dram,peer,recompute")
-    parser.add_argument("--size", default=None, help="prompt length in tokens; default 16K, with --shape tiny 256")
+    parser.add_argument("--size", default=None, help="prompt length in tokens; default 8K, with --shape tiny 256")
     parser.add_argument(
         "--hit-ratios", default=None, help="percent that hits; default 0,50,80,90,100, with --quick 0,50,100"
     )
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     tiny = args.model is None and args.shape == "tiny"
     levels = [runs.parse_tokens(level) for level in (args.concurrency or ("2" if args.quick else "1,4,8")).split(",")]
     workload = Workload(
-        size=runs.parse_tokens(args.size or ("256" if tiny else "16K")),
+        size=runs.parse_tokens(args.size or ("256" if tiny else "8K")),
         ratios=parse_ratios(args.hit_ratios or ("0,50,100" if args.quick else "0,50,80,90,100")),
         levels=sorted(set(levels)),
         output_tokens=args.output_tokens or (4 if args.quick else 16),
@@ -157,7 +157,7 @@ def _engine(args: argparse.Namespace, workload: Workload, backend: str) -> dict[
     """Keywords of sgl.Engine; refuses what cannot fit."""
     pooled = runs.has_pool(backend)
     needed = workload.pool_tokens + args.page_size
-    size_gb = args.hicache_size or sizing.hicache_gb(needed * 3 // 2, args.kv)
+    size_gb = args.hicache_size or sizing.hicache_gb(needed * 5 // 4, args.kv)
     sizing.check_fits(
         prompt_tokens=workload.size,
         output_tokens=workload.output_tokens,
@@ -181,7 +181,7 @@ def _engine(args: argparse.Namespace, workload: Workload, backend: str) -> dict[
     if args.on_gpu and "disable_decode_cuda_graph" not in args.engine_options:
         # Several tokens of output at once are decoded as in production.
         options.pop("disable_decode_cuda_graph")
-        options["cuda_graph_max_bs"] = max(workload.levels)
+        options["cuda_graph_max_bs_decode"] = max(workload.levels)
     return {**options, **args.engine_options}
 
 

@@ -141,7 +141,11 @@ def _plans(args: argparse.Namespace, replay: Replay) -> tuple[list[EnginePlan], 
         size_gb = args.hicache_size
     else:
         # All of the trace, if host memory has room for that; a cache that is too small is a result too.
-        room_gb = max(1, int(sizing.available_host_bytes() // 10**9) * 8 // 10 // args.tp_size)
+        room = sizing.available_host_bytes()
+        memory = runs.gpu_bytes() if args.on_gpu else None
+        if memory is not None and not all(runs.in_host_memory(name) for name in args.names if runs.has_pool(name)):
+            room = min(room, memory * args.tp_size)  # one peer for each rank
+        room_gb = max(1, room * 8 // 10 // 10**9 // args.tp_size)
         size_gb = min(sizing.hicache_gb(workloads.distinct_tokens(replay.requests) * 3 // 2, args.kv), room_gb)
     plans = []
     for backend in args.names:
