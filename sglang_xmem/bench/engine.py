@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +72,18 @@ class EngineGone(RuntimeError):
     def __init__(self, message: str, log: str = "") -> None:
         super().__init__(message)
         self.log = log
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that ask; an interrupt does not wait for them. Those end with the engine, which fails what they ask."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 class RequestFailed(RuntimeError):
@@ -273,7 +285,9 @@ class EngineProcess:
 
     def log(self) -> str:
         """What the engine wrote so far."""
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        with contextlib.suppress(OSError):  # the folder goes with the engine
+            return self._log.read_text(encoding="utf-8", errors="replace")
+        return ""
 
     def ask(self, prompt: Prompt, max_new_tokens: int = 1) -> Answer:
         """One request; nothing else runs beside it, except between `concurrent`'s begin and end."""
@@ -348,6 +362,7 @@ class EngineProcess:
                     self._process.wait(0.5)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
+        self._reader.join(10)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

@@ -11,11 +11,10 @@ import argparse
 import random
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sglang_xmem.bench import runs, sizing, stats
-from sglang_xmem.bench.engine import EngineGone, RequestFailed
+from sglang_xmem.bench.engine import EngineGone, RequestFailed, threads
 from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.runs import EnginePlan, Measurement, Results, Sample
 from sglang_xmem.bench.server import ServerClient
@@ -151,6 +150,7 @@ def run_server(
         except (EngineGone, RequestFailed) as error:
             problem, status = str(error), 1
         except KeyboardInterrupt:
+            client.stopped = True
             problem, status = "interrupted", runs.INTERRUPTED
         results.write(rows(plan, measurement.samples, plan.backend), plan.backend, 0, complete=problem is None)
     if problem:
@@ -170,7 +170,7 @@ def warm_up(engine: Any, agents: Agents, page: int) -> None:
 
 def measure(engine: Any, agents: Agents, measurement: Measurement) -> None:
     """All agents at once, each with its turns one after another."""
-    with engine.concurrent(), ThreadPoolExecutor(agents.agents) as pool:
+    with engine.concurrent(), threads(agents.agents) as pool:
         start = time.perf_counter()
 
         def work(agent: int) -> None:

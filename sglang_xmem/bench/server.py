@@ -27,6 +27,8 @@ class ServerClient:
     """
 
     tier: str | None = None
+    #: Set to fail whatever is asked from now on.
+    stopped = False
 
     def __init__(self, url: str, vocab: int, timeout_s: float) -> None:
         parts = urllib.parse.urlsplit(url)
@@ -49,6 +51,8 @@ class ServerClient:
 
     def ask(self, prompt: Prompt, max_new_tokens: int = 1) -> Answer:
         """One request."""
+        if self.stopped:
+            raise EngineGone("the run was interrupted")
         body = json.dumps(
             {"input_ids": self._tokens(prompt), "sampling_params": sampling(max_new_tokens), "stream": True}
         )

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_xmem.bench import runs, sizing, stats
+from sglang_xmem.bench.engine import threads
 from sglang_xmem.bench.runs import HBM, RECOMPUTE, EnginePlan, Measurement, Results, Sample
 from sglang_xmem.bench.workloads import Drawn, Prompt
 from sglang_xmem.errors import ConfigError
@@ -218,7 +218,7 @@ def ask_all(engine: Any, prompts: Sequence[Prompt], level: int, output_tokens: i
     """Ask for all, `level` at once; answers in the order of prompts."""
     if not prompts:
         return []
-    with ThreadPoolExecutor(level) as pool:
+    with threads(level) as pool:
         return list(pool.map(lambda prompt: engine.ask(prompt, output_tokens), prompts))
 
 

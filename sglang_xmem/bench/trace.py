@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +178,7 @@ def measure(engine: Any, replay: Replay, measurement: Measurement) -> None:
     """Send every request at its time, or as soon as there is room."""
     # At the trace's times nothing but the engine may hold a request back.
     threads = replay.concurrency if replay.speed is None else max(1, min(len(replay.requests), 1024))
-    with engine.concurrent(), ThreadPoolExecutor(threads) as pool:
+    with engine.concurrent(), threads(threads) as pool:
         start = time.perf_counter()
 
         def send(request: TraceRequest, due_s: float | None) -> None:

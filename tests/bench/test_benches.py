@@ -115,20 +115,26 @@ def test_timeout(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert "longer than --timeout 2 s" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("sent", "arguments"),
+    [
+        (signal.SIGINT, ["ttft", "--sizes", "64,128", "--rounds", "50"]),
+        (signal.SIGTERM, ["multiturn", "--turns", "50", "--think", "0.2"]),
+    ],
+)
+def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arguments: list[str]) -> None:
     output = tmp_path / "rows.jsonl"
     code = (
         f"import sys; from sglang_xmem.bench import engine; engine.WORKER = (sys.executable, {str(FAKE_WORKER)!r})\n"
-        f"from sglang_xmem import cli; sys.exit(cli.main(['bench', 'ttft', '--shape', 'tiny', '--backends', 'dram',"
-        f" '--sizes', '64,128', '--rounds', '50', '--quick', '--no-plots', '--output', {str(output)!r}]))"
+        f"from sglang_xmem import cli; sys.exit(cli.main(['bench', *{arguments!r}, '--shape', 'tiny',"
+        f" '--backends', 'dram', '--quick', '--no-plots', '--output', {str(output)!r}]))"
     )
     root = str(Path(cli.__file__).resolve().parents[1])
     environment = {**os.environ, "FAKE_ENGINE": '{"seconds": 0.02}', "PYTHONPATH": root}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
     time.sleep(5)
     process.send_signal(sent)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=10)
     assert process.returncode == 130
     assert "interrupted" in err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
