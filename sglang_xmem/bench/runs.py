@@ -125,6 +125,7 @@ def settle(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: one sentence.
     """
+    args.names = parse_backends(args.backends)
     args.on_gpu = has_gpu()
     args.scratch = tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_")  # lives as long as args
     tiny = args.model is None and args.shape == "tiny"
@@ -132,7 +133,6 @@ def settle(args: argparse.Namespace) -> None:
         raise ConfigError(f"this machine has no GPU, which --shape {args.shape} needs; use --shape tiny.")
     if args.page_size is None:
         args.page_size = 16 if tiny else 64
-    args.names = parse_backends(args.backends)
     try:
         args.engine_options = json.loads(args.engine_args)
         if not isinstance(args.engine_options, dict):

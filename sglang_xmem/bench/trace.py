@@ -177,8 +177,8 @@ def _plans(args: argparse.Namespace, replay: Replay) -> tuple[list[EnginePlan], 
 def measure(engine: Any, replay: Replay, measurement: Measurement) -> None:
     """Send every request at its time, or as soon as there is room."""
     # At the trace's times nothing but the engine may hold a request back.
-    threads = replay.concurrency if replay.speed is None else max(1, min(len(replay.requests), 1024))
-    with engine.concurrent(), threads(threads) as pool:
+    count = replay.concurrency if replay.speed is None else max(1, min(len(replay.requests), 1024))
+    with engine.concurrent(), threads(count) as pool:
         start = time.perf_counter()
 
         def send(request: TraceRequest, due_s: float | None) -> None:

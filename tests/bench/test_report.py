@@ -221,7 +221,7 @@ def test_documented_commands_parse(command: str) -> None:
     else:
         sys.path.insert(0, str(ROOT / "scripts"))
         arguments = importlib.import_module("kvcache_benchmark").command(words[2:])
-    assert cli.make_parser().parse_args(arguments).run
+    assert cli.parser().parse_args(arguments).run
 
 
 def test_names_of_the_predecessors() -> None:
