@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_xmem.bench import multiturn, runs, sizing, stats, workloads
+from sglang_xmem.bench.engine import threads
 from sglang_xmem.bench.runs import EnginePlan, Measurement, Results, Sample
 from sglang_xmem.bench.workloads import Prompt, TraceRequest
 from sglang_xmem.errors import ConfigError
