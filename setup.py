@@ -23,7 +23,18 @@ setup(
         "sglang": ["sglang==0.5.23"],
         # pip would replace torch for its metadata; --no-deps is enough where SGLang is installed.
         "xmem": ["xmem-mtier==0.1.2"],
-        "dev": ["pytest>=8", "hypothesis>=6", "nvidia-cuda-nvrtc>=13,<14", "ruff==0.14.5", "mypy==1.18.2", "requests"],
+        # Framed tables and progress bars, and plots; benchmarks run without them too.
+        "bench": ["rich>=13", "matplotlib>=3.8"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "nvidia-cuda-nvrtc>=13,<14",
+            "ruff==0.14.5",
+            "mypy==1.18.2",
+            "requests",
+            "rich>=13",
+            "matplotlib>=3.8",
+        ],
     },
     entry_points={
         "sglang.srt.plugins": ["sglang_xmem = sglang_xmem.plugin:register"],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sglang_xmem.bench import copy, roundtrip, ttft
+from sglang_xmem.bench import compare, copy, multiturn, report, roundtrip, throughput, trace, ttft
+from sglang_xmem.errors import ConfigError
 from sglang_xmem.mtier import daemon
 
 
@@ -15,9 +16,14 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
     for name, module, purpose in (
+        ("ttft", ttft, "time to first token of hits, by backend and prompt length"),
+        ("throughput", throughput, "tokens/s by hit ratio and concurrency"),
+        ("multiturn", multiturn, "agents with growing shared context, TTFT by turn"),
+        ("trace", trace, "a recorded trace of requests, replayed"),
         ("copy", copy, "page copies against the link's contiguous copies"),
         ("roundtrip", roundtrip, "a whole pool through a tier and back, byte by byte"),
-        ("ttft", ttft, "time to first token of hits, by backend and prompt length"),
+        ("report", report, "table, CSV and plots of results"),
+        ("compare", compare, "what changed between two results"),
     ):
         command = bench.add_parser(name, help=purpose, description=module.__doc__)
         module.add_arguments(command)
@@ -30,7 +36,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return int(args.run(args))
+    try:
+        return int(args.run(args))
+    except ConfigError as error:
+        print(f"sglang-xmem: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,235 +2,290 @@
 
 Wall time of `generate` with one output token. Each backend is an engine in its own process, on the same prompts. A
 sample counts as a hit of the tier only where SGLang's `cached_tokens_details` says so; the others are counted and
-shown. Results are appended to a JSON Lines file, a row a backend and prompt length, after each engine.
+shown, and too many fail the run. The floor (`hbm`, a hit in the GPU's own pool) and the ceiling (`recompute`) are
+measured in every engine; named alone they get one of stock SGLang without HiCache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_xmem.bench import environment, shapes
+from sglang_xmem.bench import runs, sizing, stats
+from sglang_xmem.bench.runs import HBM, RECOMPUTE, EnginePlan, Measurement, Results, Sample
+from sglang_xmem.bench.workloads import Prompt
+from sglang_xmem.errors import ConfigError
 
-#: Backends that are an engine of their own. `hbm` and `recompute` are measured in each of these.
-ENGINES = ("stock", "dram", "peer")
+FILLER_TOKENS = 8192
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backends", default="stock,dram,peer", help="engines to run: " + ",".join(ENGINES))
-    parser.add_argument("--sizes", default="10K,40K,80K", help="prompt lengths in tokens; K is 1024")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--shape", choices=sorted(shapes.SHAPES), default="qwen3-30b-a3b", help="dummy weights")
-    model.add_argument("--model", help="path of a model to run with its weights")
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each hit")
-    parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--tp-size", type=int, default=1)
-    parser.add_argument("--hicache-size", type=int, default=0, help="GB a rank; 0: what the prompts need, and a half")
-    parser.add_argument("--stock-layout", default="layer_first", choices=["layer_first", "page_first"])
-    parser.add_argument("--attention-backend", default=None)
-    parser.add_argument("--xmem-config", default=None, help="--hicache-xmem-config of the tier engines")
-    parser.add_argument("--engine-args", default="{}", help="JSON object of further sgl.Engine keywords")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=900, help="seconds an engine may take")
-    parser.add_argument("--output", type=Path, default=Path("ttft.jsonl"), help="JSON Lines file to append to")
+    runs.add_engine_arguments(parser, "hbm,stock,dram,peer,recompute")
+    parser.add_argument(
+        "--sizes",
+        default=None,
+        help="prompt lengths in tokens, K is 1024; default 10K,40K,80K, with --shape tiny 256,1K",
+    )
+    parser.add_argument("--rounds", type=int, default=None, help="samples of each hit; default 5, with --quick 2")
+    parser.add_argument("--passes", type=int, default=1, help="runs of each engine; every other one in reverse order")
+    parser.add_argument("--output-tokens", type=int, default=16, help="tokens that are compared")
+    parser.add_argument(
+        "--link-gbps",
+        default=None,
+        help="what a backend's link carries: peer=354,dram=55.4 in GB/s, or a copy.jsonl of bench copy; shows the "
+        "share of the link and how much of the transfer hid behind compute",
+    )
+    runs.add_output_arguments(parser, "ttft")
 
 
 def run(args: argparse.Namespace) -> int:
-    sizes = sorted(parse_tokens(text) for text in args.sizes.split(","))
-    backends = args.backends.split(",")
-    for backend in backends:
-        if backend not in ENGINES:
-            raise SystemExit(f"--backends {backend}: choose from {', '.join(ENGINES)}.")
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-    about = environment.describe()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    about_path = args.output.with_name(f"{args.output.stem}.runs.jsonl")
-    with about_path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"bench": "ttft", "run": run_id, **about}) + "\n")
-    failed = False
-    with tempfile.TemporaryDirectory() as folder:
-        for backend in backends:
-            spec = engine_spec(args, backend, sizes, Path(folder))
-            status, samples, seconds = run_engine(spec, Path(folder), backend, args.timeout)
-            rows = summarize(samples, backend, run_id, args)
-            with args.output.open("a", encoding="utf-8") as file:
-                for row in rows:
-                    file.write(json.dumps(row) + "\n")
-            for row in rows:
-                show(row)
-            bad = [row for row in rows if not row["outputs_equal"] or not row["samples"]]
-            print(f"{backend}: engine status {status}, {seconds:.0f} s", file=sys.stderr, flush=True)
-            failed = failed or status != 0 or bool(bad) or not rows
-    return 1 if failed else 0
-
-
-def parse_tokens(text: str) -> int:
-    """`80K` is 81920 tokens."""
-    text = text.strip()
-    return int(text[:-1]) * 1024 if text[-1:] in "kK" else int(text)
-
-
-def engine_spec(args: argparse.Namespace, backend: str, sizes: list[int], folder: Path) -> dict[str, Any]:
-    """Everything that an engine's process needs, pool sizes included."""
-    gpu = _has_gpu()
-    config = shapes.SHAPES[args.shape] if args.model is None else _model_config(Path(args.model))
-    model = args.model or str(shapes.write_shape(args.shape, folder))
-    filler = 8192 if max(sizes) > 8192 else max(sizes)
-    # One prompt of the largest size fits beside a page or two of others; so a flood of as much evicts it.
-    max_total = -(-(max(sizes) + filler) // args.page_size) * args.page_size
-    engine: dict[str, Any] = {
-        "model_path": model,
-        "skip_tokenizer_init": True,
-        "page_size": args.page_size,
-        "tp_size": args.tp_size,
-        "max_total_tokens": max_total,
-        "max_running_requests": 4,
-        "context_length": max_total,
-        "chunked_prefill_size": 8192,
-        "random_seed": args.seed,
-        "log_level": "info",
-        "enable_hierarchical_cache": True,
-        "hicache_write_policy": "write_through",
-        "hicache_io_backend": "kernel",
-        "enable_cache_report": True,
-    }
-    if args.model is None:
-        engine["load_format"] = "dummy"
-    if gpu:
-        engine.update(attention_backend=args.attention_backend or "flashinfer", disable_decode_cuda_graph=True)
-        engine.update(cuda_graph_max_bs_prefill=256)
-    else:
-        engine.update(device="cpu", attention_backend="torch_native", sampling_backend="pytorch", dtype="bfloat16")
-        engine.update(disable_overlap_schedule=True)
-    needed_tokens = sum(sizes) + 2 * max_total + 4 * filler
-    token_bytes = shapes.kv_bytes_per_token(config) // args.tp_size
-    engine["hicache_size"] = args.hicache_size or max(1, -(-needed_tokens * token_bytes * 3 // (2 * 10**9)))
-    if backend == "stock":
-        engine["hicache_mem_layout"] = args.stock_layout
-    else:
-        engine.update(hicache_use_xmem=True, hicache_xmem_tier=backend, hicache_mem_layout="layer_first")
-        if args.xmem_config:
-            engine["hicache_xmem_config"] = args.xmem_config
-    engine.update(json.loads(args.engine_args))
-    return {
-        "engine": engine,
-        "sizes": sizes,
-        "filler_tokens": filler,
-        "vocab": config["vocab_size"],
-        "rounds": args.rounds,
-        "seed": args.seed,
-        "tier": True,
-        "output_tokens": 16,
-        "settle_s": 2.0 if gpu else 0.5,
-        "samples": str(folder / f"{backend}.samples.jsonl"),
-    }
-
-
-def run_engine(
-    spec: dict[str, Any], folder: Path, backend: str, timeout: float
-) -> tuple[int, list[dict[str, Any]], float]:
-    """Run one engine's process; what it has measured counts even where it fails."""
-    path = folder / f"{backend}.spec.json"
-    path.write_text(json.dumps(spec))
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sglang_xmem.bench.ttft_engine", str(path)],
-        stdout=sys.stderr,
-        start_new_session=True,
-        env={**os.environ, **({} if _has_gpu() else {"SGLANG_USE_CPU_ENGINE": "1"})},
+    runs.settle(args)
+    tiny = args.model is None and args.shape == "tiny"
+    sizes = sorted(
+        {runs.parse_tokens(text) for text in (args.sizes or ("256,1K" if tiny else "10K,40K,80K")).split(",")}
     )
-    try:
-        status = process.wait(timeout)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-        _end_session(process)
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        status = 124
-    finally:
-        _end_session(process)
-    samples_path = Path(spec["samples"])
-    lines = samples_path.read_text().splitlines() if samples_path.exists() else []
-    return status, [json.loads(line) for line in lines], time.monotonic() - start
+    rounds = args.rounds or (2 if args.quick else 5)
+    links = link_gbps(args.link_gbps)
+    workload = Workload(sizes, rounds, args.page_size, args.output_tokens, args.seed, args.quick, args.on_gpu)
+    # The floor and the ceiling come with every engine; alone they need one.
+    engines = [name for name in args.names if name not in (HBM, RECOMPUTE)] or [HBM]
+    options = {name: _engine(args, workload, name) for name in engines}
+    plans = [
+        EnginePlan(name, options[name], workload.steps, sequence)
+        for sequence in range(args.passes)
+        for name in (engines if sequence % 2 == 0 else reversed(engines))
+    ]
+    settings = runs.parameters(args, sizes=sizes, rounds=rounds, output_tokens=args.output_tokens)
+    results = Results("ttft", args, settings)
+    outputs = _Outputs()
+
+    def measure_engine(engine: Any, plan: EnginePlan, measurement: Measurement) -> None:
+        measure(engine, workload, measurement, tier=runs.has_pool(plan.backend))
+
+    def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
+        about = {"shape": args.model or args.shape, "page_size": args.page_size, "tp_size": args.tp_size}
+        found = [{**row, **about} for row in summarize(samples, name, args.kv.bytes, links)]
+        return [outputs.compare(row, samples, plan.backend) for row in found]
+
+    def check(row: dict[str, Any]) -> str | None:
+        at = f"{row['backend']} at {row['prompt_tokens']} tokens"
+        if not row["outputs_equal"]:
+            return f"{at}: the outputs differ from those of the first, uncached request"
+        wrong = runs.unproven(row, args.max_unproven)
+        return wrong and f"{at}: {wrong}"
+
+    return runs.run_engines(args, plans, results, measure_engine, rows, check)
 
 
-def _end_session(process: subprocess.Popen[bytes]) -> None:
-    """End the engine's own session: its ranks too, nobody else's processes."""
-    import signal
-    from contextlib import suppress
+class Workload:
+    """What is asked of each engine.
 
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, sent)
-            time.sleep(0.5)
+    Args:
+        sizes: prompt lengths, ascending.
+        rounds: samples of each hit.
+        page: tokens.
+        output_tokens: that are compared.
+        seed: of the prompts.
+        quick: warm up once in place of three times.
+        on_gpu: whether writes to the tier are asynchronous and long.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], rounds: int, page: int, output_tokens: int, seed: int, quick: bool, on_gpu: bool
+    ) -> None:
+        self.sizes, self.rounds, self.page, self.output_tokens = sizes, rounds, page, output_tokens
+        self.warm_ups = 1 if quick else 3
+        self.settle_s = 2.0 if on_gpu else 0.5
+        self.filler_tokens = min(FILLER_TOKENS, max(sizes))
+        # One prompt of the largest size fits beside a page or two of others; so a flood of as much evicts it.
+        self.device_tokens = sizing.pages_up(max(max(sizes) + self.filler_tokens, max(sizes) + output_tokens), page)
+        self.prompts = {size: Prompt.drawn(f"{seed} prompt {size}", size) for size in sizes}
+        count = -(-self.device_tokens // self.filler_tokens) + 1
+        self.fillers = [Prompt.drawn(f"{seed} filler {index}", self.filler_tokens) for index in range(count)]
+
+    @property
+    def steps(self) -> int:
+        """Answers that progress counts."""
+        return self.warm_ups + len(self.sizes) + self.rounds * len(self.sizes)
+
+    @property
+    def pool_tokens(self) -> int:
+        """What HiCache's pool has to hold so that nothing that is asked again falls out."""
+        kept = [size + self.output_tokens for size in self.sizes] + [self.filler_tokens + 1] * len(self.fillers)
+        return sum(sizing.pages_up(tokens, self.page) for tokens in kept)
+
+    @property
+    def generous_tokens(self) -> int:
+        """The pool's default size before it is half as much again."""
+        return sum(self.sizes) + 2 * self.device_tokens + 4 * self.filler_tokens
 
 
-def summarize(
-    samples: list[dict[str, Any]], backend: str, run_id: str, args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """A row for each backend and prompt length; unproven samples are counted, not used."""
+def _engine(args: argparse.Namespace, workload: Workload, backend: str) -> dict[str, Any]:
+    """Keywords of sgl.Engine; refuses what cannot fit."""
+    pooled = runs.has_pool(backend)
+    size_gb = args.hicache_size or max(1, -(-workload.generous_tokens * args.kv.rank_bytes * 3 // (2 * 10**9)))
+    sizing.check_fits(
+        prompt_tokens=max(workload.sizes),
+        output_tokens=workload.output_tokens,
+        device_tokens=workload.device_tokens,
+        host_tokens_needed=workload.pool_tokens if pooled else 0,
+        hicache_size_gb=size_gb,
+        shape=args.kv,
+        page=args.page_size,
+        max_context=args.config.get("max_position_embeddings"),
+        in_host_memory=runs.in_host_memory(backend),
+        gpu_bytes=runs.gpu_bytes() if args.on_gpu else None,
+    )
+    return runs.engine_options(
+        args,
+        backend,
+        device_tokens=workload.device_tokens,
+        context_tokens=workload.device_tokens,
+        hicache_gb=size_gb,
+        running=4,
+    )
+
+
+def measure(engine: Any, workload: Workload, measurement: Measurement, tier: bool) -> None:
+    """Ask every prompt cold, then in rounds from the tier and from HBM.
+
+    A flood between samples pushes the prompt out of the GPU's pool. It asks for prompts that are in the tier
+    themselves, which takes a fraction of the time that prefilling new ones would.
+    """
+    page = workload.page
+    for index in range(workload.warm_ups):  # kernels of every batch shape that follows, compiled and loaded
+        for length in (page * 2, workload.filler_tokens):
+            for _ in range(2):
+                engine.ask(Prompt.drawn(f"warm up {index}", length), 4)
+        measurement.step("warming up")
+    reference: dict[int, list[int]] = {}
+    for size in workload.sizes:
+        answer = engine.ask(workload.prompts[size])
+        reference[size] = engine.ask(workload.prompts[size], workload.output_tokens).output
+        proven = answer.device + answer.host <= page
+        measurement.add(kind=RECOMPUTE, prompt_tokens=size, proven=proven, reference=reference[size], **_sample(answer))
+        measurement.step(f"{size} tokens, first time")
+    engine.flood(workload.fillers)
+    engine.settle(workload.settle_s)  # write-through to the tier ends in the background
+    for round_number in range(workload.rounds):
+        for size in workload.sizes:
+            prompt = workload.prompts[size]
+            if tier:
+                engine.flood(workload.fillers)
+                answer = engine.ask(prompt)
+                check = engine.ask(prompt, workload.output_tokens)
+                measurement.add(
+                    kind="tier",
+                    prompt_tokens=size,
+                    # The last page is always computed again: its last token's logits are what the answer needs.
+                    proven=answer.host >= size - 2 * page and answer.device <= page,
+                    outputs_equal=check.output == reference[size] and check.output[:1] == answer.output,
+                    **_sample(answer),
+                )
+            else:
+                engine.ask(prompt)
+            answer = engine.ask(prompt)
+            measurement.add(
+                kind=HBM,
+                prompt_tokens=size,
+                proven=answer.device >= size - 2 * page,
+                outputs_equal=answer.output == reference[size][:1],
+                **_sample(answer),
+            )
+            measurement.step(f"{size} tokens, round {round_number + 1} of {workload.rounds}")
+
+
+def _sample(answer: Any) -> dict[str, Any]:
+    return {"ms": answer.ttft_ms, "device": answer.device, "host": answer.host}
+
+
+def summarize(samples: list[Sample], backend: str, token_bytes: int, links: dict[str, float]) -> list[dict[str, Any]]:
+    """A row for each kind of hit and prompt length; unproven samples are counted, not used."""
     rows = []
-    for kind, label in (("recompute", "recompute"), ("hbm", "hbm"), ("tier", backend)):
+    hbm_ms: dict[int, float] = {}
+    for kind, label in ((RECOMPUTE, RECOMPUTE), (HBM, HBM), ("tier", backend)):
         of_kind = [s for s in samples if s["kind"] == kind]
         for size in sorted({s["prompt_tokens"] for s in of_kind}):
             here = [s for s in of_kind if s["prompt_tokens"] == size]
-            proven = [s for s in here if s.get("proven", True)]
+            proven = [s for s in here if s["proven"]]
             times = [s["ms"] for s in proven]
-            rows.append(
-                {
-                    "bench": "ttft",
-                    "run": run_id,
-                    "backend": label,
-                    "engine": backend,
-                    "prompt_tokens": size,
-                    "ttft_ms": {
-                        "p50": round(statistics.median(times), 3) if times else None,
-                        "min": round(min(times), 3) if times else None,
-                        "max": round(max(times), 3) if times else None,
-                    },
-                    "hits": {key: min(s[key] for s in proven) if proven else 0 for key in ("device", "host")},
-                    "outputs_equal": all(s.get("outputs_equal", True) for s in here),
-                    "samples": len(proven),
-                    "samples_unproven": len(here) - len(proven),
-                    "all_ms": [round(s["ms"], 3) for s in proven],
-                    "shape": args.model or args.shape,
-                    "page_size": args.page_size,
-                    "tp_size": args.tp_size,
-                }
-            )
+            row: dict[str, Any] = {
+                "backend": label,
+                "prompt_tokens": size,
+                "ttft_ms": stats.summary(times),
+                "hits": {key: min(s[key] for s in proven) if proven else 0 for key in ("device", "host")},
+                "outputs_equal": all(s.get("outputs_equal", True) for s in here),
+                "samples": len(proven),
+                "samples_unproven": len(here) - len(proven),
+                "all_ms": [round(ms, 3) for ms in times],
+            }
+            if kind == HBM and times:
+                hbm_ms[size] = stats.percentile(times, 50)
+            if kind == "tier" and times:
+                row.update(_transfer(row, token_bytes, links.get(label), hbm_ms.get(size)))
+            rows.append(row)
     return rows
 
 
-def show(row: dict[str, Any]) -> None:
-    """One line of the table, on stdout."""
-    ttft = row["ttft_ms"]
-    print(
-        f"{row['backend']:>10} {row['prompt_tokens']:>7} tokens  p50 {ttft['p50']} ms  ({ttft['min']} - {ttft['max']})"
-        f"  device {row['hits']['device']} host {row['hits']['host']}"
-        f"  equal {row['outputs_equal']}  unproven {row['samples_unproven']}  [{row['engine']}]",
-        flush=True,
-    )
+def _transfer(row: dict[str, Any], token_bytes: int, link: float | None, hbm_ms: float | None) -> dict[str, Any]:
+    """Bytes that a hit moved, the rate that its TTFT amounts to, and what that is of the link's."""
+    moved = row["hits"]["host"] * token_bytes
+    p50 = row["ttft_ms"]["p50"]
+    found: dict[str, Any] = {"kv_bytes": moved, "gbps": round(stats.gbps(moved, p50), 3)}
+    if link:
+        found.update(link_gbps=link, link_share=round(stats.gbps(moved, p50) / link, 4))
+        if hbm_ms is not None and moved:
+            found["transfer_hidden"] = round(stats.transfer_hidden(p50, hbm_ms, moved, link), 4)
+    return found
 
 
-def _has_gpu() -> bool:
-    from sglang_xmem import gpus
-    from sglang_xmem.errors import TierUnavailable
+class _Outputs:
+    """Answers to the same uncached prompts, compared from engine to engine.
 
-    try:
-        return len(gpus.visible_gpus()) > 0
-    except TierUnavailable:
-        return False
+    Within an engine every hit has to give what the uncached request gave; so this is the comparison across backends.
+    A difference is shown and does not fail the run: it says that two engines compute differently, hits or not.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[str, list[int]]] = {}
+
+    def compare(self, row: dict[str, Any], samples: list[Sample], engine: str) -> dict[str, Any]:
+        size = row["prompt_tokens"]
+        mine = next((s["reference"] for s in samples if s["kind"] == RECOMPUTE and s["prompt_tokens"] == size), None)
+        if mine is None:
+            return row
+        first_engine, first = self._first.setdefault(size, (engine, mine))
+        return {**row, "outputs_compared_with": first_engine, "outputs_equal_across": mine == first}
 
 
-def _model_config(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((path / "config.json").read_text())
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    return config
+def link_gbps(text: str | None) -> dict[str, float]:
+    """GB/s of each backend's link, from `peer=354,dram=55.4` or from the contiguous copies in a copy.jsonl.
+
+    Raises:
+        ConfigError: neither of these.
+    """
+    if not text:
+        return {}
+    if "=" in text:
+        try:
+            links = {name.strip(): float(value) for name, value in (pair.split("=") for pair in text.split(","))}
+        except ValueError:
+            links = {}
+        if not links or any(rate <= 0 for rate in links.values()):
+            raise ConfigError(f"--link-gbps {text} is not a list of rates; give one such as peer=354,dram=55.4.")
+    else:
+        try:
+            copies = [json.loads(line) for line in Path(text).read_text().splitlines() if line.strip()]
+        except (OSError, ValueError):
+            raise ConfigError(f"--link-gbps {text} is not a readable copy.jsonl; give one of bench copy.") from None
+        links = {}
+        for path, name in (("peer_load", "peer"), ("host_load", "dram")):
+            rates = [row["contiguous_gbps"] for row in copies if row.get("path") == path and "contiguous_gbps" in row]
+            if rates:
+                links[name] = max(rates)
+    if "dram" in links:
+        links.setdefault("stock", links["dram"])
+    return links

@@ -1,0 +1,256 @@
+"""What the benchmarks ask: prompts that are the same in every process, agents' conversations and recorded traces.
+
+A prompt is a list of parts. A part is either drawn from a seed, so that it travels as a few bytes and equal seeds give
+equal tokens everywhere, or given as tokens (what a model answered).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_xmem.errors import ConfigError
+
+#: The lowest ids of most vocabularies are special tokens.
+FIRST_TOKEN = 3
+#: Tokens of one hash id in Mooncake's traces (kvcache-ai/Mooncake, FAST25-release/traces).
+TRACE_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """`count` tokens drawn from `seed`; a smaller count gives a prefix of a larger one's."""
+
+    seed: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """These tokens."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Parts in order; equal leading parts are a common prefix."""
+
+    parts: tuple[Drawn | Given, ...]
+
+    @staticmethod
+    def drawn(seed: str, count: int) -> Prompt:
+        """A prompt of one drawn part."""
+        return Prompt((Drawn(seed, count),))
+
+    def then(self, *parts: Drawn | Given) -> Prompt:
+        """This prompt with more behind it; empty parts are left out."""
+        kept = [part for part in parts if (part.count if isinstance(part, Drawn) else len(part.ids))]
+        return Prompt((*self.parts, *kept))
+
+    def __len__(self) -> int:
+        return sum(part.count if isinstance(part, Drawn) else len(part.ids) for part in self.parts)
+
+    def to_json(self) -> list[Any]:
+        """For a line of the worker's protocol: [seed, count] a drawn part, [[ids]] a given one."""
+        return [[p.seed, p.count] if isinstance(p, Drawn) else [list(p.ids)] for p in self.parts]
+
+    @staticmethod
+    def from_json(parts: list[Any]) -> Prompt:
+        """The inverse of `to_json`."""
+        return Prompt(tuple(Drawn(p[0], p[1]) if len(p) == 2 else Given(tuple(p[0])) for p in parts))
+
+
+class Materializer:
+    """Turns prompts into token ids and keeps the drawn parts that were used last.
+
+    Args:
+        vocab: ids are below this.
+        kept_tokens: how many tokens of drawn parts are kept.
+    """
+
+    def __init__(self, vocab: int, kept_tokens: int = 4_000_000) -> None:
+        self._ids = range(FIRST_TOKEN, vocab)
+        self._kept_tokens = kept_tokens
+        self._kept: OrderedDict[Drawn, list[int]] = OrderedDict()
+        self._size = 0
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        ids: list[int] = []
+        for part in prompt.parts:
+            ids += self._draw(part) if isinstance(part, Drawn) else part.ids
+        return ids
+
+    def _draw(self, part: Drawn) -> list[int]:
+        found = self._kept.get(part)
+        if found is None:
+            found = random.Random(part.seed).choices(self._ids, k=part.count)
+            self._kept[part] = found
+            self._size += part.count
+            while self._size > self._kept_tokens and len(self._kept) > 1:
+                self._size -= self._kept.popitem(last=False)[0].count
+        self._kept.move_to_end(part)
+        return found
+
+
+# ---- agents ----
+
+
+@dataclass(frozen=True)
+class Agents:
+    """Agents that work on contexts of their own behind one system prompt.
+
+    Attributes:
+        agents: how many, all at work at once.
+        turns: requests of each, one after another.
+        system_tokens: prompt that all share.
+        context_tokens: what an agent brings along in its first turn (files, documents).
+        turn_tokens: what each further turn adds, beside the answer before it.
+        output_tokens: length of each answer.
+        think_s: mean time between an answer and the next turn; each is drawn from 0.5 to 1.5 times this.
+        seed: equal seeds give equal agents.
+    """
+
+    agents: int
+    turns: int
+    system_tokens: int
+    context_tokens: int
+    turn_tokens: int
+    output_tokens: int
+    think_s: float
+    seed: int
+
+    def first(self, agent: int) -> Prompt:
+        """An agent's first prompt."""
+        system = Drawn(f"{self.seed} system", self.system_tokens)
+        return Prompt(()).then(system, Drawn(f"{self.seed} context {agent}", self.context_tokens))
+
+    def following(self, prompt: Prompt, answer: Sequence[int], agent: int, turn: int) -> Prompt:
+        """The prompt of `turn` (from 1), with the one before and its answer as prefix."""
+        return prompt.then(Given(tuple(answer)), Drawn(f"{self.seed} turn {turn} {agent}", self.turn_tokens))
+
+    def think(self, agent: int, turn: int) -> float:
+        """Seconds before `turn`."""
+        return self.think_s * random.Random(f"{self.seed} think {turn} {agent}").uniform(0.5, 1.5)
+
+    def prompt_tokens(self, turn: int) -> int:
+        """Length of the prompt of `turn`, from 0."""
+        return self.system_tokens + self.context_tokens + turn * (self.output_tokens + self.turn_tokens)
+
+    @property
+    def final_tokens(self) -> int:
+        """An agent's context after its last answer."""
+        return self.prompt_tokens(self.turns - 1) + self.output_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """KV cache of all agents' final contexts, the system prompt once."""
+        return self.system_tokens + self.agents * (self.final_tokens - self.system_tokens)
+
+
+# ---- traces ----
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """One line of a trace: when it came (s from the trace's start), what it asked, how much was answered."""
+
+    arrival_s: float
+    prompt: Prompt
+    output_tokens: int
+
+
+def read_trace(
+    path: Path,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    max_output: int | None = None,
+    block_tokens: int = TRACE_BLOCK_TOKENS,
+) -> list[TraceRequest]:
+    """Read a trace in Mooncake's format: `timestamp` (ms), `input_length`, `output_length` (tokens), `hash_ids`.
+
+    Each id stands for a block of tokens, equal ids for equal ones; ids become tokens drawn from the id.
+
+    Args:
+        path: JSON Lines file.
+        seed: with another, the same ids become other tokens.
+        limit: the first so many requests.
+        max_tokens: longer prompts are cut at their end, so that shared prefixes stay.
+        max_output: longer answers are cut.
+        block_tokens: tokens of one id.
+
+    Raises:
+        ConfigError: the file is missing, or a line is not of that format.
+    """
+    requests: list[TraceRequest] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"the trace {path} cannot be read: {error.strerror}.") from None
+    for number, line in enumerate(lines, 1):
+        if limit is not None and len(requests) >= limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            arrival_s = float(entry["timestamp"]) / 1e3
+            length, output = int(entry["input_length"]), int(entry["output_length"])
+            ids = list(entry["hash_ids"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"line {number} of {path} is not a request of a Mooncake trace; give JSON objects with timestamp, "
+                "input_length, output_length and hash_ids."
+            ) from None
+        if length < 1 or output < 0 or len(ids) * block_tokens < length:
+            raise ConfigError(
+                f"line {number} of {path} has {len(ids)} hash_ids of {block_tokens} tokens for a prompt of {length}; "
+                "give one id a block (--block-tokens)."
+            )
+        length = min(length, max_tokens or length)
+        output = min(max(output, 1), max_output or max(output, 1))
+        parts = tuple(_blocks(ids, length, block_tokens, seed))
+        requests.append(TraceRequest(arrival_s, Prompt(parts), output))
+    if not requests:
+        raise ConfigError(f"the trace {path} has no requests.")
+    first = min(request.arrival_s for request in requests)
+    requests = [TraceRequest(r.arrival_s - first, r.prompt, r.output_tokens) for r in requests]
+    return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def _blocks(ids: list[Any], length: int, block_tokens: int, seed: int) -> Iterator[Drawn]:
+    for index, block in enumerate(ids):
+        count = min(block_tokens, length - index * block_tokens)
+        if count <= 0:
+            return
+        yield Drawn(f"{seed} block {block}", count)
+
+
+def reusable_tokens(requests: Sequence[TraceRequest]) -> int:
+    """Prompt tokens that a cache without limits would hold already, by whole blocks seen before as a prefix."""
+    seen: set[tuple[Drawn | Given, ...]] = set()
+    reusable = 0
+    for request in requests:
+        prefix: tuple[Drawn | Given, ...] = ()
+        unbroken = True
+        for part in request.prompt.parts:
+            # A hash of the prefix and the part: tuples of all parts would take memory with the square of the length.
+            prefix = (Drawn(str(hash(prefix)), 0), part)
+            unbroken = unbroken and prefix in seen
+            if unbroken:
+                reusable += part.count if isinstance(part, Drawn) else len(part.ids)
+            seen.add(prefix)
+    return reusable
+
+
+def distinct_tokens(requests: Sequence[TraceRequest]) -> int:
+    """Tokens of KV cache that the whole trace fills in a cache without limits, answers included."""
+    total = sum(len(request.prompt) + request.output_tokens for request in requests)
+    return total - reusable_tokens(requests)

@@ -1,0 +1,93 @@
+"""A worker of `sglang_xmem.bench.engine` without SGLang: the real protocol over an engine that only keeps books.
+
+Prompts are cached by pages in a device pool and a host pool, least recently used out first. FAKE_ENGINE in the
+environment, a JSON object, makes it misbehave: {"crash_after": asks, "no_host": true, "wrong_output": true, ...}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from sglang_xmem.bench import engine as bench_engine
+
+#: Runs `sglang-xmem bench ...`: exit status and all rows of its output file. The fixture is in conftest.py.
+Bench = Callable[..., tuple[int, list[dict[str, Any]]]]
+FAKE_WORKER = Path(__file__)
+HOW = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
+
+
+class FakeEngine:
+    """What the worker uses of sgl.Engine."""
+
+    def __init__(self, **options: Any) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.page = options["page_size"]
+        self.asks = 0
+        self.name = options.get("hicache_xmem_tier", "stock")
+        self.device: OrderedDict[int, None] = OrderedDict()
+        self.host: OrderedDict[int, None] = OrderedDict()
+        self.radix = not options.get("disable_radix_cache", False)
+        self.pooled = options.get("enable_hierarchical_cache", False)
+        self.device_pages = options.get("max_total_tokens", 1 << 20) // self.page
+        print("what SGLang prints to stdout", flush=True)
+        if options.get("hicache_use_xmem"):
+            tier = "dram" if self.name == "auto" else self.name
+            print(f"sglang_xmem: tier={tier} pool=1.00 GB", file=sys.stderr, flush=True)
+        if "starts" in HOW.get("log", {}):
+            with open(HOW["log"]["starts"], "a", encoding="utf-8") as file:
+                file.write(f"{self.name}\n")
+
+    def shutdown(self) -> None:
+        self.loop.close()
+
+    def generate(self, input_ids: list[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
+        self.asks += 1
+        if self.asks > HOW.get("crash_after", 1 << 60) and self.name in HOW.get("crash_in", [self.name]):
+            print("sglang_xmem: the fake engine gives up", file=sys.stderr, flush=True)
+            os._exit(9)
+        time.sleep(HOW.get("seconds", 0.0))
+        whole = (len(input_ids) - 1) // self.page
+        keys = [hash(tuple(input_ids[: (i + 1) * self.page])) for i in range(len(input_ids) // self.page)]
+        device = host = 0
+        for key in keys[:whole] if self.radix else []:
+            if key in self.device and host == 0:
+                device += 1
+            elif key in self.host and self.pooled and not HOW.get("no_host"):
+                host += 1
+            else:
+                break
+        for key in keys:
+            for pool, limit in ((self.device, self.device_pages), (self.host, 1 << 60)):
+                pool[key] = None
+                pool.move_to_end(key)
+                while len(pool) > limit:
+                    pool.popitem(last=False)
+        seed = sum(input_ids) + (host if HOW.get("wrong_output") else 0)
+        output = [(seed + i) % 1000 for i in range(sampling_params["max_new_tokens"])]
+        details = {"device": device * self.page, "host": host * self.page} if device + host else None
+        return {"output_ids": output, "meta_info": {"cached_tokens_details": details}}
+
+    async def async_generate(
+        self, input_ids: list[int], sampling_params: dict[str, Any], stream: bool
+    ) -> AsyncIterator[dict[str, Any]]:
+        assert stream
+        reply = self.generate(input_ids, sampling_params)
+
+        async def pieces() -> AsyncIterator[dict[str, Any]]:
+            for count in range(1, len(reply["output_ids"]) + 1):
+                await asyncio.sleep(0)
+                yield {**reply, "output_ids": reply["output_ids"][:count]}
+
+        return pieces()
+
+
+if __name__ == "__main__":
+    bench_engine.main(FakeEngine)

@@ -1,0 +1,320 @@
+"""The engine benchmarks over the fake worker: rows, proofs, refusals, crashes, interrupts and resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_worker import FAKE_WORKER, Bench, FakeEngine
+
+from sglang_xmem import cli
+from sglang_xmem.bench import runs, sizing, ttft
+from sglang_xmem.bench.sizing import KVShape
+from sglang_xmem.errors import ConfigError
+
+TTFT = ("ttft", "--sizes", "64,128", "--rounds", "2", "--quick")
+
+
+def test_ttft_rows(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, rows = bench(*TTFT, "--backends", "hbm,stock,dram,recompute", "--link-gbps", "dram=10")
+    assert status == 0
+    assert {(row["engine"], row["backend"]) for row in rows} == {
+        (engine, backend) for engine in ("stock", "dram") for backend in ("hbm", "recompute", engine)
+    }
+    for row in rows:
+        assert {"bench", "run", "backend", "prompt_tokens", "ttft_ms", "hits", "outputs_equal"} <= set(row)
+        assert row["complete"]
+        assert row["outputs_equal_across"]
+        assert row["samples_unproven"] == 0
+        whole = row["prompt_tokens"] - 16
+        expected = {"hbm": {"device": whole, "host": 0}, "recompute": {"device": 0, "host": 0}}
+        assert row["hits"] == expected.get(row["backend"], {"device": 0, "host": whole})
+        if row["backend"] == "dram":
+            # Tiny: 2 (K and V) x 4 layers x 2 heads x 64 x 2 bytes = 2048 a token.
+            assert row["kv_bytes"] == whole * 2048
+            assert row["gbps"] == pytest.approx(row["kv_bytes"] / row["ttft_ms"]["p50"] / 1e6, abs=1e-3)
+            assert 0 <= row["transfer_hidden"] <= 1
+    out = capsys.readouterr().out
+    assert "TTFT of a hit" in out
+    about = json.loads((tmp_path / "rows.runs.jsonl").read_text())
+    assert about["run"] == rows[0]["run"]
+    assert {"commit", "command", "versions", "settings"} <= set(about)
+    for suffix in ("csv", "png", "svg"):
+        assert (tmp_path / f"rows.{suffix}").stat().st_size > 100
+
+
+def test_ttft_floor_alone_needs_no_hicache(bench: Bench) -> None:
+    status, rows = bench(*TTFT, "--backends", "hbm,recompute", "--no-plots")
+    assert status == 0
+    assert {row["backend"] for row in rows} == {"hbm", "recompute"}
+    assert {row["engine"] for row in rows} == {"hbm"}
+
+
+def test_ttft_passes_alternate(bench: Bench) -> None:
+    _, rows = bench(*TTFT, "--backends", "stock,dram", "--passes", "2", "--no-plots")
+    order = list(dict.fromkeys((row["engine"], row["pass"]) for row in rows))
+    assert order == [("stock", 0), ("dram", 0), ("dram", 1), ("stock", 1)]
+
+
+def test_ttft_auto_says_its_tier(bench: Bench) -> None:
+    _, rows = bench(*TTFT, "--backends", "auto", "--no-plots")
+    assert {row["backend"] for row in rows if row["engine"] == "auto"} == {"hbm", "recompute", "dram"}
+
+
+def test_unproven_hits_fail(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    status, rows = bench(*TTFT, "--backends", "dram", "--no-plots", how={"no_host": True})
+    assert status == 1
+    tier = [row for row in rows if row["backend"] == "dram"]
+    assert [(row["samples"], row["samples_unproven"]) for row in tier] == [(0, 2), (0, 2)]
+    assert all(row["ttft_ms"]["p50"] is None for row in tier)
+    assert "has proof of its hit" in capsys.readouterr().err
+
+
+def test_wrong_outputs_fail(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _ = bench(*TTFT, "--backends", "dram", "--no-plots", how={"wrong_output": True})
+    assert status == 1
+    assert "outputs differ" in capsys.readouterr().err
+
+
+def test_crash_leaves_what_is_done_and_resume_does_the_rest(
+    bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = (*TTFT, "--backends", "stock,dram", "--no-plots")
+    starts = {"starts": str(tmp_path / "starts")}
+    status, rows = bench(*arguments, how={"crash_after": 12, "crash_in": ["dram"], "log": starts})
+    assert status == 1
+    assert {row["engine"] for row in rows if row["complete"]} == {"stock"}
+    assert {row["engine"] for row in rows if not row["complete"]} == {"dram"}
+    err = capsys.readouterr().err
+    assert "ended with status 9" in err
+    assert "the fake engine gives up" in err
+    status, rows = bench(*arguments, "--resume", how={"log": starts})
+    assert status == 0
+    assert len({row["run"] for row in rows}) == 1
+    assert {row["engine"] for row in rows if row["complete"]} == {"stock", "dram"}
+    assert (tmp_path / "starts").read_text().split() == ["stock", "dram", "dram"]
+    # The failed engine's rows stay in the file and out of the table.
+    table = capsys.readouterr().out
+    assert sum(line.split()[:2] == ["dram", "64"] for line in table.splitlines()) == 1
+    status, more = bench(*arguments, "--resume", "--seed", "1")
+    assert len({row["run"] for row in more}) == 2  # other parameters: a run of its own
+
+
+def test_timeout(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _ = bench(*TTFT, "--backends", "dram", "--no-plots", "--timeout", "2", how={"seconds": 1.0})
+    assert status == 1
+    assert "longer than --timeout 2 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sent", "arguments"),
+    [
+        (signal.SIGINT, ["ttft", "--sizes", "64,128", "--rounds", "50"]),
+        (signal.SIGTERM, ["multiturn", "--turns", "50", "--think", "0.2"]),
+    ],
+)
+def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arguments: list[str]) -> None:
+    output = tmp_path / "rows.jsonl"
+    code = (
+        f"import sys; from sglang_xmem.bench import engine; engine.WORKER = (sys.executable, {str(FAKE_WORKER)!r})\n"
+        f"from sglang_xmem import cli; sys.exit(cli.main(['bench', *{arguments!r}, '--shape', 'tiny',"
+        f" '--backends', 'dram', '--quick', '--no-plots', '--output', {str(output)!r}]))"
+    )
+    root = str(Path(cli.__file__).resolve().parents[1])
+    environment = {**os.environ, "FAKE_ENGINE": '{"seconds": 0.02}', "PYTHONPATH": root}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    time.sleep(5)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows
+    assert not any(row["complete"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("ttft", "--backends", "dram", "--sizes", "80K"), "longer than the model's context of 16384"),
+        (("ttft", "--backends", "nvme"), "choose from hbm, peer"),
+        (("ttft", "--backends", ""), "empty"),
+        (("ttft", "--sizes", "none"), "not a number of tokens"),
+        (("ttft", "--engine-args", "[]"), "not a JSON object"),
+        (("ttft", "--link-gbps", "dram=fast"), "not a list of rates"),
+        (("ttft", "--link-gbps", "/nowhere"), "not a readable copy"),
+        (("throughput", "--hit-ratios", "0,101"), "not percentages"),
+        (("throughput", "--size", "8K", "--concurrency", "400", "--hicache-size", "1"), "use --hicache-size"),
+        (("multiturn", "--device-tokens", "64"), "does not fit into a KV pool"),
+        (("multiturn", "--url", "nowhere"), "is not an address"),
+        (("multiturn", "--url", "http://127.0.0.1:9"), "no server answers"),
+        (("trace", "/nowhere.jsonl"), "cannot be read"),
+        (("trace", "/nowhere.jsonl", "--speed", "-1"), "not a speed"),
+    ],
+)
+def test_refused_before_it_runs(
+    bench: Bench, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], sentence: str
+) -> None:
+    status, rows = bench(*arguments)
+    assert status == 2
+    assert rows == []
+    err = capsys.readouterr().err.strip()
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+    assert err.endswith(".")
+
+
+def test_shape_without_gpu_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "ttft"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_sizing_is_sglangs() -> None:
+    qwen = KVShape.of({"num_hidden_layers": 48, "num_key_value_heads": 4, "head_dim": 128, "torch_dtype": "bfloat16"})
+    assert qwen.rank_bytes == 98304
+    # "tier=peer pool=60.00 GB (610368 tokens)" is what SGLang made of --hicache-size 60, its padding page included.
+    assert sizing.host_pool_tokens(60, qwen, 64) + 64 == 610368
+    assert sizing.hicache_gb(610304, qwen) == 60
+    tp8 = KVShape.of({"num_hidden_layers": 48, "num_key_value_heads": 4, "head_dim": 128}, tp_size=8)
+    assert tp8.rank_bytes == 98304 // 4  # heads are replicated
+    assert KVShape.of({**vars(qwen), "num_hidden_layers": 2, "num_key_value_heads": 1}, 1, "fp8_e4m3").itemsize == 1
+
+
+def test_throughput(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    status, rows = bench(
+        "throughput",
+        "--size",
+        "128",
+        "--hit-ratios",
+        "0,50,80,90,100",
+        "--concurrency",
+        "1,2",
+        "--quick",
+        "--backends",
+        "hbm,stock,dram,recompute",
+    )
+    assert status == 0, capsys.readouterr().err
+    cells = {(row["backend"], row["hit_ratio"], row["concurrency"]) for row in rows}
+    ratios = (0.0, 0.5, 0.8, 0.9, 1.0)
+    assert cells == {(b, r, c) for b in ("hbm", "stock", "dram") for r in ratios for c in (1, 2)} | {
+        ("recompute", 0.0, 1),
+        ("recompute", 0.0, 2),
+    }
+    for row in rows:
+        assert row["samples_unproven"] == 0
+        assert row["min"] <= row["tokens_per_s"] <= row["max"]
+        hit = int(128 * row["hit_ratio"]) // 16 * 16
+        assert hit - 16 <= row["measured_hit_ratio"] * 128 <= hit + 0.1
+        assert row["hits"]["device" if row["backend"] == "hbm" else "host"] in (hit, hit - 16)
+
+
+def test_throughput_unproven_hits_fail(bench: Bench) -> None:
+    arguments = ("throughput", "--size", "128", "--quick", "--backends", "dram", "--hit-ratios", "100", "--no-plots")
+    status, rows = bench(*arguments, how={"no_host": True})
+    assert status == 1
+    assert rows[0]["samples"] == 0
+
+
+MULTITURN = ("multiturn", "--quick", "--think", "0.01", "--no-plots")
+
+
+def test_multiturn(bench: Bench) -> None:
+    status, rows = bench(*MULTITURN, "--backends", "stock,dram", "--device-tokens", "1K")
+    assert status == 0
+    for backend in ("stock", "dram"):
+        mine = {row["turn"]: row for row in rows if row["backend"] == backend}
+        assert list(mine) == [0, 1, 2, None]
+        assert [mine[turn]["prompt_tokens"] for turn in range(3)] == [384, 464, 544]
+        # A turn finds all of the turns before it, wherever that lies by now.
+        assert mine[1]["hit_ratio"]["total"] == pytest.approx(384 / 464, abs=0.04)
+        assert mine[2]["hit_ratio"]["total"] == pytest.approx(464 / 544, abs=0.04)
+        assert mine[None]["hits"]["host"] > 0
+        assert mine[None]["samples"] == 9
+        assert set(mine[None]["ttft_ms"]) >= {"p50", "p90", "p99", "min", "max"}
+
+
+def test_multiturn_and_trace_against_a_server(bench: Bench, tmp_path: Path) -> None:
+    engine = FakeEngine(page_size=16, max_total_tokens=1024, enable_hierarchical_cache=True)
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert body["stream"]
+            with lock:
+                reply = engine.generate(body["input_ids"], body["sampling_params"])
+            self.send_response(200)
+            self.end_headers()
+            for count in range(1, len(reply["output_ids"]) + 1):
+                piece = {**reply, "output_ids": reply["output_ids"][:count]}
+                self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        status, rows = bench(*MULTITURN, "--url", url, "--vocab", "1000")
+        assert status == 0
+        assert {row["backend"] for row in rows} == {"server"}
+        assert rows[-1]["hit_ratio"]["total"] > 0.4
+        path = tmp_path / "trace.jsonl"
+        line = {"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [1, 2]}
+        path.write_text(f"{json.dumps(line)}\n" * 3)
+        status, rows = bench("trace", str(path), "--url", url, "--speed", "max", "--no-plots")
+        assert status == 0
+        assert rows[-1]["samples"] == 3
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_trace(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    lines = [
+        {"timestamp": 400 * i, "input_length": 1000, "output_length": 50, "hash_ids": [0, 1 + i % 2]} for i in range(4)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, rows = bench("trace", str(path), "--backends", "dram", "--speed", "2", "--no-plots")
+    assert status == 0
+    (row,) = rows
+    assert row["samples"] == 4
+    assert row["output_tokens"] == 4 * 8  # tiny cuts answers
+    assert row["ideal_hit_ratio"] == pytest.approx((512 + 1000 + 1000) / 4000, abs=1e-3)
+    assert row["hit_ratio"]["total"] == pytest.approx(row["ideal_hit_ratio"], abs=0.02)
+    assert 0.6 <= row["seconds"] < 1.2  # 1.2 s of the trace at twice its speed
+    status, rows = bench("trace", str(path), "--backends", "dram", "--speed", "max", "--limit", "2", "--no-plots")
+    assert status == 0
+    assert rows[-1]["samples"] == 2
+
+
+def test_tokens_and_backends() -> None:
+    assert [runs.parse_tokens(text) for text in ("512", "80K", " 1k ")] == [512, 81920, 1024]
+    assert runs.parse_backends("dram, stock,dram") == ["dram", "stock"]
+    with pytest.raises(ConfigError):
+        runs.parse_tokens("0")
+
+
+def test_links_from_copy_results(tmp_path: Path) -> None:
+    path = tmp_path / "copy.jsonl"
+    rows = [{"path": "peer_load", "contiguous_gbps": 350.0}, {"path": "peer_load", "contiguous_gbps": 354.0}]
+    rows += [{"path": "host_load", "contiguous_gbps": 55.4}, {"path": "host_store", "waived": "no GPU"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ttft.link_gbps(str(path)) == {"peer": 354.0, "dram": 55.4, "stock": 55.4}

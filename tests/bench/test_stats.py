@@ -1,0 +1,66 @@
+"""Statistics against known values and properties."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_xmem.bench import stats
+
+VALUES = st.lists(st.floats(0.001, 1e6), min_size=1, max_size=60)
+
+
+@pytest.mark.parametrize(
+    ("percent", "expected"),
+    [(0, 1.0), (25, 1.75), (50, 2.5), (90, 3.7), (100, 4.0)],
+)
+def test_percentile_known(percent: float, expected: float) -> None:
+    assert stats.percentile([4.0, 1.0, 3.0, 2.0], percent) == pytest.approx(expected)
+
+
+@given(VALUES, st.floats(0, 100))
+def test_percentile_is_numpys(values: list[float], percent: float) -> None:
+    assert stats.percentile(values, percent) == pytest.approx(float(numpy.percentile(values, percent)))
+
+
+@given(VALUES)
+def test_percentiles_are_ordered(values: list[float]) -> None:
+    found = stats.summary(values)
+    line = [found[name] for name in ("min", "p50", "p90", "p95", "p99", "max")]
+    assert line == sorted(line)
+    low, high = found["p50_interval"]
+    assert found["min"] <= low <= found["p50"] <= high <= found["max"]
+
+
+def test_summary_of_nothing() -> None:
+    assert stats.summary([])["p50"] is None
+    assert stats.summary([])["p50_interval"] is None
+
+
+@pytest.mark.parametrize(
+    ("n", "ranks"),
+    # Tables of the sign test's 95 % confidence interval of a median give these ranks.
+    [(1, (1, 1)), (3, (1, 3)), (5, (1, 5)), (6, (1, 6)), (10, (2, 9)), (20, (6, 15)), (50, (18, 33))],
+)
+def test_median_interval_ranks(n: int, ranks: tuple[int, int]) -> None:
+    low, high = stats.median_interval([float(i) for i in range(1, n + 1)])
+    assert abs(low - ranks[0]) <= 1
+    assert abs(high - ranks[1]) <= 1
+    if n <= 10:
+        assert (low, high) == ranks
+
+
+def test_rates_and_hidden_share() -> None:
+    # 8.05 GB in 47.74 ms; a link of 354 GB/s takes 22.7 ms, of which 47.74 - 39.7 = 8.04 ms showed.
+    assert stats.gbps(8.05e9, 47.74) == pytest.approx(168.6, abs=0.1)
+    assert stats.transfer_hidden(47.74, 39.70, 8.05e9, 354) == pytest.approx(1 - 8.04 / 22.74, abs=1e-3)
+    assert stats.transfer_hidden(30.0, 39.7, 8.05e9, 354) == 1.0
+    assert stats.transfer_hidden(500.0, 39.7, 8.05e9, 354) == 0.0
+
+
+def test_differs() -> None:
+    assert stats.differs((10, 11), (20, 21), 10)
+    assert not stats.differs((10, 15), (14, 21), 5)  # intervals overlap
+    assert not stats.differs((10, 30), (31, 32), 10)  # apart, and smaller than A's spread
