@@ -244,7 +244,9 @@ def _ttft_table(rows: list[Row]) -> Table:
             ]
         )
         if row["backend"] not in FLOOR_AND_CEILING and gain[:1] in ("~", "s"):
-            notes.append(f"{row['backend']} does not help at {tokens_label(size)} tokens: computing again is as fast.")
+            notes.append(
+                f"{row['backend']} at {tokens_label(size)} tokens: no gain over computing again beyond the spread."
+            )
         if across is False and row["backend"] not in FLOOR_AND_CEILING:
             notes.append(
                 f"{row['backend']} at {tokens_label(size)} tokens: the uncached outputs differ from those of engine "
@@ -283,7 +285,8 @@ def _throughput_table(rows: list[Row]) -> Table:
         )
         if row["hit_ratio"] > 0 and row["backend"] not in FLOOR_AND_CEILING and gain[:1] in ("~", "s"):
             notes.append(
-                f"{row['backend']} does not help at {row['hit_ratio']:.0%} hits, concurrency {row['concurrency']}."
+                f"{row['backend']} at {row['hit_ratio']:.0%} hits, {row['concurrency']} at once: "
+                "no gain beyond the spread."
             )
     header = ["backend", "hits", "at once", "tokens/s", "min to max", "vs no hits", "vs stock", "proven hits"]
     header += ["TTFT p50 ms", "TTFT p99 ms", "samples"]

@@ -142,8 +142,8 @@ def test_table_says_where_a_tier_does_not_help(capsys: pytest.CaptureFixture[str
     rows += [ttft_row("recompute", 1024, [100.0, 110.0]), ttft_row("dram", 1024, [10.5, 12.0])]
     report.print_table(rows)
     out = capsys.readouterr().out
-    assert "dram does not help at 256 tokens" in out
-    assert "dram does not help at 1K" not in out
+    assert "dram at 256 tokens: no gain" in out
+    assert "dram at 1K tokens: no gain" not in out
 
 
 def test_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
