@@ -146,7 +146,7 @@ def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arg
     ("arguments", "sentence"),
     [
         (("ttft", "--backends", "dram", "--sizes", "80K"), "longer than the model's context of 16384"),
-        (("ttft", "--backends", "nvme"), "choose from hbm, peer"),
+        (("ttft", "--backends", "nvme"), "choose from hbm, "),
         (("ttft", "--backends", ""), "empty"),
         (("ttft", "--sizes", "none"), "not a number of tokens"),
         (("ttft", "--engine-args", "[]"), "not a JSON object"),
