@@ -18,7 +18,7 @@ from typing import Any
 
 from sglang_xmem.bench import engine as bench_engine
 
-#: Runs `sglang-xmem bench ...`: exit status and all rows of its output file. The fixture is in conftest.py.
+#: Runs `sglang-xmem bench ...`: exit status and all rows of its output file.
 Bench = Callable[..., tuple[int, list[dict[str, Any]]]]
 FAKE_WORKER = Path(__file__)
 HOW = json.loads(os.environ.get("FAKE_ENGINE", "{}"))

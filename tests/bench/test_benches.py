@@ -17,9 +17,28 @@ import pytest
 from fake_worker import FAKE_WORKER, Bench, FakeEngine
 
 from sglang_xmem import cli
-from sglang_xmem.bench import runs, sizing, ttft
+from sglang_xmem.bench import engine, runs, sizing, ttft
 from sglang_xmem.bench.sizing import KVShape
 from sglang_xmem.errors import ConfigError
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
+    """Run `sglang-xmem bench ...` with the fake worker: exit status and all rows of its output file."""
+    monkeypatch.setattr(engine, "WORKER", (sys.executable, str(FAKE_WORKER)))
+    monkeypatch.setattr(runs, "has_gpu", lambda: False)
+    monkeypatch.setattr(runs.gpus, "visible_gpus", lambda: range(0))
+    monkeypatch.setenv("PYTHONPATH", str(Path(engine.__file__).resolve().parents[2]))
+
+    def run(*arguments: str, how: dict[str, Any] | None = None) -> tuple[int, list[dict[str, Any]]]:
+        monkeypatch.setenv("FAKE_ENGINE", json.dumps(how or {}))
+        output = tmp_path / "rows.jsonl"
+        status = cli.main(["bench", *arguments, "--shape", "tiny", "--output", str(output)])
+        rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+        return status, rows
+
+    return run
+
 
 TTFT = ("ttft", "--sizes", "64,128", "--rounds", "2", "--quick")
 
@@ -243,7 +262,7 @@ def test_multiturn(bench: Bench) -> None:
 
 
 def test_multiturn_and_trace_against_a_server(bench: Bench, tmp_path: Path) -> None:
-    engine = FakeEngine(page_size=16, max_total_tokens=1024, enable_hierarchical_cache=True)
+    fake = FakeEngine(page_size=16, max_total_tokens=1024, enable_hierarchical_cache=True)
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -256,7 +275,7 @@ def test_multiturn_and_trace_against_a_server(bench: Bench, tmp_path: Path) -> N
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert body["stream"]
             with lock:
-                reply = engine.generate(body["input_ids"], body["sampling_params"])
+                reply = fake.generate(body["input_ids"], body["sampling_params"])
             self.send_response(200)
             self.end_headers()
             for count in range(1, len(reply["output_ids"]) + 1):
