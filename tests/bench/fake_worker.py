@@ -53,6 +53,9 @@ class FakeEngine:
         if self.asks > HOW.get("crash_after", 1 << 60) and self.name in HOW.get("crash_in", [self.name]):
             print("sglang_xmem: the fake engine gives up", file=sys.stderr, flush=True)
             os._exit(9)
+        if "asks" in HOW.get("log", {}):
+            with open(HOW["log"]["asks"], "a", encoding="utf-8") as file:
+                file.write(f"{self.name}\n")
         time.sleep(HOW.get("seconds", 0.0))
         whole = (len(input_ids) - 1) // self.page
         keys = [hash(tuple(input_ids[: (i + 1) * self.page])) for i in range(len(input_ids) // self.page)]

@@ -149,11 +149,18 @@ def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arg
         f" '--backends', 'dram', '--quick', '--no-plots', '--output', {str(output)!r}]))"
     )
     root = str(Path(cli.__file__).resolve().parents[1])
-    environment = {**os.environ, "FAKE_ENGINE": '{"seconds": 0.02}', "PYTHONPATH": root}
+    asks = tmp_path / "asks"
+    how = json.dumps({"seconds": 0.02, "log": {"asks": str(asks)}})
+    environment = {**os.environ, "FAKE_ENGINE": how, "PYTHONPATH": root}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
-    time.sleep(5)
+    # Far enough for a sample of each kind, and not for a finished run, however slow the machine is at importing.
+    deadline = time.monotonic() + 120
+    while not (asks.exists() and len(asks.read_text().splitlines()) >= 60):
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < deadline, "it did not get going"
+        time.sleep(0.1)
     process.send_signal(sent)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
