@@ -95,10 +95,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def kv_bytes_per_token(config: dict[str, Any], itemsize: int = 2) -> int:
-    """Bytes of K and V of one token over all layers."""
-    heads, dim = config["num_key_value_heads"], config["head_dim"]
-    return int(2 * config["num_hidden_layers"] * heads * dim * itemsize)
 
 
 def write_shape(name: str, folder: Path) -> Path:
