@@ -103,24 +103,14 @@ def _plans(args: argparse.Namespace, agents: Agents) -> tuple[list[EnginePlan], 
         device = sizing.pages_up(max(2 * longest, agents.total_tokens // 2), args.page_size)
     pool = agents.system_tokens + agents.agents * sizing.pages_up(agents.final_tokens, args.page_size)
     size_gb = args.hicache_size or sizing.hicache_gb(max(pool, device) * 3 // 2, args.kv)
-    for backend in args.names:
-        sizing.check_fits(
+    options = {
+        name: runs.fitting_options(
+            args,
+            name,
             prompt_tokens=agents.final_tokens - agents.output_tokens,
             output_tokens=agents.output_tokens,
             device_tokens=device,
-            host_tokens_needed=pool if runs.has_pool(backend) else 0,
-            hicache_size_gb=size_gb,
-            shape=args.kv,
-            page=args.page_size,
-            max_context=args.config.get("max_position_embeddings"),
-            in_host_memory=runs.in_host_memory(backend),
-            gpu_bytes=runs.gpu_bytes() if args.on_gpu else None,
-        )
-    options = {
-        name: runs.engine_options(
-            args,
-            name,
-            device_tokens=device,
+            host_tokens_needed=pool,
             context_tokens=longest + args.page_size,
             hicache_gb=size_gb,
             running=agents.agents,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_xmem import gpus
-from sglang_xmem.bench import environment, report, shapes
+from sglang_xmem.bench import environment, report, shapes, sizing
 from sglang_xmem.bench.engine import EngineGone, EngineProcess, RequestFailed
 from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.sizing import KVShape
@@ -186,6 +186,46 @@ class EnginePlan:
     engine: dict[str, Any]
     steps: int
     sequence: int = 0
+
+
+def fitting_options(
+    args: argparse.Namespace,
+    backend: str,
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    device_tokens: int | None,
+    host_tokens_needed: int,
+    context_tokens: int,
+    hicache_gb: int,
+    running: int,
+) -> dict[str, Any]:
+    """`engine_options`, after `sizing.check_fits` has refused what cannot fit.
+
+    Args:
+        prompt_tokens, output_tokens: of the largest request.
+        host_tokens_needed: what HiCache's pool has to hold, where the backend has one.
+    """
+    sizing.check_fits(
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        device_tokens=device_tokens,
+        host_tokens_needed=host_tokens_needed if has_pool(backend) else 0,
+        hicache_size_gb=hicache_gb,
+        shape=args.kv,
+        page=args.page_size,
+        max_context=args.config.get("max_position_embeddings"),
+        in_host_memory=in_host_memory(backend),
+        gpu_bytes=gpu_bytes() if args.on_gpu else None,
+    )
+    return engine_options(
+        args,
+        backend,
+        device_tokens=device_tokens,
+        context_tokens=context_tokens,
+        hicache_gb=hicache_gb,
+        running=running,
+    )
 
 
 def engine_options(

@@ -95,8 +95,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-
-
 def write_shape(name: str, folder: Path) -> Path:
     """Write the shape's config.json into a folder of its own under `folder` and return that."""
     path = folder / name

@@ -155,25 +155,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _engine(args: argparse.Namespace, workload: Workload, backend: str) -> dict[str, Any]:
     """Keywords of sgl.Engine; refuses what cannot fit."""
-    pooled = runs.has_pool(backend)
     needed = workload.pool_tokens + args.page_size
     size_gb = args.hicache_size or sizing.hicache_gb(needed * 5 // 4, args.kv)
-    sizing.check_fits(
+    options = runs.fitting_options(
+        args,
+        backend,
         prompt_tokens=workload.size,
         output_tokens=workload.output_tokens,
         device_tokens=workload.device_tokens(backend),
-        host_tokens_needed=workload.pool_tokens if pooled else 0,
-        hicache_size_gb=size_gb,
-        shape=args.kv,
-        page=args.page_size,
-        max_context=args.config.get("max_position_embeddings"),
-        in_host_memory=runs.in_host_memory(backend),
-        gpu_bytes=runs.gpu_bytes() if args.on_gpu else None,
-    )
-    options = runs.engine_options(
-        args,
-        backend,
-        device_tokens=workload.device_tokens(backend),
+        host_tokens_needed=workload.pool_tokens,
         context_tokens=workload.request_tokens + args.page_size,
         hicache_gb=size_gb,
         running=max(workload.levels),

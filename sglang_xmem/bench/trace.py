@@ -149,22 +149,13 @@ def _plans(args: argparse.Namespace, replay: Replay) -> tuple[list[EnginePlan], 
         size_gb = min(sizing.hicache_gb(workloads.distinct_tokens(replay.requests) * 3 // 2, args.kv), room_gb)
     plans = []
     for backend in args.names:
-        sizing.check_fits(
+        engine = runs.fitting_options(
+            args,
+            backend,
             prompt_tokens=prompt,
             output_tokens=output,
             device_tokens=device,
-            host_tokens_needed=longest if runs.has_pool(backend) else 0,
-            hicache_size_gb=size_gb,
-            shape=args.kv,
-            page=args.page_size,
-            max_context=args.config.get("max_position_embeddings"),
-            in_host_memory=runs.in_host_memory(backend),
-            gpu_bytes=runs.gpu_bytes() if args.on_gpu else None,
-        )
-        engine = runs.engine_options(
-            args,
-            backend,
-            device_tokens=device,
+            host_tokens_needed=longest,
             context_tokens=longest + args.page_size,
             hicache_gb=size_gb,
             running=replay.concurrency,

@@ -125,24 +125,14 @@ class Workload:
 
 def _engine(args: argparse.Namespace, workload: Workload, backend: str) -> dict[str, Any]:
     """Keywords of sgl.Engine; refuses what cannot fit."""
-    pooled = runs.has_pool(backend)
     size_gb = args.hicache_size or max(1, -(-workload.generous_tokens * args.kv.rank_bytes * 3 // (2 * 10**9)))
-    sizing.check_fits(
+    return runs.fitting_options(
+        args,
+        backend,
         prompt_tokens=max(workload.sizes),
         output_tokens=workload.output_tokens,
         device_tokens=workload.device_tokens,
-        host_tokens_needed=workload.pool_tokens if pooled else 0,
-        hicache_size_gb=size_gb,
-        shape=args.kv,
-        page=args.page_size,
-        max_context=args.config.get("max_position_embeddings"),
-        in_host_memory=runs.in_host_memory(backend),
-        gpu_bytes=runs.gpu_bytes() if args.on_gpu else None,
-    )
-    return runs.engine_options(
-        args,
-        backend,
-        device_tokens=workload.device_tokens,
+        host_tokens_needed=workload.pool_tokens,
         context_tokens=workload.device_tokens,
         hicache_gb=size_gb,
         running=4,
