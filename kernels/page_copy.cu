@@ -9,6 +9,10 @@
 // walk all the work ("persistent"): every *warp* takes tiles, tile by tile, `all warps of the grid` apart, and no
 // warp ever waits for another. A tile never crosses planes.
 //
+// A load is one launch for all layers, and the forward pass wants to know layer by layer what is in place: `counters[i]`
+// (if counters is not null) rises by 1 for each warp of the grid when it is done with planes below
+// (i + 1) * planes_per_counter. A stream waits for the value that all warps make (cuStreamWaitValue32).
+//
 // Macros, all with defaults (PAGE_COPY_BULK chooses the variant):
 //   register variant: VEC_BYTES (1, 2, 4, 8, 16), THREADS, UNROLL, STREAMING
 //   bulk variant (sm_90 and newer): RINGS, STAGES, STAGE_BYTES, PENDING_STORES
@@ -47,6 +51,34 @@ struct Cursor {
             tile -= tiles_per_plane;
             plane += 1;
         }
+    }
+};
+
+// Tells how far a warp is, by the plane of its next tile.
+struct Progress {
+    u32 *counters;
+    u32 planes_per_counter;
+    u32 boundary;  // a tile of this plane or a later one is due to raise a counter
+
+    __device__ __forceinline__ Progress(u32 *counters, u32 planes_per_counter)
+        : counters(counters), planes_per_counter(planes_per_counter), boundary(counters ? planes_per_counter : ~0u) {}
+
+    __device__ __forceinline__ bool due(u32 plane) const { return plane >= boundary; }
+
+    // All of the warp's tiles in planes before `plane` are in place, as their lanes see. All lanes call this.
+    __device__ __forceinline__ void raise(u32 plane, u32 lane) {
+        if (!due(plane)) return;
+        // Each lane's writes before the counter's, for everyone: a stream does not wait on a multiprocessor.
+        __threadfence_system();
+        __syncwarp();
+        do {
+            if (lane == 0)
+                asm volatile("red.release.sys.global.add.u32 [%0], 1;"
+                             :
+                             : "l"(counters + boundary / planes_per_counter - 1)
+                             : "memory");
+            boundary += planes_per_counter;
+        } while (due(plane));
     }
 };
 
@@ -139,7 +171,8 @@ struct Divider {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     page_copy(const u64 *src_planes, const u64 *dst_planes, int num_planes, const s64 *src_rows, s64 src_rows_stride,
-              const s64 *dst_rows, s64 dst_rows_stride, s64 num_pages, s64 row_bytes, s64 page_bytes) {
+              const s64 *dst_rows, s64 dst_rows_stride, s64 num_pages, s64 row_bytes, s64 page_bytes, u32 *counters,
+              s64 planes_per_counter) {
     if (num_pages <= 0) return;
     const u32 lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells nvcc: same in the warp
     const u32 page_vecs = (u32)(page_bytes / VEC_BYTES), row_size = (u32)row_bytes, pages = (u32)num_pages;
@@ -149,6 +182,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 stride = gridDim.x * WARPS, first = blockIdx.x * WARPS + warp;
     const u32 step_planes = stride / tiles_per_plane, step_tiles = stride % tiles_per_plane;
     Cursor at = {first / tiles_per_plane, first % tiles_per_plane};
+    Progress progress(counters, (u32)planes_per_counter);
+    progress.raise(min(at.plane, (u32)num_planes), lane);
     if (at.plane >= (u32)num_planes) return;
 
     const Divider by_page(page_vecs);
@@ -239,6 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
         }
+        progress.raise(min(at.plane, (u32)num_planes), lane);
         if (!more) return;
         page = next_page;
     }
@@ -313,7 +349,8 @@ static __device__ __forceinline__ void bulk_store(u64 to, u32 from, u32 bytes) {
 
 extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
     page_copy(const u64 *src_planes, const u64 *dst_planes, int num_planes, const s64 *src_rows, s64 src_rows_stride,
-              const s64 *dst_rows, s64 dst_rows_stride, s64 num_pages, s64 row_bytes, s64 page_bytes) {
+              const s64 *dst_rows, s64 dst_rows_stride, s64 num_pages, s64 row_bytes, s64 page_bytes, u32 *counters,
+              s64 planes_per_counter) {
     extern __shared__ __align__(128) u8 rings[];
     __shared__ __align__(8) u64 barriers[RINGS * STAGES];
 
@@ -337,6 +374,16 @@ extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
     const u32 step_planes = stride / tiles_per_plane, step_tiles = stride % tiles_per_plane;
     Cursor out = {first / tiles_per_plane, first % tiles_per_plane};  // next tile to store
     Cursor in = out;                                                  // next tile to load
+    Progress progress(counters, (u32)planes_per_counter);
+    // The tile at `out` is next: what was due before it is done, once this lane's bulk copies have not only left shared
+    // memory but arrived.
+    auto report = [&] {
+        const u32 plane = min(out.plane, (u32)num_planes);
+        if (!progress.due(plane)) return;
+        asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
+        progress.raise(plane, lane);
+    };
+    report();
     if (out.plane >= (u32)num_planes) return;
 
     const u32 ring = shared_address(rings) + warp * (STAGES * STAGE_BYTES);
@@ -409,6 +456,8 @@ extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
                 slot = 0;
                 phase ^= 1;
             }
+            out.step(step_planes, step_tiles, tiles_per_plane);
+            report();
         }
         asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
         return;
@@ -473,8 +522,9 @@ extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
             out_slot = 0;
             parity ^= 1;
         }
+        report();
     }
-    // Not only read from shared memory but written: shared memory and the kernel's end may not outrun the copies.
+    // Shared memory and the kernel's end may not outrun the copies.
     asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
 }
 

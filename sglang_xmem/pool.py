@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +20,12 @@ from sglang_xmem.tiers import Region
 
 if TYPE_CHECKING:
     from sglang_xmem.config import CopySettings
+    from sglang_xmem.copies.signals import LoadSignals
 
 logger = logging.getLogger(__name__)
+
+#: Loads whose layers may be waited for at a time; SGLang's LayerDoneCounter has 3.
+LOADS_IN_FLIGHT = 3
 
 
 class TierPool:
@@ -62,6 +66,8 @@ class TierPool:
             PLANES_PER_LAYER, num_layers, num_tokens, row_bytes
         )
         self._planes = [range(PLANES_PER_LAYER * layer, PLANES_PER_LAYER * (layer + 1)) for layer in range(num_layers)]
+        self._all_planes = range(PLANES_PER_LAYER * num_layers)
+        self._signals: list[LoadSignals] = []
         self._storage_lock = threading.Lock()
         self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if device.type == "cuda":
@@ -97,6 +103,8 @@ class TierPool:
             load=self._copy.load,
             store=self._copy.store,
         )
+        made = (self._copier.make_signals(self.num_layers) for _ in range(LOADS_IN_FLIGHT))
+        self._signals = [signals for signals in made if signals is not None]
         logger.info("sglang_xmem: pages of %d B copied by %s", self._copier.page_bytes, self._copier.describe())
 
     @property
@@ -122,20 +130,26 @@ class TierPool:
         """Enqueue tier -> GPU of one layer's pages on the current stream; rows as from `stage_rows`."""
         self.copier.load(tier_rows, device_rows, self._planes[layer])
 
+    def take_signals(self) -> LoadSignals | None:
+        """Signals for `load_layers`, for good; None where there are none (left): load layer by layer then."""
+        return self._signals.pop() if self._signals else None
+
     def load_layers(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        layers: Sequence[int],
-        after: Callable[[int], None],
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, signals: LoadSignals | None = None
     ) -> None:
-        """Enqueue `load_layer` of each of `layers`, and call `after(i)` behind the i-th."""
-        parts = [self._planes[layer] for layer in layers]
-        self.copier.load_in_parts(tier_rows, device_rows, parts, after)
+        """Enqueue tier -> GPU of all layers' pages on the current stream, in the order of layers.
+
+        Args:
+            signals: tell when a layer is in place, as `signals.wait(layer)` on another stream.
+        """
+        if signals is None:
+            self.copier.load(tier_rows, device_rows, self._all_planes)
+        else:
+            self.copier.load_signalling(tier_rows, device_rows, self._all_planes, signals)
 
     def store(self, tier_rows: torch.Tensor, device_rows: torch.Tensor) -> None:
         """Enqueue GPU -> tier of all layers' pages on the current stream."""
-        self.copier.store(tier_rows, device_rows, range(PLANES_PER_LAYER * self.num_layers))
+        self.copier.store(tier_rows, device_rows, self._all_planes)
 
     def read_page(self, row: int) -> torch.Tensor:
         """One page's bytes on the CPU, flat, in the order (K|V, layer, token); waits for the copy.

@@ -323,22 +323,15 @@ def _submit_host_to_device(
     start_event: Any = None,
     on_layer_done: Any = None,
 ) -> Any:
-    """SGLang's loop over layers in one call, which costs the scheduler thread a fraction of it."""
-    from sglang.srt.environ import envs
+    """SGLang's loop over layers as one launch, whatever their number; `_layer_wait` is its other half."""
     from sglang.srt.managers.cache_controller import LayerLoadingEvent
 
-    counter = getattr(on_layer_done, "__self__", None)
-    transfer: Any = transfers[0] if len(transfers) == 1 else None
-    pool = getattr(getattr(transfer, "host_pool", None), "tier_pool", None)
-    mapper = getattr(transfer, "layer_mapper", None)
-    layers = [layer if mapper is None else mapper(layer) for layer in range(transfer_layer_id_max)]
-    if (
-        not isinstance(pool, TierPool)
-        or pool.device.type != "cuda"
-        or None in layers
-        or not isinstance(counter, LayerLoadingEvent)
-        or envs.SGLANG_TEST_HICACHE_H2D_DELAY_CYCLES.get()
-    ):
+    counter: Any = getattr(on_layer_done, "__self__", None)
+    signals = None
+    if isinstance(counter, LayerLoadingEvent):
+        signals = _signals_for(counter, transfers, transfer_layer_id_max)
+        setattr(counter, _SIGNALS, signals)
+    if signals is None:
         return original(
             self,
             transfers,
@@ -346,12 +339,45 @@ def _submit_host_to_device(
             start_event=start_event,
             on_layer_done=on_layer_done,
         )
-    stream, events = self.host_to_device_stream, counter.load_events
+    stream = self.host_to_device_stream
     with self._submission(transfers, stream, "host_to_device", start_event) as (prepared, completion):
-        pool.load_layers(
-            prepared[0].host_indices, prepared[0].device_indices, layers, lambda layer: events[layer].record(stream)
-        )
+        transfers[0].host_pool.tier_pool.load_layers(prepared[0].host_indices, prepared[0].device_indices, signals)
+        counter.finish_event.record(stream)
     return completion
+
+
+#: Attribute of a LayerLoadingEvent: the signals of the load that it stands for, None where its events tell. And where
+#: the signals stay that were once taken for it.
+_SIGNALS = "_sglang_xmem_signals"
+_TAKEN = "_sglang_xmem_taken"
+
+
+def _signals_for(counter: Any, transfers: Any, num_layers: int) -> Any:
+    """Signals for a load that is of one pool, all layers in order, and that `counter` stands for; else None."""
+    from sglang.srt.environ import envs
+
+    transfer: Any = transfers[0] if len(transfers) == 1 else None
+    pool = getattr(getattr(transfer, "host_pool", None), "tier_pool", None)
+    if (
+        not isinstance(pool, TierPool)
+        or pool.num_layers != num_layers
+        or (transfer.layer_mapper and [transfer.layer_mapper(i) for i in range(num_layers)] != [*range(num_layers)])
+        or envs.SGLANG_TEST_HICACHE_H2D_DELAY_CYCLES.get()
+    ):
+        return None
+    taken: Any = getattr(counter, _TAKEN, None)
+    if taken is None:
+        taken = (pool, pool.take_signals())
+        setattr(counter, _TAKEN, taken)
+    return taken[1] if taken[0] is pool else None
+
+
+def _layer_wait(original: Any, self: Any, layer_index: int) -> None:
+    signals = getattr(self, _SIGNALS, None)
+    if signals is None:
+        original(self, layer_index)
+    else:
+        signals.wait(layer_index)
 
 
 def _get_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
@@ -554,6 +580,13 @@ POOL_HOOKS = (
         "around",
         _submit_host_to_device,
         "enqueue loads at little cost",
+    ),
+    Hook(
+        "sglang.srt.managers.cache_controller.LayerLoadingEvent.wait",
+        ("self", "layer_index"),
+        "around",
+        _layer_wait,
+        "wait for a load's layers",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.get_init_info",

@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.cuda.synchronize()
     start = time.perf_counter()
     for tier_part, device_part in reversed(parts):
-        pool.load_layers(tier_part, device_part, range(args.layers), lambda layer: None)
+        pool.load_layers(tier_part, device_part)
     torch.cuda.synchronize()
     seconds["load"] = time.perf_counter() - start
     wrong = wrong_planes()

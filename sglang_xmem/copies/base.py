@@ -9,10 +9,13 @@ plane `2 * layer + 1` is V, so a layer is two consecutive planes. *Load* moves t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+
+if TYPE_CHECKING:
+    from sglang_xmem.copies.signals import LoadSignals
 
 PLANES_PER_LAYER = 2
 
@@ -66,21 +69,19 @@ class PageCopier(ABC):
         if self._num_pages(tier_rows, device_rows, planes):
             self._copy(tier_rows, device_rows, planes, load=True)
 
-    def load_in_parts(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        parts: Sequence[range],
-        after: Callable[[int], None],
-    ) -> None:
-        """`load` of each of `parts` in order, with `after(i)` called when part i is enqueued.
+    def make_signals(self, num_parts: int) -> LoadSignals | None:
+        """Counters for `load_signalling`; None where this copier or this GPU has none. Waits for the GPU."""
+        return None
 
-        What a request's load is: a part a layer, and an event behind each. A copier may do it at less cost than the
-        loads one by one.
+    def load_signalling(
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals
+    ) -> None:
+        """`load` in one launch that tells when each of `signals.num_parts` equal parts of `planes`, in order, is there.
+
+        Args:
+            signals: from `make_signals`; the load before that used them is complete.
         """
-        for number, planes in enumerate(parts):
-            self.load(tier_rows, device_rows, planes)
-            after(number)
+        raise NotImplementedError(f"the copier {self.name!r} has no signals")
 
     def store(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range) -> None:
         """Enqueue GPU -> tier for `planes` on the current stream; as `load`, the other way."""

@@ -6,13 +6,15 @@ import ctypes
 import math
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from sglang_xmem.copies import nvrtc
 from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.copies.signals import supported as signals_supported
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, VECTOR_BYTES, CudaTuning, Locality, fit_tuning
 from sglang_xmem.errors import CopyError
 from sglang_xmem.kernels import source
@@ -85,24 +87,22 @@ class CudaPageCopier(PageCopier):
     def describe(self) -> str:
         return f"{self.name} (load: {self.load_tuning}; store: {self.store_tuning})"
 
-    def load_in_parts(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        parts: Sequence[range],
-        after: Callable[[int], None],
+    def make_signals(self, num_parts: int) -> LoadSignals | None:
+        return LoadSignals(num_parts, self._device) if signals_supported(self._device) else None
+
+    def load_signalling(
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals
     ) -> None:
-        if self._num_pages(tier_rows, device_rows, range(1)):
-            self._load(tier_rows, device_rows, parts, after)
-        else:
-            for number in range(len(parts)):
-                after(number)
+        if len(planes) % signals.num_parts:
+            raise ValueError(f"{len(planes)} planes do not make {signals.num_parts} equal parts")
+        if self._num_pages(tier_rows, device_rows, planes):
+            self._load(tier_rows, device_rows, planes, signals)
 
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
         if load:
-            self._load(tier_rows, device_rows, (planes,))
+            self._load(tier_rows, device_rows, planes)
         else:
-            self._store(device_rows, tier_rows, (planes,))
+            self._store(device_rows, tier_rows, planes)
 
 
 class _Launcher:
@@ -116,10 +116,10 @@ class _Launcher:
         tables: addresses of the device arrays of the source's and the destination's plane addresses.
     """
 
-    #: Kernel arguments in slots of 8 bytes: those of a part (which planes), then those of a call (which pages). `int
+    #: Kernel arguments in slots of 8 bytes: which planes, then those of a call (which pages, and whom to tell). `int
     #: num_planes` reads the low half of its slot.
     _PART = struct.Struct("<QQq")
-    _CALL = struct.Struct("<QqQqqqq")
+    _CALL = struct.Struct("<QqQqqqqQq")
 
     def __init__(
         self,
@@ -165,13 +165,13 @@ class _Launcher:
         self,
         src_rows: torch.Tensor,
         dst_rows: torch.Tensor,
-        parts: Sequence[range],
-        after: Callable[[int], None] | None = None,
+        planes: range,
+        signals: LoadSignals | None = None,
     ) -> None:
-        """Enqueue a launch a part on the current stream of the copier's device, and call `after` behind each.
+        """Enqueue a launch on the current stream of the copier's device.
 
         Raises:
-            CopyError: the driver refuses a launch; parts before it are enqueued.
+            CopyError: the driver refuses it; nothing is enqueued.
         """
         num_pages = src_rows.numel()
         tuning = self._tuning
@@ -189,18 +189,19 @@ class _Launcher:
                 num_pages,
                 self._row_bytes,
                 self._page_bytes,
+                signals.address if signals else 0,
+                len(planes) // signals.num_parts if signals else 0,
             )
-            for number, planes in enumerate(parts):
-                grid = min(tuning.ctas, -(-len(planes) * tiles_per_plane // tuning.warps))
-                parameters = self._part(planes)
-                status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
-                if status.value:
-                    # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that
-                    # question out of every other launch. torch.cuda.device alone would not create a context.
-                    with torch.cuda.device(self._device):
-                        torch.cuda.current_stream(self._device).query()
-                        status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
-                if status.value:
-                    raise CopyError(f"The driver refuses to launch the copy kernel: {status.name}.")
-                if after is not None:
-                    after(number)
+            grid = min(tuning.ctas, -(-len(planes) * tiles_per_plane // tuning.warps))
+            parameters = self._part(planes)
+            status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
+            if status.value:
+                # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that
+                # question out of every other launch. torch.cuda.device alone would not create a context.
+                with torch.cuda.device(self._device):
+                    torch.cuda.current_stream(self._device).query()
+                    status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
+            if status.value:
+                raise CopyError(f"The driver refuses to launch the copy kernel: {status.name}.")
+            if signals:
+                signals.announce(grid * tuning.warps)

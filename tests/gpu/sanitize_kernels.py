@@ -37,6 +37,14 @@ def main() -> int:
             copy(tier_rows, pool_rows, range(PLANES))
             torch.cuda.synchronize()
             wrong += not all(torch.equal(a[here], b[there]) for a, b in zip(pool, tier, strict=True))
+        signals = copier.make_signals(PLANES // 2)
+        if signals is not None:
+            for plane in pool:
+                plane.fill_(0xA5)
+            copier.load_signalling(tier_rows, pool_rows, range(PLANES), signals)
+            signals.wait(PLANES // 2 - 1)
+            torch.cuda.synchronize()
+            wrong += not all(torch.equal(a[here], b[there]) for a, b in zip(pool, tier, strict=True))
         cases += 1
     print(f"cases {cases} wrong {wrong}")
     return 1 if wrong else 0

@@ -1,0 +1,64 @@
+"""How the forward pass learns which layers of a load are in place, when the load is one kernel launch for all of them.
+
+An event behind each layer would take a launch a layer. Here the copy kernel raises a counter a layer in GPU memory, and
+a stream that needs the layer waits for the counter's value (cuStreamWaitValue32), which costs no multiprocessor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_xmem import gpus
+from sglang_xmem.errors import CopyError
+
+
+class LoadSignals:
+    """Counters of one load at a time. A later load may use them once the one before is complete.
+
+    Args:
+        num_parts: parts of a load, such as layers.
+        device: the GPU that copies and computes.
+
+    Raises:
+        CopyError: the driver does not give the memory.
+    """
+
+    def __init__(self, num_parts: int, device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        self.num_parts = num_parts
+        self._device = device
+        try:
+            self._counters = torch.zeros(num_parts, dtype=torch.int32, device=device)
+        except torch.OutOfMemoryError as error:
+            raise CopyError(f"No memory for the counters of a load: {error}") from None
+        # Whoever waits may be on any stream, and must not see what was there before.
+        torch.cuda.current_stream(device).synchronize()
+        self.address = self._counters.data_ptr()
+        #: What each counter reaches with the last announced load, modulo 2^32.
+        self._target = 0
+        self._wait: Any = driver.cuStreamWaitValue32
+        self._at_least = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)  # cyclic, so it may wrap around
+
+    def announce(self, raises: int) -> None:
+        """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""
+        self._target = (self._target + raises) & 0xFFFFFFFF
+
+    def wait(self, part: int) -> None:
+        """Make the current stream of the device wait until a part of the last announced load is in place.
+
+        Raises:
+            CopyError: the driver refuses; nothing waits then.
+        """
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        status = self._wait(stream, self.address + 4 * part, self._target, self._at_least)[0]
+        if status.value:
+            raise CopyError(f"The driver refuses to let a stream wait for a load: {status.name}.")
+
+
+def supported(device: torch.device) -> bool:
+    """Whether streams of this GPU can wait for values in memory."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return bool(gpus.attribute(index, "CAN_USE_64_BIT_STREAM_MEM_OPS"))

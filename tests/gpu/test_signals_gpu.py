@@ -1,0 +1,139 @@
+"""A load in one launch tells layer by layer what is in place: whoever waits for a layer sees its bytes, and no later."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sglang_xmem.copies.cuda import CudaPageCopier
+from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.copies.tuning import DEFAULT_TUNING, CudaTuning
+
+pytestmark = pytest.mark.gpu
+
+GPU = "cuda:0"
+PARTS, PLANES_PER_PART = 12, 2
+PLANES = PARTS * PLANES_PER_PART
+
+TUNINGS = {
+    "default": DEFAULT_TUNING["load", "device"],
+    "register": CudaTuning(ctas=4, unroll=8),
+    "bulk_one_ring": CudaTuning(variant="bulk", ctas=3),
+    "bulk_waits": CudaTuning(variant="bulk", ctas=2, stages=2, stage_bytes=2048, pending_stores=0),
+}
+#: (row_bytes, page_size, pages). The last ones leave warps without a tile, in some parts or in all.
+SHAPES = [(1024, 64, 300), (1024, 1, 20_000), (24, 1, 30_001), (656, 64, 200), (1024, 64, 3), (16, 1, 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory() -> Iterator[None]:
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+class Scene:
+    """A tier in host memory, where a load takes long enough to be watched, and a poisoned GPU pool."""
+
+    def __init__(self, tuning: CudaTuning, row_bytes: int, page_size: int, pages: int) -> None:
+        tokens = pages * page_size
+        self.tier = torch.randint(0, 256, (PLANES, tokens, row_bytes), dtype=torch.uint8).pin_memory()
+        self.device = torch.zeros(self.tier.shape, dtype=torch.uint8, device=GPU)
+        self.copier = CudaPageCopier(list(self.tier), list(self.device), page_size, load_tuning=tuning)
+        self.rows = torch.arange(pages, device=GPU) * page_size
+        made = self.copier.make_signals(PARTS)
+        assert made is not None
+        self.signals: LoadSignals = made
+        self.loading, self.reading = torch.cuda.Stream(GPU, priority=-1), torch.cuda.Stream(GPU)
+        self.fill()
+
+    def fill(self) -> None:
+        self.tier.random_(0, 256)
+        self.expected = self.tier.to(GPU)
+        self.device.copy_(~self.expected)  # nothing is right by chance
+        self.seen = torch.empty_like(self.device)
+        torch.cuda.synchronize()
+
+    def load_and_read(self, *, wait: bool) -> list[bool]:
+        """For each part, whether a reader on another stream saw its bytes."""
+        with torch.cuda.stream(self.loading):
+            torch.cuda._sleep(20_000_000)  # about 10 ms: the readers are enqueued first
+            self.copier.load_signalling(self.rows, self.rows, range(PLANES), self.signals)
+        with torch.cuda.stream(self.reading):
+            for part in range(PARTS):
+                planes = slice(part * PLANES_PER_PART, (part + 1) * PLANES_PER_PART)
+                if wait:
+                    self.signals.wait(part)
+                self.seen[planes].copy_(self.device[planes])
+        torch.cuda.synchronize()
+        return [
+            torch.equal(seen, expected)
+            for seen, expected in zip(self.seen.chunk(PARTS), self.expected.chunk(PARTS), strict=True)
+        ]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_whoever_waits_sees_the_part(tuning: str, shape: tuple[int, int, int]) -> None:
+    scene = Scene(TUNINGS[tuning], *shape)
+    for _ in range(4):  # the same signals, load after load
+        scene.fill()
+        assert scene.load_and_read(wait=True) == [True] * PARTS
+        assert torch.equal(scene.device, scene.expected)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_whoever_does_not_wait_sees_old_bytes(tuning: str) -> None:
+    """Else the test above could not fail."""
+    scene = Scene(TUNINGS[tuning], *SHAPES[0])
+    assert scene.load_and_read(wait=False) == [False] * PARTS
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_parts_are_there_one_after_the_other(tuning: str) -> None:
+    """Not all at the end: the first part can be used while most of the load is still to come."""
+    scene = Scene(TUNINGS[tuning], 1024, 64, 600)
+    for _ in range(2):  # the first launch may load the kernel
+        start, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        ready = [torch.cuda.Event(enable_timing=True) for _ in range(PARTS)]
+        with torch.cuda.stream(scene.loading):
+            torch.cuda._sleep(20_000_000)
+            start.record()
+            scene.copier.load_signalling(scene.rows, scene.rows, range(PLANES), scene.signals)
+            done.record()
+        with torch.cuda.stream(scene.reading):
+            for part in range(PARTS):
+                scene.signals.wait(part)
+                ready[part].record()
+        torch.cuda.synchronize()
+        whole = start.elapsed_time(done)
+        shares = [start.elapsed_time(event) / whole for event in ready]
+    assert shares == sorted(shares)
+    for part, share in enumerate(shares):
+        assert (part + 0.5) / PARTS < share < (part + 2.5) / PARTS, shares
+
+
+def test_counters_wrap_around() -> None:
+    scene = Scene(TUNINGS["default"], *SHAPES[0])
+    scene.signals._counters.fill_(-10)
+    scene.signals._target = 2**32 - 10
+    for _ in range(3):
+        scene.fill()
+        assert scene.load_and_read(wait=True) == [True] * PARTS
+    assert 0 < scene.signals._target < 2**20
+
+
+def test_a_load_of_nothing_keeps_nobody_waiting() -> None:
+    scene = Scene(TUNINGS["default"], *SHAPES[0])
+    scene.copier.load_signalling(scene.rows[:0], scene.rows[:0], range(PLANES), scene.signals)
+    scene.signals.wait(PARTS - 1)
+    torch.cuda.synchronize()
+
+
+def test_planes_that_do_not_make_equal_parts_are_refused() -> None:
+    scene = Scene(TUNINGS["default"], *SHAPES[0])
+    with pytest.raises(ValueError, match="23 planes do not make 12 equal parts"):
+        scene.copier.load_signalling(scene.rows, scene.rows, range(PLANES - 1), scene.signals)
