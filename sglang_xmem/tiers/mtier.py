@@ -167,6 +167,20 @@ def _releaser(address: int, context: Callable[[], contextlib.AbstractContextMana
     return release
 
 
+def bank_rooms() -> list[tuple[int, int]]:
+    """(total, available) bytes of each of the service's banks, for people; planning asks for what it needs itself.
+
+    Raises:
+        TierUnavailable: the SDK, its library or the service is missing or fails.
+    """
+    count = int(_call(lambda sdk: sdk.get_status().num_banks, "asking the service for its banks"))
+    rooms = []
+    for bank in range(count):
+        status = _call(lambda sdk, bank=bank: sdk.get_bank_status(bank), f"asking for the room of bank {bank}")
+        rooms.append((int(status.total_memory), int(status.available_memory)))
+    return rooms
+
+
 def _available_bytes(bank: int) -> int:
     what = f"asking for the room of bank {bank}"
     return int(_call(lambda sdk: sdk.get_bank_status(bank).available_memory, what))
