@@ -174,11 +174,15 @@ def bank_rooms() -> list[tuple[int, int]]:
         TierUnavailable: the SDK, its library or the service is missing or fails.
     """
     count = int(_call(lambda sdk: sdk.get_status().num_banks, "asking the service for its banks"))
-    rooms = []
-    for bank in range(count):
-        status = _call(lambda sdk, bank=bank: sdk.get_bank_status(bank), f"asking for the room of bank {bank}")
-        rooms.append((int(status.total_memory), int(status.available_memory)))
-    return rooms
+    return [_bank_room(bank) for bank in range(count)]
+
+
+def _bank_room(bank: int) -> tuple[int, int]:
+    def ask(sdk: Any) -> tuple[int, int]:
+        status = sdk.get_bank_status(bank)
+        return int(status.total_memory), int(status.available_memory)
+
+    return _call(ask, f"asking for the room of bank {bank}")
 
 
 def _available_bytes(bank: int) -> int:
