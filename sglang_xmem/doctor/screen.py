@@ -44,7 +44,7 @@ def _versions(found: Json) -> list[Any]:
 def _gpus(found: Json) -> list[Any]:
     if not found["gpus"]["list"]:
         return [_heading("GPUs: ", f"none; {found['gpus']['reason']}")]
-    table = _table("GPUs (GB = 1e9 bytes; copies with pinned host memory in GB/s)")
+    title, table = _heading("GPUs (GB = 1e9 bytes; copies with pinned host memory in GB/s)"), _table()
     _columns(table, "GPU", "<name", "free", "total", "NUMA", "from host", "to host", "<used by (process, GB)")
     notes = []
     for gpu in found["gpus"]["list"]:
@@ -65,7 +65,7 @@ def _gpus(found: Json) -> list[Any]:
             notes.append(f"GPU {gpu['gpu']}: {gpu['reason']}")
         if gpu["not_measured"] is not None:
             notes.append(f"GPU {gpu['gpu']} is not measured: {gpu['not_measured']}")
-    return [table, *_once(notes)]
+    return [title, table, *_once(notes)]
 
 
 def _peers(found: Json) -> list[Any]:
@@ -73,9 +73,7 @@ def _peers(found: Json) -> list[Any]:
     if len(numbers) < 2:
         return []
     pairs = {(row["gpu"], row["peer"]): row for row in found["peers"]}
-    table = _table(
-        "Peer access: GB/s that a row's GPU reads of a column's memory; no: it has no access; ?: not measured"
-    )
+    title, table = _heading("Peer access (GB/s that a row's GPU reads of a column's memory)"), _table()
     _columns(table, "reads", *(f"of {number}" for number in numbers))
     notes = []
     for gpu in numbers:
@@ -92,7 +90,7 @@ def _peers(found: Json) -> list[Any]:
                 if why is not None:
                     notes.append(f"? {why}")
         table.add_row(f"GPU {gpu}", *cells)
-    return [table, *_once(notes)]
+    return [title, table, *_once(notes)]
 
 
 def _memory(found: Json) -> list[Any]:
@@ -104,7 +102,7 @@ def _memory(found: Json) -> list[Any]:
     )
     blocks: list[Any] = [_heading("Host memory: ", line)]
     if found["numa_nodes"]:
-        table = _table("NUMA nodes (GB = 1e9 bytes)")
+        title, table = _heading("NUMA nodes (GB = 1e9 bytes)"), _table()
         _columns(table, "node", "free", "total", "<GPUs", "<hugepages, free of reserved")
         for node in found["numa_nodes"]:
             reserved = [size for size in node["hugepages"] if size["total"]]
@@ -116,7 +114,7 @@ def _memory(found: Json) -> list[Any]:
                 ", ".join(map(str, node["gpus"])) or "-",
                 pages or "none reserved",
             )
-        blocks.append(table)
+        blocks += [title, table]
     return blocks
 
 
@@ -140,12 +138,12 @@ def _tiers(found: Json) -> list[Any]:
     tiers = found["tiers"]
     ranks = "the CPU" if None in tiers["gpus"] else f"GPU {', '.join(map(str, tiers['gpus']))}"
     size = "any size" if tiers["pool_bytes"] is None else f"{tiers['pool_bytes'] / 1e9:g} GB a rank"
-    table = _table(f"Tiers for a pool of {size}, ranks on {ranks}, fastest first")
+    title, table = _heading(f"Tiers for a pool of {size}, ranks on {ranks}, fastest first"), _table()
     _columns(table, "<tier", "<", "GB a rank", "<why not")
     for line in tiers["found"]:
         state = "no" if line["reason"] is not None else "taken" if line["tier"] == tiers["takes"] else "could"
         table.add_row(line["tier"], state, _gb(line["room_bytes"]), line["reason"] or "")
-    blocks: list[Any] = [table]
+    blocks: list[Any] = [title, table]
     if tiers["host_budget"] == "fallback":
         blocks.append(
             "Host tiers may take the available memory less the 10 GiB that SGLang leaves free; cgroups not seen."
@@ -181,14 +179,12 @@ def _able(tiers: Json) -> list[str]:
     return [line["tier"] for line in tiers["found"] if line["reason"] is None]
 
 
-def _heading(name: str, words: str) -> Text:
+def _heading(name: str, words: str = "") -> Text:
     return Text.assemble((name, "bold"), words)
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False
-    )
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
 
 def _columns(table: Table, *names: str) -> None:
