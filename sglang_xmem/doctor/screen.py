@@ -63,9 +63,16 @@ def _gpus(found: Json) -> list[Any]:
         )  # fmt: skip
         if gpu["reason"] is not None:
             notes.append(f"GPU {gpu['gpu']}: {gpu['reason']}")
+    return [title, table, *notes, *_not_measured(found["gpus"]["list"])]
+
+
+def _not_measured(gpus: Sequence[Json]) -> list[str]:
+    """A line a reason, with the GPUs that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for gpu in gpus:
         if gpu["not_measured"] is not None:
-            notes.append(f"GPU {gpu['gpu']} is not measured: {gpu['not_measured']}")
-    return [title, table, *_once(notes)]
+            by_reason.setdefault(gpu["not_measured"], []).append(str(gpu["gpu"]))
+    return [f"?: GPU {', '.join(numbers)} not measured: {reason}" for reason, numbers in by_reason.items()]
 
 
 def _peers(found: Json) -> list[Any]:
@@ -88,9 +95,9 @@ def _peers(found: Json) -> list[Any]:
                 cells.append(_rate(row["read_gbps"]))
                 why = row["reason"] or row["not_measured"]
                 if why is not None:
-                    notes.append(f"? {why}")
+                    notes.append(f"?: {why}")
         table.add_row(f"GPU {gpu}", *cells)
-    return [title, table, *_once(notes)]
+    return [title, table, *dict.fromkeys(notes)]
 
 
 def _memory(found: Json) -> list[Any]:
@@ -192,10 +199,6 @@ def _columns(table: Table, *names: str) -> None:
     for name in names:
         left = name.startswith("<")
         table.add_column(name.removeprefix("<"), justify="left" if left else "right", no_wrap=not left)
-
-
-def _once(notes: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(notes))
 
 
 def _gb(nbytes: int | None) -> str:

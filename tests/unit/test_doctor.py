@@ -675,7 +675,7 @@ def test_screen(full: GpuMachine, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         "Peer access (GB/s that a row's GPU reads of a column's memory)\n",
         "NVIDIA driver 580.65.06 (CUDA 13.0)",
-        "GPU 1 is not measured: GPU 1 is in use by process 7",
+        "?: GPU 1 not measured: GPU 1 is in use by process 7",
         "6 of 8 x 2 MiB",
         "/dev/dax0.0 64.00 GB (it has no node",
         "bank 0: 40.00 of 40.00",
