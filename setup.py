@@ -18,13 +18,20 @@ setup(
         "sglang_xmem": ["py.typed"],
     },
     # torch and sglang come with the user's SGLang installation; naming them here would replace it.
-    install_requires=["msgspec>=0.18", "psutil", "nvidia-ml-py>=12", "cuda-bindings>=13.0", "py-libnuma==1.2"],
+    install_requires=[
+        "msgspec>=0.18",
+        "psutil",
+        "nvidia-ml-py>=12",
+        "cuda-bindings>=13.0",
+        "py-libnuma==1.2",
+        "rich>=13",
+    ],
     extras_require={
         "sglang": ["sglang==0.5.23"],
         # pip would replace torch for its metadata; --no-deps is enough where SGLang is installed.
         "xmem": ["xmem-mtier==0.1.2"],
-        # Framed tables and progress bars, and plots; benchmarks run without them too.
-        "bench": ["rich>=13", "matplotlib>=3.8"],
+        # Plots; benchmarks run without it too.
+        "bench": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
@@ -32,7 +39,6 @@ setup(
             "ruff==0.14.5",
             "mypy==1.18.2",
             "requests",
-            "rich>=13",
             "matplotlib>=3.8",
         ],
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from sglang_xmem import doctor
 from sglang_xmem.bench import compare, copy, multiturn, report, roundtrip, throughput, trace, ttft
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.mtier import daemon
@@ -31,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
     service = commands.add_parser("mtierd", help="share banks of memory among engines", description=daemon.__doc__)
     daemon.add_arguments(service)
     service.set_defaults(run=daemon.run)
+    examine = commands.add_parser(
+        "doctor", help="what this machine has, and which tier it would get", description=doctor.__doc__
+    )
+    doctor.add_arguments(examine)
+    examine.set_defaults(run=doctor.run)
     return root
 
 

@@ -107,17 +107,45 @@ def memory_bytes(gpu: int) -> tuple[int, int]:
     return int(info.free), int(info.used)
 
 
+def total_bytes(gpu: int) -> int:
+    """Bytes of a GPU's memory."""
+    d = driver()
+    return int(checked(d.cuDeviceTotalMem(checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), f"sizing GPU {gpu}"))
+
+
+def name(gpu: int) -> str:
+    """A GPU's product name."""
+    d = driver()
+    raw = checked(d.cuDeviceGetName(128, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), f"naming GPU {gpu}")
+    return str(raw.split(b"\0")[0].decode(errors="replace"))
+
+
+def driver_versions() -> tuple[str, str]:
+    """The NVIDIA driver's version, and that of the newest CUDA that it runs, such as ("580.65.06", "13.0")."""
+    number = int(checked(driver().cuDriverGetVersion(), "asking for the driver's version"))
+    return str(_nvml().nvmlSystemGetDriverVersion()), f"{number // 1000}.{number % 1000 // 10}"
+
+
+def processes(gpu: int) -> dict[int, int | None]:
+    """Bytes of a GPU's memory by process id, None where the driver does not say.
+
+    Those of other containers may be missing: `memory_bytes` counts their memory all the same.
+    """
+    nvml = _nvml()
+    handle = _nvml_handle(gpu)
+    found: dict[int, int | None] = {}
+    for query in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        with suppress(nvml.NVMLError):  # not offered in some virtual machines; used memory still tells
+            found.update((process.pid, process.usedGpuMemory) for process in query(handle))
+    return found
+
+
 def foreign_use(gpu: int) -> str | None:
     """A clause that says who else uses a GPU, or None where it is free.
 
     This process, its parent and its parent's other children (an engine's ranks) do not count.
     """
-    nvml = _nvml()
-    handle = _nvml_handle(gpu)
-    pids: set[int] = set()
-    for query in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
-        with suppress(nvml.NVMLError):  # not offered in some virtual machines; used memory still tells
-            pids.update(process.pid for process in query(handle))
+    pids = set(processes(gpu))
     foreign = sorted(pids - _own_pids())
     if foreign:
         return f"GPU {gpu} is in use by process {', '.join(map(str, foreign))}"

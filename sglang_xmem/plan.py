@@ -6,7 +6,7 @@ a rank knows its pool's bytes, so it makes the last choice among the planned tie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -21,6 +21,13 @@ class Candidate(msgspec.Struct, frozen=True):
 
     tier: str
     seats: tuple[Any, ...]
+
+
+class PassedOver(msgspec.Struct, frozen=True):
+    """A tier that cannot serve, and why."""
+
+    tier: str
+    reason: str
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -50,22 +57,58 @@ def make_plan(options: Options, ranks: Ranks, pool_bytes: int | None, host_budge
     Raises:
         ConfigError: the tier asked for cannot be had, or `auto` finds none.
     """
-    classes = tier_classes()
-    names = list(classes) if options.tier == AUTO else [options.tier]
     candidates: list[Candidate] = []
     passed_over: list[tuple[str, str]] = []
-    for name in names:
-        try:
-            seats = classes[name].seats(options.tiers[name], ranks)
-            if pool_bytes is not None:
-                for seat, gpu in zip(seats, ranks.gpus, strict=True):
-                    _check_room(classes[name](options.tiers[name], seat, gpu), pool_bytes, host_budget)
-            candidates.append(Candidate(name, seats))
-        except TierUnavailable as reason:
-            passed_over.append((name, str(reason)))
+    for found in examine(options, ranks, pool_bytes, host_budget):
+        if isinstance(found, Candidate):
+            candidates.append(found)
+        else:
+            passed_over.append((found.tier, found.reason))
     if not candidates:
         raise ConfigError(_nothing_left(options, passed_over))
     return Plan(options=options, ranks=ranks, candidates=tuple(candidates), passed_over=tuple(passed_over))
+
+
+def examine(
+    options: Options, ranks: Ranks, pool_bytes: int | None, host_budget: HostBudget
+) -> Iterator[Candidate | PassedOver]:
+    """What `make_plan` finds of each tier that `options` allow, in the order of trying, as soon as it is known.
+
+    Raises:
+        ConfigError: settings that ask for something impossible.
+    """
+    names = list(tier_classes()) if options.tier == AUTO else [options.tier]
+    for name in names:
+        try:
+            candidate = Candidate(name, tier_classes()[name].seats(options.tiers[name], ranks))
+            if pool_bytes is not None:
+                for tier in _tiers_of(candidate, options, ranks):
+                    _check_room(tier, pool_bytes, host_budget)
+        except TierUnavailable as reason:
+            yield PassedOver(name, str(reason))
+        else:
+            yield candidate
+
+
+def candidate_room_bytes(
+    candidate: Candidate, options: Options, ranks: Ranks, nbytes: int, host_budget: HostBudget
+) -> int:
+    """Bytes that a pool of each rank could have in a candidate's tier: the least of all ranks.
+
+    Args:
+        nbytes: what is asked for, where the host's budget depends on it.
+
+    Raises:
+        TierUnavailable: what was planned has been taken since.
+    """
+    return max(0, min(_room_bytes(tier, nbytes, host_budget) for tier in _tiers_of(candidate, options, ranks)))
+
+
+def _tiers_of(candidate: Candidate, options: Options, ranks: Ranks) -> list[MemoryTier]:
+    """A candidate's tier for each rank."""
+    tier = tier_classes()[candidate.tier]
+    settings = options.tiers[candidate.tier]
+    return [tier(settings, seat, gpu) for seat, gpu in zip(candidate.seats, ranks.gpus, strict=True)]
 
 
 class Placement:
@@ -120,10 +163,15 @@ class Placement:
         self.passed_over.append((self._tiers.pop(0).name, str(reason)))
 
 
-def _check_room(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> None:
+def _room_bytes(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> int:
     capacity = tier.capacity_bytes()
     if tier.locality is Locality.HOST:
         capacity = min(capacity, host_budget(nbytes))
+    return capacity
+
+
+def _check_room(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> None:
+    capacity = _room_bytes(tier, nbytes, host_budget)
     if nbytes > capacity:
         raise TierUnavailable(
             f"the pool needs {nbytes / 1e9:.2f} GB a rank and there is room for {max(capacity, 0) / 1e9:.2f} GB; "

@@ -20,6 +20,7 @@ import msgspec
 
 from sglang_xmem import gpus
 from sglang_xmem.adapters.hooks import Hook, place, verify
+from sglang_xmem.adapters.host_budget import launcher_host_budget
 from sglang_xmem.config import AUTO, parse_options
 from sglang_xmem.errors import REFUSED_EXIT_STATUS, ConfigError, UnsupportedSGLang, refuse
 from sglang_xmem.plan import Placement, Plan, make_plan
@@ -160,8 +161,6 @@ def _plan(record: Any, request: Request) -> Plan:
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.environ import envs
-    from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
-    from sglang.srt.mem_cache.pool_host.base import HICACHE_HOST_MEMORY_RESERVE_BYTES
 
     cfg = resolving_view(record)
     if not cfg.enable_hierarchical_cache:
@@ -204,10 +203,7 @@ def _plan(record: Any, request: Request) -> Plan:
         )
     )
 
-    def host_budget(nbytes: int) -> int:
-        return (available_host_memory_bytes() - HICACHE_HOST_MEMORY_RESERVE_BYTES) // per_node
-
-    return make_plan(options, ranks, int(cfg.hicache_size * 1e9) or None, host_budget)
+    return make_plan(options, ranks, int(cfg.hicache_size * 1e9) or None, launcher_host_budget(per_node))
 
 
 def _wait_for_scheduler_ready(original: Any, scheduler_pipe_readers: Any, scheduler_procs: Any) -> Any:

@@ -167,6 +167,24 @@ def _releaser(address: int, context: Callable[[], contextlib.AbstractContextMana
     return release
 
 
+def bank_rooms() -> list[tuple[int, int]]:
+    """(total, available) bytes of each of the service's banks, for people; planning asks for what it needs itself.
+
+    Raises:
+        TierUnavailable: the SDK, its library or the service is missing or fails.
+    """
+    count = int(_call(lambda sdk: sdk.get_status().num_banks, "asking the service for its banks"))
+    return [_bank_room(bank) for bank in range(count)]
+
+
+def _bank_room(bank: int) -> tuple[int, int]:
+    def ask(sdk: Any) -> tuple[int, int]:
+        status = sdk.get_bank_status(bank)
+        return int(status.total_memory), int(status.available_memory)
+
+    return _call(ask, f"asking for the room of bank {bank}")
+
+
 def _available_bytes(bank: int) -> int:
     what = f"asking for the room of bank {bank}"
     return int(_call(lambda sdk: sdk.get_bank_status(bank).available_memory, what))

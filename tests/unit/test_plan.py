@@ -11,7 +11,7 @@ from fakes import FakeSettings, FakeTier, SlowFakeTier
 from sglang_xmem import plan as plan_module
 from sglang_xmem.config import CopySettings, Options
 from sglang_xmem.errors import ConfigError
-from sglang_xmem.plan import Placement, make_plan
+from sglang_xmem.plan import Candidate, PassedOver, Placement, candidate_room_bytes, examine, make_plan
 from sglang_xmem.tiers import Ranks, tier_classes
 
 
@@ -100,3 +100,23 @@ def test_nothing_left_tells_every_reason() -> None:
     assert "auto finds no tier" in str(caught.value)
     assert "fake (" in str(caught.value)
     assert "slowfake (" in str(caught.value)
+
+
+def test_examination_tells_of_every_tier_where_none_can_serve() -> None:
+    found = list(examine(options(fast=1, slow=1), RANKS, 1000, budget))
+    assert [type(each) for each in found] == [PassedOver, PassedOver]
+    assert [each.tier for each in found] == ["fake", "slowfake"]
+
+
+def test_room_of_a_candidate_is_that_of_a_pool_of_each_rank() -> None:
+    chosen = options(fast=300, slow=200)
+    fast, slow = examine(chosen, RANKS, 100, budget)
+    assert isinstance(fast, Candidate)
+    assert isinstance(slow, Candidate)
+
+    def poor(nbytes: int) -> int:
+        return nbytes - 150
+
+    assert candidate_room_bytes(fast, chosen, RANKS, 200, poor) == 300
+    assert candidate_room_bytes(slow, chosen, RANKS, 200, poor) == 50
+    assert candidate_room_bytes(slow, chosen, RANKS, 100, poor) == 0

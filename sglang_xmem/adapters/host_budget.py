@@ -1,0 +1,59 @@
+"""Host RAM that a launcher of SGLang 0.5.23 gives its ranks' pools, without importing SGLang.
+
+SGLang's rule (memory limits of the process's cgroups, then what the machine has) is in one file that needs psutil
+alone, but its package imports torch and much more, ten seconds of it, for which `sglang-xmem doctor` has no time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from sglang_xmem.plan import HostBudget
+
+#: SGLang's HICACHE_HOST_MEMORY_RESERVE_BYTES, whose module imports torch.
+RESERVE_BYTES = 10 << 30
+
+_MODULE = "sglang.srt.mem_cache.host_memory"
+_NAME = "available_host_memory_bytes"
+
+
+def launcher_host_budget(n_ranks: int) -> HostBudget:
+    """What each of a launcher's `n_ranks` on this machine may claim of the host's RAM."""
+    return _budget(_available_host_memory_bytes(), n_ranks)
+
+
+def fallback_host_budget(n_ranks: int) -> HostBudget:
+    """As `launcher_host_budget` where SGLang is not installed, so limits of cgroups are not seen."""
+    return _budget(lambda: int(psutil.virtual_memory().available), n_ranks)
+
+
+def _budget(available_bytes: Callable[[], int], n_ranks: int) -> HostBudget:
+    return lambda nbytes: (available_bytes() - RESERVE_BYTES) // n_ranks
+
+
+def _available_host_memory_bytes() -> Callable[[], int]:
+    """SGLang's function, of the module where it is imported, else of its file alone."""
+    loaded = sys.modules.get(_MODULE)
+    found: Callable[[], int] = getattr(loaded, _NAME) if loaded is not None else _from_file()
+    return found
+
+
+@functools.cache
+def _from_file() -> Callable[[], int]:
+    package = importlib.util.find_spec("sglang")  # finds it; imports nothing
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("SGLang is not installed", name="sglang")
+    path = Path(package.submodule_search_locations[0], *_MODULE.split(".")[1:]).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location("sglang_xmem._sglang_host_memory", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Callable[[], int] = getattr(module, _NAME)
+    return found

@@ -1,0 +1,92 @@
+"""`sglang-xmem doctor`: what this machine has for HiCache's pool, and which tier `auto` would take.
+
+Changes nothing. The bandwidth measurement takes under ten seconds and 0.5 GB of idle GPUs while it runs; GPUs that
+others use are not touched. Status 0: a tier can hold the pool; 1: none can; 2: options that the server would refuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from sglang_xmem.config import AUTO, CONFIG_OPTION
+from sglang_xmem.doctor import bandwidth, facts, tiers
+from sglang_xmem.errors import ConfigError
+
+#: Of the JSON; a change that takes a key away or gives it another meaning raises it.
+SCHEMA = 1
+
+Json = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hicache-size", type=float, default=0, metavar="GB", help="as the server's: the pool of a rank, in 1e9 bytes"
+    )
+    parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="as the server's")
+    parser.add_argument("--base-gpu-id", type=int, default=0, metavar="GPU", help="as the server's")
+    parser.add_argument("--hicache-xmem-tier", default=AUTO, metavar="TIER", help="as the server's; default: auto")
+    parser.add_argument(CONFIG_OPTION, default=None, metavar="JSON|@FILE", help="as the server's")
+    parser.add_argument("--no-bandwidth", action="store_true", help="measure nothing")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout in place of the screen")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = examine(args)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        from sglang_xmem.doctor import screen
+
+        screen.show(found)
+    return 0 if found["tiers"]["takes"] is not None else 1
+
+
+def examine(args: argparse.Namespace) -> Json:
+    """Everything, as docs/doctor.md describes it.
+
+    Raises:
+        ConfigError: options that the server would refuse.
+    """
+    if not 0 <= args.hicache_size < 1e9:
+        raise ConfigError(f"--hicache-size is {args.hicache_size:g}; give GB a rank, or leave it out.")
+    engine = tiers.engine_gpus(args.tp_size, args.base_gpu_id)
+    # The plan first: afterwards, our own context on a GPU might still be going.
+    pool_bytes = int(args.hicache_size * 1e9) or None
+    verdict, banks = tiers.verdict(args.hicache_xmem_tier, args.hicache_xmem_config, engine, pool_bytes)
+    versions = facts.versions()
+    gpu_list, no_gpus = facts.gpu_list()
+    peers = facts.peer_access([gpu["gpu"] for gpu in gpu_list])
+    _add_bandwidth(gpu_list, peers, measured=not args.no_bandwidth)
+    nodes = facts.numa_nodes()
+    for node in nodes:
+        node["gpus"] = [gpu["gpu"] for gpu in gpu_list if gpu["numa_node"] == node["node"]]
+    return {
+        "schema": SCHEMA,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions,
+        "plugin": {"reason": facts.plugin_problem(versions["sglang"])},
+        "driver": facts.driver(),
+        "gpus": {"list": gpu_list, "reason": no_gpus},
+        "peers": peers,
+        "host": facts.host_memory(),
+        "numa_nodes": nodes,
+        "devdax": facts.devdax(),
+        "xmem": {**facts.xmem(), "banks": banks["banks"], "reason": banks.get("reason")},
+        "tiers": verdict,
+    }
+
+
+def _add_bandwidth(gpu_list: list[Json], peers: list[Json], measured: bool) -> None:
+    """Put rates, or why there are none, into the GPUs' and the pairs' rows."""
+    rows, problem = bandwidth.run() if measured and gpu_list else ([], "--no-bandwidth")
+    by_link = {(row["gpu"], row["peer"]): row for row in rows}
+    for target in [*gpu_list, *peers]:
+        row = by_link.get((target["gpu"], target.get("peer")), {})
+        rates = {key: row.get(key) for key in ("read_gbps", "write_gbps")}
+        why = row.get("not_measured")
+        if rates["read_gbps"] is None and why is None:
+            why = "there is no peer access" if target.get("access") is False else problem or bandwidth.NO_TIME
+        target.update({**rates, "not_measured": why})

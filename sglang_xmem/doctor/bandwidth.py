@@ -1,0 +1,194 @@
+"""A quick measurement of the links between GPUs, and of each GPU's to host memory, in a child process on a clock.
+
+What the tiers do at their best: the copy engine on contiguous memory, the peer's memory as tier `peer` maps it. One
+context at a time, none on peers; GPUs that others use are left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from sglang_xmem import gpus
+from sglang_xmem.doctor.child import run_task
+from sglang_xmem.errors import TierUnavailable
+from sglang_xmem.tiers.peer import PeerSeat, PeerSettings, PeerTier
+
+#: Bytes of a copy: enough for 99 % of a link's rate, small beside any GPU's memory.
+COPY_BYTES = 256 << 20
+REPETITIONS = 5
+#: Seconds for all measurements, the child's start included, and the time at which it is stopped.
+BUDGET_S = 8.0
+LIMIT_S = 9.5
+NO_TIME = "the time was up"
+#: Bytes compared at the start, in the middle and at the end of each copy.
+_SAMPLE_BYTES = 4096
+
+Json = dict[str, Any]
+
+
+def run() -> tuple[list[Json], str | None]:
+    """Rows of `measure`, and why there are no more of them if so."""
+    outcome = run_task("bandwidth", {"deadline": time.monotonic() + BUDGET_S}, LIMIT_S)
+    return outcome.lines, outcome.problem
+
+
+def measure(deadline: float) -> Iterator[Json]:
+    """In a child: a row for each GPU's host link and for each ordered pair with peer access.
+
+    Args:
+        deadline: time.monotonic() after which nothing more is begun; that clock is the machine's.
+    """
+    visible = list(gpus.visible_gpus())
+    busy = {gpu: gpus.foreign_use(gpu) for gpu in visible}
+    peers = {gpu: [peer for peer in visible if peer != gpu and gpus.can_access_peer(gpu, peer)] for gpu in visible}
+    left = sum(1 + len(peers[gpu]) for gpu in visible)
+    for gpu in visible:
+        rows: list[Json] = [{"gpu": gpu, "peer": peer} for peer in [None, *peers[gpu]]]
+        with ExitStack() as stack:
+            bench: _Bench | None = None
+            reason = busy[gpu]
+            if reason is None and time.monotonic() < deadline:
+                try:
+                    bench = stack.enter_context(_bench(gpu))
+                except TierUnavailable as error:
+                    reason = str(error)
+            for row in rows:
+                now = time.monotonic()
+                peer = row["peer"]
+                why = reason or (None if peer is None else busy[peer])
+                if why is None and (bench is None or now >= deadline):
+                    why = NO_TIME
+                if why is not None or bench is None:
+                    yield {**row, "not_measured": why}
+                else:
+                    share = (deadline - now) / left
+                    try:
+                        yield {**row, **(bench.host(share) if peer is None else bench.peer(peer, share))}
+                    except TierUnavailable as error:
+                        yield {**row, "not_measured": str(error)}
+                left -= 1
+
+
+@contextmanager
+def _bench(gpu: int) -> Iterator[_Bench]:
+    """A context on a GPU with a buffer in it; all gone afterwards."""
+    d = gpus.driver()
+    device = gpus.checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")
+    with ExitStack() as undo:
+        context = gpus.checked(d.cuDevicePrimaryCtxRetain(device), f"making a context on GPU {gpu}")
+        undo.callback(d.cuDevicePrimaryCtxRelease, device)
+        gpus.checked(d.cuCtxSetCurrent(context), f"entering GPU {gpu}'s context")
+        undo.callback(d.cuCtxSetCurrent, d.CUcontext(0))
+        stream = gpus.checked(d.cuStreamCreate(1), "making a stream")  # CU_STREAM_NON_BLOCKING
+        undo.callback(d.cuStreamDestroy, stream)
+        events = []
+        for _ in range(2):
+            events.append(gpus.checked(d.cuEventCreate(0), "making an event"))
+            undo.callback(d.cuEventDestroy, events[-1])
+        what = f"allocating {COPY_BYTES / 1e9:.2f} GB on GPU {gpu}"
+        buffer = int(gpus.checked(d.cuMemAlloc(COPY_BYTES), what))
+        undo.callback(d.cuMemFree, buffer)
+        yield _Bench(d, gpu, stream, events, buffer)
+
+
+class _Bench:
+    """Copies to and from a buffer on a GPU whose context is current."""
+
+    def __init__(self, driver: Any, gpu: int, stream: Any, events: list[Any], buffer: int) -> None:
+        self._driver = driver
+        self._gpu = gpu
+        self._stream = stream
+        self._start, self._end = events
+        self._buffer = buffer
+
+    def host(self, share_s: float) -> Json:
+        """Both directions between pinned memory and the GPU."""
+        d = self._driver
+        with _cpus_near(self._gpu):  # the driver's pages come from the node that asks for them
+            status = d.cuMemHostAlloc(COPY_BYTES, d.CU_MEMHOSTALLOC_PORTABLE)
+        pinned = int(gpus.checked(status, f"pinning {COPY_BYTES / 1e9:.2f} GB of host memory"))
+        try:
+            read = self._gbps(self._buffer, pinned, share_s / 2, host_source=True)
+            write = self._gbps(pinned, self._buffer, share_s / 2, host_target=True)
+            return {"read_gbps": read, "write_gbps": write}
+        finally:
+            d.cuMemFreeHost(pinned)
+
+    def peer(self, peer: int, share_s: float) -> Json:
+        """Both directions between a peer's memory and the GPU."""
+        tier = PeerTier(PeerSettings(gpus=(peer,)), PeerSeat(gpus=(peer,), named=True), self._gpu)
+        region = tier.allocate(COPY_BYTES)
+        try:
+            read = self._gbps(self._buffer, region.address, share_s / 2)
+            return {"read_gbps": read, "write_gbps": self._gbps(region.address, self._buffer, share_s / 2)}
+        finally:
+            region.release()
+
+    def _gbps(
+        self, target: int, source: int, share_s: float, *, host_source: bool = False, host_target: bool = False
+    ) -> float:
+        """Median rate of a few copies, in GB/s (1e9 bytes).
+
+        Raises:
+            TierUnavailable: a call failed, or what arrived is not what was sent.
+        """
+        d = self._driver
+        samples = {at: os.urandom(_SAMPLE_BYTES) for at in (0, COPY_BYTES // 2, COPY_BYTES - _SAMPLE_BYTES)}
+        for at, sample in samples.items():
+            self._write(source + at, sample, host_source)
+        gpus.checked(d.cuCtxSynchronize(), "writing samples")  # small writes return before they have arrived
+        times: list[float] = []
+        began = time.monotonic()
+        for number in range(REPETITIONS + 1):
+            gpus.checked(d.cuEventRecord(self._start, self._stream), "recording an event")
+            gpus.checked(d.cuMemcpyAsync(target, source, COPY_BYTES, self._stream), "copying")
+            gpus.checked(d.cuEventRecord(self._end, self._stream), "recording an event")
+            gpus.checked(d.cuEventSynchronize(self._end), "copying")
+            if number > 0:  # the first is a warm-up
+                times.append(float(gpus.checked(d.cuEventElapsedTime(self._start, self._end), "timing")))
+                if time.monotonic() - began > share_s:
+                    break
+        for at, sample in samples.items():
+            if self._read(target + at, host_target) != sample:
+                raise TierUnavailable("the bytes that arrived are not those that were sent; check the IOMMU and ACS")
+        return round(COPY_BYTES / statistics.median(times) / 1e6, 2)
+
+    def _write(self, address: int, data: bytes, on_host: bool) -> None:
+        if on_host:
+            ctypes.memmove(address, data, len(data))
+        else:
+            staged = ctypes.create_string_buffer(data, len(data))
+            status = self._driver.cuMemcpyHtoD(address, ctypes.addressof(staged), len(data))
+            gpus.checked(status, "writing a sample")
+
+    def _read(self, address: int, on_host: bool) -> bytes:
+        if on_host:
+            return ctypes.string_at(address, _SAMPLE_BYTES)
+        staged = ctypes.create_string_buffer(_SAMPLE_BYTES)
+        status = self._driver.cuMemcpyDtoH(ctypes.addressof(staged), address, _SAMPLE_BYTES)
+        gpus.checked(status, "reading a sample")
+        return staged.raw
+
+
+@contextmanager
+def _cpus_near(gpu: int) -> Iterator[None]:
+    """This thread on CPUs of the GPU's NUMA node, where the machine tells and allows."""
+    before = os.sched_getaffinity(0)
+    with suppress(OSError, ValueError):
+        node = gpus.numa_node(gpu)
+        if node is not None:
+            with open(f"/sys/devices/system/node/node{node}/cpulist", encoding="ascii") as file:
+                parts = [part.split("-") for part in file.read().strip().split(",") if part]
+            near = before & {cpu for part in parts for cpu in range(int(part[0]), int(part[-1]) + 1)}
+            if near:
+                os.sched_setaffinity(0, near)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

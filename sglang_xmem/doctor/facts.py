@@ -1,0 +1,207 @@
+"""What this machine has, by asking the kernel, NVML and the driver. Nothing here allocates or makes a CUDA context.
+
+Every function returns JSON; what cannot be had is None or empty with the reason beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import sglang_xmem
+from sglang_xmem import gpus, plugin
+from sglang_xmem.errors import TierUnavailable
+from sglang_xmem.tiers.mtier import DEFAULT_LIBRARY, LIBRARY_VARIABLE
+
+Json = dict[str, Any]
+
+PACKAGES = ("sglang", "torch", "triton", "cuda-bindings", "xmem-mtier")
+_ENTRY_POINTS = "sglang.srt.plugins"
+
+
+def versions() -> Json:
+    """Versions of what is installed; None for what is not."""
+    found: Json = {"python": platform.python_version(), "sglang_xmem": sglang_xmem.__version__}
+    for package in PACKAGES:
+        found[package] = None
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def plugin_problem(sglang: str | None) -> str | None:
+    """Why `--hicache-use-xmem` would not be there, None where it would."""
+    known = ", ".join(plugin.ADAPTERS)
+    if sglang is None:
+        return f"SGLang is not installed; run pip install sglang=={known}"
+    if sglang not in plugin.ADAPTERS:
+        return f"SGLang {sglang} is installed and sglang_xmem knows {known}; run pip install sglang=={known}"
+    if "sglang_xmem" not in {point.name for point in importlib.metadata.entry_points(group=_ENTRY_POINTS)}:
+        return "sglang_xmem is not installed as a plugin of SGLang; run pip install on it in this environment"
+    listed = os.environ.get("SGLANG_PLUGINS", "")
+    if listed and "sglang_xmem" not in {name.strip() for name in listed.split(",")}:
+        return f"SGLANG_PLUGINS is {listed!r}; add sglang_xmem to it"
+    return None
+
+
+def driver() -> Json:
+    """The NVIDIA driver's version and CUDA's."""
+    try:
+        version, cuda = gpus.driver_versions()
+    except Exception as error:  # NVML has errors of its own for each thing that it does not offer
+        return {"version": None, "cuda": None, "reason": reason_of(error)}
+    return {"version": version, "cuda": cuda, "reason": None}
+
+
+def gpu_list() -> tuple[list[Json], str | None]:
+    """Each GPU, and why there is none."""
+    try:
+        visible = gpus.visible_gpus()
+    except TierUnavailable as error:
+        return [], str(error)
+    return [_gpu(gpu) for gpu in visible], None if visible else "the NVIDIA driver finds no GPU"
+
+
+def _gpu(gpu: int) -> Json:
+    found: Json = {
+        "gpu": gpu,
+        "name": None,
+        "total_bytes": None,
+        "free_bytes": None,
+        "used_bytes": None,
+        "numa_node": None,
+        "in_use": None,
+        "processes": [],
+        "reason": None,
+    }
+    try:
+        found["name"] = gpus.name(gpu)
+        found["total_bytes"] = gpus.total_bytes(gpu)
+        found["numa_node"] = gpus.numa_node(gpu)
+        found["free_bytes"], found["used_bytes"] = gpus.memory_bytes(gpu)
+        found["in_use"] = gpus.foreign_use(gpu)
+        found["processes"] = [
+            {"pid": pid, "name": _process_name(pid), "used_bytes": used} for pid, used in gpus.processes(gpu).items()
+        ]
+    except Exception as error:  # what was found until here counts; NVML's errors are of many kinds
+        found["reason"] = reason_of(error)
+    return found
+
+
+def _process_name(pid: int) -> str | None:
+    with suppress(psutil.Error):
+        return str(psutil.Process(pid).name())
+    return None  # of another container, or gone
+
+
+def peer_access(visible: list[int]) -> list[Json]:
+    """Each ordered pair: whether kernels on `gpu` can use memory of `peer`."""
+    rows = []
+    for gpu in visible:
+        for peer in visible:
+            if peer != gpu:
+                row: Json = {"gpu": gpu, "peer": peer, "access": None, "reason": None}
+                try:
+                    row["access"] = gpus.can_access_peer(gpu, peer)
+                except TierUnavailable as error:
+                    row["reason"] = str(error)
+                rows.append(row)
+    return rows
+
+
+def host_memory() -> Json:
+    """The machine's memory and what this process may lock of it (None: all)."""
+    memory = psutil.virtual_memory()
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return {
+        "total_bytes": int(memory.total),
+        "available_bytes": int(memory.available),
+        "locked_limit_bytes": None if soft == resource.RLIM_INFINITY else soft,
+    }
+
+
+def numa_nodes(root: Path = Path("/")) -> list[Json]:
+    """Each NUMA node's memory and reserved hugepages; empty where the kernel does not say.
+
+    Args:
+        root: directory that holds `sys`.
+    """
+    directory = root / "sys/devices/system/node"
+    numbers = []
+    with suppress(OSError):
+        numbers = sorted(int(path.name[4:]) for path in directory.glob("node[0-9]*") if path.name[4:].isdigit())
+    return [_numa_node(directory / f"node{number}", number) for number in numbers]
+
+
+def _numa_node(directory: Path, number: int) -> Json:
+    fields: dict[str, int] = {}
+    with suppress(OSError, ValueError, IndexError):
+        for line in (directory / "meminfo").read_text(encoding="ascii").splitlines():
+            words = line.split()  # "Node 0 MemFree:   123 kB"
+            fields[words[2].rstrip(":")] = int(words[3]) * 1024
+    hugepages = []
+    with suppress(OSError):
+        for path in directory.glob("hugepages/hugepages-*kB"):
+            with suppress(OSError, ValueError):
+                hugepages.append(
+                    {
+                        "page_bytes": int(path.name[len("hugepages-") : -len("kB")]) * 1024,
+                        "total": _number(path / "nr_hugepages"),
+                        "free": _number(path / "free_hugepages"),
+                    }
+                )
+    hugepages.sort(key=lambda size: size["page_bytes"])
+    total, free = fields.get("MemTotal"), fields.get("MemFree")
+    return {"node": number, "total_bytes": total, "free_bytes": free, "hugepages": hugepages}
+
+
+def devdax(root: Path = Path("/")) -> list[Json]:
+    """Each device of device-DAX memory (CXL or persistent memory handed out whole).
+
+    Args:
+        root: directory that holds `sys` and `dev`.
+    """
+    names: set[str] = set()
+    for directory in (root / "sys/bus/dax/devices", root / "dev"):
+        with suppress(OSError):
+            names.update(path.name for path in directory.glob("dax[0-9]*"))
+    return [_devdax(root, name) for name in sorted(names)]
+
+
+def _devdax(root: Path, name: str) -> Json:
+    device, node = root / "sys/bus/dax/devices" / name, root / "dev" / name
+    found: Json = {"device": f"/dev/{name}", "size_bytes": None, "target_node": None, "reason": None}
+    for key, file in (("size_bytes", "size"), ("target_node", "target_node")):
+        with suppress(OSError, ValueError):
+            found[key] = _number(device / file)
+    if not node.exists():
+        # Driver kmem has made ordinary memory of it, a NUMA node; or none has it.
+        found["reason"] = "it has no node in /dev, so it is in use as system memory or has no driver"
+    elif not os.access(node, os.R_OK | os.W_OK):
+        found["reason"] = "this user may not read and write it"
+    return found
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text(encoding="ascii"))
+
+
+def xmem() -> Json:
+    """X-Mem's library as the SDK looks for it; whether it works is for a child process to find out."""
+    path = os.environ.get(LIBRARY_VARIABLE, DEFAULT_LIBRARY)
+    return {"library": path, "library_exists": os.path.exists(path)}
+
+
+def reason_of(error: Exception) -> str:
+    """A clause for people; the kind of an error is told where its words may not stand alone."""
+    words = " ".join(str(error).split())
+    if isinstance(error, TierUnavailable):
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

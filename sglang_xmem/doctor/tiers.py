@@ -1,0 +1,141 @@
+"""What each tier could do for an engine, by the code that plans in SGLang's launcher (sglang_xmem.plan), one by one.
+
+Each tier is asked as if it had been named; `auto` takes the first that can, in the same order.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any
+
+from sglang_xmem import gpus, plugin
+from sglang_xmem.adapters.host_budget import fallback_host_budget, launcher_host_budget
+from sglang_xmem.config import AUTO, parse_options
+from sglang_xmem.doctor.child import run_task
+from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.plan import Candidate, HostBudget, candidate_room_bytes
+from sglang_xmem.plan import examine as examine_tiers
+from sglang_xmem.tiers import Ranks, tier_classes
+from sglang_xmem.tiers.mtier import MTierTier, bank_rooms
+
+#: An SDK's import takes seconds (it imports torch); its library may wait for its service for good.
+LIMIT_S = 30.0
+#: The step that lists X-Mem's banks. First: a tier that hangs hides nothing that was asked before.
+BANKS = "banks"
+
+Json = dict[str, Any]
+
+
+def engine_gpus(tp_size: int, base_gpu_id: int) -> list[int | None]:
+    """The GPU of each rank as SGLang deals them, None where this machine has none.
+
+    Raises:
+        ConfigError: they ask for GPUs that are not there.
+    """
+    if tp_size < 1:
+        raise ConfigError(f"--tp-size is {tp_size}; give 1 or more.")
+    try:
+        visible = gpus.visible_gpus()
+    except TierUnavailable:
+        return [None] * tp_size
+    if not visible:
+        return [None] * tp_size
+    wanted = range(base_gpu_id, base_gpu_id + tp_size)
+    if base_gpu_id < 0 or wanted[-1] not in visible:
+        raise ConfigError(
+            f"--base-gpu-id {base_gpu_id} with --tp-size {tp_size} needs GPUs {wanted[0]} to {wanted[-1]}, but this "
+            f"process sees GPUs 0 to {len(visible) - 1}."
+        )
+    return list(wanted)
+
+
+def sglang_is_known() -> bool:
+    """Whether the SGLang that is installed is one that this package patches."""
+    try:
+        return importlib.metadata.version("sglang") in plugin.ADAPTERS
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def examine(steps: list[str], config: str | None, engine: list[int | None], pool_bytes: int | None) -> Iterator[Json]:
+    """In a child: one line a step, which is a tier's name or BANKS.
+
+    Raises:
+        ConfigError: options that the server would refuse.
+    """
+    ranks = Ranks(gpus=tuple(engine))
+    for step in steps:
+        if step == BANKS:
+            yield _banks()
+            continue
+        options = parse_options(step, config)
+        budget = _host_budget(len(engine))
+        (found,) = examine_tiers(options, ranks, pool_bytes, budget)
+        if isinstance(found, Candidate):
+            try:
+                yield _line(step, room_bytes=candidate_room_bytes(found, options, ranks, pool_bytes or 0, budget))
+            except TierUnavailable as error:  # as a rank would pass it over
+                yield _line(step, str(error))
+        else:
+            yield _line(step, found.reason)
+
+
+def _banks() -> Json:
+    try:
+        return {"banks": [{"total_bytes": total, "available_bytes": room} for total, room in bank_rooms()]}
+    except TierUnavailable as error:
+        return {"banks": None, "reason": str(error)}
+
+
+def _line(tier: str, reason: str | None = None, room_bytes: int | None = None) -> Json:
+    return {"tier": tier, "room_bytes": room_bytes, "reason": reason}
+
+
+def _host_budget(n_ranks: int) -> HostBudget:
+    return launcher_host_budget(n_ranks) if sglang_is_known() else fallback_host_budget(n_ranks)
+
+
+def verdict(tier: str, config: str | None, engine: list[int | None], pool_bytes: int | None) -> tuple[Json, Json]:
+    """Which tier serves and why not the others; and X-Mem's banks.
+
+    Raises:
+        ConfigError: options that the server would refuse.
+    """
+    parse_options(tier, config)
+    names = list(tier_classes()) if tier == AUTO else [tier]
+    banks: Json = {}
+    found: dict[str, Json] = {}
+    stuck: list[str] = []
+    steps = [BANKS, *names]
+    while steps:
+        arguments = {"steps": steps, "config": config, "engine": engine, "pool_bytes": pool_bytes}
+        outcome = run_task("tiers", arguments, LIMIT_S)
+        for step, line in zip(steps, outcome.lines, strict=False):
+            if step == BANKS:
+                banks = line
+            else:
+                found[step] = line
+        steps = steps[len(outcome.lines) :]
+        if not steps:
+            break
+        # A child that neither finished nor failed has no answer to its first open step; the others get a new child.
+        problem = outcome.problem or "it gave no answer"
+        failed = steps.pop(0)
+        if failed == BANKS:
+            banks = {"banks": None, "reason": problem}
+            if MTierTier.name not in steps:
+                continue
+            steps.remove(failed := MTierTier.name)  # would wait for the same service as long again
+        found[failed] = _line(failed, problem)
+        stuck.append(failed)
+    tiers = [found[name] for name in names]
+    return {
+        "asked": tier,
+        "gpus": engine,
+        "pool_bytes": pool_bytes,
+        "host_budget": "sglang" if sglang_is_known() else "fallback",
+        "takes": next((line["tier"] for line in tiers if line["reason"] is None), None),
+        "found": tiers,
+        "stuck": stuck,
+    }, banks
