@@ -14,8 +14,8 @@ import psutil
 
 from sglang_xmem.errors import TierUnavailable
 
-#: A GPU with more bytes in use than this and no process that NVML names counts as in use: an idle H200 shows
-#: under 10 MB, a bare CUDA context about 500 MB.
+#: A GPU with more bytes in use than this by nobody whom NVML names counts as in use: an idle H200 shows under 10 MB, a
+#: bare CUDA context about 500 MB.
 IDLE_USED_BYTES = 256 << 20
 
 
@@ -145,13 +145,15 @@ def foreign_use(gpu: int) -> str | None:
 
     This process, its parent and its parent's other children (an engine's ranks) do not count.
     """
-    pids = set(processes(gpu))
-    foreign = sorted(pids - _own_pids())
+    held = processes(gpu)
+    foreign = sorted(held.keys() - _own_pids())
     if foreign:
         return f"GPU {gpu} is in use by process {', '.join(map(str, foreign))}"
-    used = memory_bytes(gpu)[1]
-    if not pids and used > IDLE_USED_BYTES:
-        return f"GPU {gpu} has {used / 1e9:.2f} GB in use by processes that cannot be seen from here"
+    # NVML names processes with a context on the GPU. One of another container, or one that only maps the GPU's memory
+    # as tier `peer` does, shows in the GPU's used bytes alone.
+    hidden = memory_bytes(gpu)[1] - sum(nbytes or 0 for nbytes in held.values())
+    if None not in held.values() and hidden > IDLE_USED_BYTES:
+        return f"GPU {gpu} has {hidden / 1e9:.2f} GB in use by processes that cannot be seen from here"
     return None
 
 

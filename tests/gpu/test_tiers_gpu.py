@@ -175,7 +175,8 @@ def test_auto_passes_over_a_peer_that_another_process_uses() -> None:
     need_gpus(2)
     process = hold(2 * GB)
     try:
-        assert f"process {process.pid}" in str(gpus.foreign_use(1)), "the pool shows under its own process"
+        # The holder has no context on GPU 1, so NVML does not name it.
+        assert "GPU 1 has 2.0" in str(gpus.foreign_use(1))
         where = placement("auto")
         assert where.plan.candidates[0].tier == ("peer" if torch.cuda.device_count() > 2 else "dram")
         if torch.cuda.device_count() == 2:
