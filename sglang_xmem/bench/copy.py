@@ -93,7 +93,7 @@ def parse(args: argparse.Namespace) -> Options:
         memories=None if args.memory is None else _names("--memory", args.memory, MEMORIES),
         tunings=None if args.tunings is None else _tunings(args.tunings),
         limits=limits,
-        repetitions=min(args.repetitions, 2) if args.quick else args.repetitions,
+        repetitions=min(args.repetitions, 2 if args.quick else 3) if args.quick or args.tune else args.repetitions,
         quick=args.quick,
         tune=args.tune,
     )
@@ -263,8 +263,7 @@ class Runner:
             nbytes = max(Scene.nbytes(job.case) for job in jobs)
             region = self._allocate(tier, memory, nbytes)
         except (ConfigError, TierUnavailable) as reason:
-            for path in dict.fromkeys(job.path for job in jobs):
-                self._write(jobs[0], [{"path": path, "memory": memory, "waived": str(reason)}])
+            self._write(jobs[0], _on_each_path(jobs, waived=str(reason)))
             self.progress.engine_done()
             return
         try:
@@ -280,7 +279,7 @@ class Runner:
                     if job.tuning == "candidate" and not _same_search(job, following):
                         self._best(job, scene)
         except (RuntimeError, ConfigError) as error:  # no memory for this side, or the device is lost
-            self._write(jobs[0], [{"path": jobs[0].path, "memory": memory, "error": _sentence(error)}])
+            self._write(jobs[0], _on_each_path(jobs, error=_sentence(error)))
         finally:
             # After an error of the device nothing can be waited for; the memory goes back all the same.
             with contextlib.suppress(Exception):
@@ -344,8 +343,13 @@ class Runner:
         self.results.write(rows, job.key, 0, complete)
         for row in rows:
             self.failed = self.failed or "error" in row or row.get("verified") is False
-            self.progress.say(report.copy_line(row))
+            if row.get("tuning") != "candidate" or "error" in row:
+                self.progress.say(report.copy_line(row))
         self.progress.step(str(job), 0 if job.tuning == "best" else 1)
+
+
+def _on_each_path(jobs: Sequence[Job], **what: str) -> list[Row]:
+    return [{"path": path, "memory": jobs[0].memory, **what} for path in dict.fromkeys(job.path for job in jobs)]
 
 
 def _with_next(jobs: list[Job]) -> list[tuple[Job, Job | None]]:

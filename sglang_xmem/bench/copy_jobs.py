@@ -62,7 +62,8 @@ ENQUEUE_TARGET_US = 300.0
 ENQUEUE_PAGES = (1, 160, 1280)
 
 #: Bytes that one copy takes at most, so that slow links and CPUs are done as soon as fast ones.
-HOST_BYTES, CPU_BYTES, TUNE_BYTES = 1.6e9, 32e6, 1.6e9
+HOST_BYTES, CPU_BYTES = 1.6e9, 32e6
+TUNE_BYTES = {"peer": 1.6e9, "host": 0.4e9}
 QUICK_BYTES, QUICK_CPU_BYTES = 128e6, 4e6
 
 Changes = Mapping[str, Any]
@@ -274,7 +275,7 @@ def tune_jobs(
         tier = path.partition("_")[0]
         for memory in (memories or ("tier",)) if tier == "peer" else ("tier",):
             for number in numbers:
-                case = CASES[number].limited(QUICK_BYTES if quick else TUNE_BYTES)
+                case = CASES[number].limited(QUICK_BYTES if quick else TUNE_BYTES[tier])
                 for kernel in kernels:
                     for ctas in limits or (TUNE_CTAS[tier][1:2] if quick else TUNE_CTAS[tier]):
                         changes = {**kernel, "ctas": ctas}

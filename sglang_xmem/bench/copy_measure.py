@@ -36,6 +36,7 @@ Call = Callable[[], None]
 
 #: Side of the square bf16 matrices whose product runs beside a load, and how many products a round takes.
 MATMUL_SIDE, MATMUL_CALLS, MATMUL_ROUNDS = 8192, 15, 3
+ENQUEUE_REPETITIONS = 20
 #: Calls a stream makes where two run at once.
 CALLS_AT_ONCE = 10
 #: Copies below this are over so soon that a median needs more of them.
@@ -523,7 +524,7 @@ def _beside(
         machine.synchronize()
         mine = between(marks)
         # The first round is the warm-up. From it comes how many loads take half as long again as the products.
-        count = count or int(1.5 * sum(mine) / load_ms) + 4
+        count = count or int(1.5 * MATMUL_CALLS * statistics.median(mine) / load_ms) + 4
         with machine.on(loading):
             machine.hold(2.0)
             load_marks = [machine.mark()]
@@ -562,7 +563,7 @@ def enqueue_load(
     copier.load_in_parts(*rows, parts, lambda part: events[part].record(stream))
 
 
-def _enqueue(job: Job, scene: Scene, repetitions: int = 20) -> Row:
+def _enqueue(job: Job, scene: Scene) -> Row:
     machine = scene.machine
     copier = scene.copier(job)
     stream = machine.stream(priority=-1)
@@ -577,7 +578,7 @@ def _enqueue(job: Job, scene: Scene, repetitions: int = 20) -> Row:
         for state in ("idle", "blocked"):
             mine = []
             gc.collect()
-            for index in range(repetitions + 3):
+            for index in range(ENQUEUE_REPETITIONS + 3):
                 machine.synchronize()
                 with machine.on(stream):
                     if state == "blocked":

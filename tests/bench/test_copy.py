@@ -202,7 +202,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(copy, "find_peer", lambda gpu, peer: 1)
     monkeypatch.setattr(gpus, "memory_bytes", lambda gpu: (1 << 40, 0))
     monkeypatch.setattr(torch, "matmul", product)
-    monkeypatch.setattr(copy_measure, "MATMUL_SIDE", 32)
+    for name, value in (("MATMUL_SIDE", 32), ("MATMUL_CALLS", 4), ("ENQUEUE_REPETITIONS", 1)):
+        monkeypatch.setattr(copy_measure, name, value)
     monkeypatch.setattr(copy_jobs, "QUICK_BYTES", 1e6)
     return machine
 
