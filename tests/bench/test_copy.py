@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -255,6 +257,31 @@ def test_gpu_run(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFix
     assert cli.main(["bench", "report", str(tmp_path / "copy.jsonl")]) == 0
     assert capsys.readouterr().out == out
     assert (tmp_path / "copy.svg").read_text() == before
+
+
+def documented() -> list[str]:
+    """The commands of docs/benchmarks.md."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text()
+    return re.findall(r"^sglang-xmem bench copy(.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_commands_run(
+    run_copy: RunCopy, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(fake_gpu, "room", lambda: 400_000)
+    status, rows = run_copy(*shlex.split(command), "--quick", "--no-plots")
+    assert status == 0
+    assert rows
+    assert all(row["complete"] for row in rows)
+
+
+def test_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).resolve().parents[2] / "docs" / "results" / "copy.jsonl"
+    arguments = ["--run", "20261121-020027-9b7196", "--output", str(tmp_path / "x")]
+    assert cli.main(["bench", "report", str(path), *arguments]) == 0
+    assert "51.4" in capsys.readouterr().out
+    assert (tmp_path / "x.svg").exists()
 
 
 def test_given_settings(run_copy: RunCopy, fake_gpu: FakeGpu) -> None:
