@@ -1,233 +1,365 @@
 """`sglang-xmem bench copy`: page copies against a contiguous copy-engine copy of as many bytes, in the same run.
 
-Scattered pages between this GPU and a tier, one direction at a time, bytes verified after each case. A case that
-cannot run here says WAIVED and why.
+Scattered pages between this GPU and a tier: one way, both ways at once, beside a matrix product, and the time that
+enqueueing a load takes. Bytes are verified after each case. A case that cannot run here says WAIVED and why. Without a
+GPU host copies by the torch copier are measured. --tune looks for the best settings of the CUDA kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
+import dataclasses
 import itertools
 import json
-import statistics
 import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from sglang_xmem.bench import environment
+from sglang_xmem.bench import copy_jobs, copy_memory, report
+from sglang_xmem.bench.copy_jobs import CASES, CPU_PATHS, MEMORIES, PATHS, Job, Row
+from sglang_xmem.bench.progress import Progress
+from sglang_xmem.bench.runs import INTERRUPTED, Results, add_output_arguments, terminated_as_interrupt
+from sglang_xmem.copies.tuning import CudaTuning
+from sglang_xmem.errors import ConfigError, TierUnavailable
 
-PATHS = ("peer_load", "peer_store", "host_load", "host_store")
+if TYPE_CHECKING:
+    from sglang_xmem.bench.copy_measure import Machine
 
-
-@dataclass(frozen=True)
-class Case:
-    """Pages to copy: `planes` planes of `pages` pages of `page_bytes`, rows of `row_bytes`."""
-
-    label: str
-    page_bytes: int
-    row_bytes: int
-    pages: int
-    planes: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.page_bytes * self.pages * self.planes
-
-
-CASES = (
-    Case("bf16 pages of 64 tokens", 65536, 1024, 1000, 96),
-    Case("16 pages", 65536, 1024, 16, 48),
-    Case("page size 1", 1024, 1024, 1_000_000, 4),
-    Case("fp8 pages of 64 tokens", 32768, 512, 1000, 96),
-    Case("MLA rows of 1152 B, pages of 64", 73728, 1152, 1000, 61),
-    Case("MLA rows of 656 B, pages of 64", 41984, 656, 1000, 61),
-)
+#: Left free of a peer's memory.
+PEER_RESERVE_BYTES = 2 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--paths", default=",".join(PATHS))
-    parser.add_argument("--cases", default="", help="comma-separated indices of cases; default: all")
-    parser.add_argument("--gpu", type=int, default=0)
-    parser.add_argument("--peer", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--tunings", default="[{}]", help="JSON list of changes to the default tuning")
-    parser.add_argument("--ctas", default="0", help="comma-separated CTA limits; 0 is the tuning's own")
-    parser.add_argument("--output", type=Path, default=Path("copy.jsonl"), help="JSON Lines file to append to")
+    cases = "; ".join(f"{number} {case.label}" for number, case in enumerate(CASES))
+    parser.add_argument("--paths", default=",".join(PATHS), help="comma-separated: " + ",".join(PATHS))
+    parser.add_argument("--cases", default="", help=f"comma-separated numbers; default: what fits the time; {cases}")
+    parser.add_argument("--gpu", type=int, default=0, help="CUDA ordinal of the GPU that copies")
+    parser.add_argument("--peer", type=int, default=None, help="GPU whose memory is the peer's; default: the next one")
+    parser.add_argument("--repetitions", type=int, default=5, help="of each copy; short ones take at least 20")
+    parser.add_argument(
+        "--tunings", default=None, help="JSON list of changes to the tier's own settings, in place of those measured"
+    )
+    parser.add_argument("--ctas", default=None, help="comma-separated numbers of thread blocks; 0 is the settings' own")
+    parser.add_argument(
+        "--memory",
+        default=None,
+        help="how peer memory is mapped, comma-separated: tier (as the tier does), vmm (cuMemMap), context (cuMemAlloc "
+        "in a context of the peer); default: tier, and the main case once over the others",
+    )
+    parser.add_argument("--tune", action="store_true", help="try many settings, and print the best as configuration")
+    parser.add_argument("--quick", action="store_true", help="the least that still shows something; says little")
+    add_output_arguments(parser, "copy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the arguments say, checked.
+
+    Attributes:
+        numbers, memories, tunings, limits: None where nothing was given.
+    """
+
+    paths: tuple[str, ...]
+    numbers: tuple[int, ...] | None
+    memories: tuple[str, ...] | None
+    tunings: tuple[dict[str, Any], ...] | None
+    limits: tuple[int, ...] | None
+    repetitions: int
+    quick: bool
+    tune: bool
+
+
+def parse(args: argparse.Namespace) -> Options:
+    """The options, as far as no device is needed to check them.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if args.repetitions < 1:
+        raise ConfigError(f"--repetitions {args.repetitions} is too few; give at least 1.")
+    if args.tune and args.tunings is not None:
+        raise ConfigError("--tune tries its own settings; leave --tunings out, or leave --tune out.")
+    numbers = _numbers("--cases", args.cases)
+    for number in numbers or ():
+        if number >= len(CASES):
+            raise ConfigError(f"--cases {number}: choose from 0 to {len(CASES) - 1}.")
+    limits = _numbers("--ctas", args.ctas)
+    if args.tune and limits is not None and 0 in limits:
+        raise ConfigError("--ctas 0 says nothing to --tune; give numbers of thread blocks to try.")
+    return Options(
+        paths=_names("--paths", args.paths, PATHS),
+        numbers=numbers,
+        memories=None if args.memory is None else _names("--memory", args.memory, MEMORIES),
+        tunings=None if args.tunings is None else _tunings(args.tunings),
+        limits=limits,
+        repetitions=min(args.repetitions, 2 if args.quick else 3) if args.quick or args.tune else args.repetitions,
+        quick=args.quick,
+        tune=args.tune,
+    )
+
+
+def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} {name}: choose from {', '.join(known)}.")
+    if not names:
+        raise ConfigError(f"{option} is empty; choose from {', '.join(known)}.")
+    return tuple(dict.fromkeys(names))
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None or not text.strip():
+        return None
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        if min(numbers) < 0:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"{option} {text} is not a list of numbers; give one such as 0,1.") from None
+    return numbers
+
+
+def _tunings(text: str) -> tuple[dict[str, Any], ...]:
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
+    if not isinstance(given, list) or not given or not all(isinstance(item, dict) for item in given):
+        raise ConfigError(f'--tunings {text} is not a JSON list of objects; give one such as [{{"ctas": 16}}].')
+    for changes in given:
+        try:
+            dataclasses.replace(CudaTuning(), **changes)
+        except (TypeError, ValueError) as error:
+            known = ", ".join(setting.name for setting in dataclasses.fields(CudaTuning))
+            raise ConfigError(f"--tunings: {json.dumps(changes)} is wrong: {error}; known keys: {known}.") from None
+    return tuple(given)
+
+
+def plan(options: Options, on_gpu: bool) -> list[Job]:
+    """The jobs of a run, those over the same memory next to each other.
+
+    Raises:
+        ConfigError: nothing is left to do.
+    """
+    if not on_gpu:
+        if options.tune:
+            raise ConfigError("--tune needs a GPU, for the torch copier has no settings; leave it out here.")
+        jobs = copy_jobs.cpu_jobs(options.paths, options.numbers, options.quick)
+    elif options.tune:
+        numbers, limits = options.numbers or tuple(range(len(CASES))), options.limits or ()
+        jobs = copy_jobs.tune_jobs(options.paths, numbers, options.memories, options.quick, limits)
+    else:
+        given = options.tunings is not None or options.limits is not None
+        memories = options.memories or (("tier",) if given else None)
+        jobs = copy_jobs.gpu_jobs(options.paths, options.numbers, memories, options.quick)
+        if given:
+            jobs = copy_jobs.given_jobs(jobs, options.tunings or ({},), options.limits or (0,))
+    if not jobs:
+        where = "with these --cases" if on_gpu else f"without a GPU, which has {', '.join(CPU_PATHS)} alone"
+        raise ConfigError(f"--paths {','.join(options.paths)} has nothing to measure {where}.")
+    return jobs
+
+
+def find_machine(gpu: int) -> Machine:
+    """The GPU of an ordinal, or the CPU where there is none.
+
+    Raises:
+        ConfigError: there are GPUs, and not this one.
+    """
+    import torch
+
+    from sglang_xmem.bench import copy_measure
+
+    if not torch.cuda.is_available():
+        return copy_measure.Cpu()
+    count = torch.cuda.device_count()
+    if not 0 <= gpu < count:
+        raise ConfigError(f"--gpu {gpu} is not there; this process sees GPUs 0 to {count - 1}.")
+    return copy_measure.Gpu(gpu)
+
+
+def find_peer(gpu: int, peer: int | None) -> int | None:
+    """The peer's ordinal: the one asked for, or the next one; None on a machine with one GPU.
+
+    Raises:
+        ConfigError: the one asked for is not there, or it is the GPU itself.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if peer is not None and (peer == gpu or not 0 <= peer < count):
+        raise ConfigError(
+            f"--peer {peer} is not another GPU; this process sees GPUs 0 to {count - 1}, and copies by {gpu}."
+        )
+    if peer is None and count > 1:
+        peer = (gpu + 1) % count
+    return peer
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        print("WAIVED: no GPU on this machine; bench copy measures copies between a GPU and a tier.")
-        return 0
-    torch.cuda.set_device(args.gpu)
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.with_name(f"{args.output.stem}.runs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"bench": "copy", "run": run_id, **environment.describe()}) + "\n")
-    cases = [CASES[int(i)] for i in args.cases.split(",")] if args.cases else list(CASES)
-    failed = False
-    for row in measure(args, cases):
-        row = {"bench": "copy", "run": run_id, **row}
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if "waived" in row:
-            print(f"{row['path']:>10}  WAIVED: {row['waived']}", flush=True)
-            continue
-        failed = failed or not row["verified"]
-        print(
-            f"{row['path']:>10} {row['page_bytes']:>6} B x {row['pages']:>7}  {row['gbps']:7.1f} GB/s of "
-            f"{row['contiguous_gbps']:6.1f}  {row['ratio']:6.1%}  bytes {'right' if row['verified'] else 'WRONG'}  "
-            f"{row['kernel']}",
-            flush=True,
-        )
-    return 1 if failed else 0
+    options = parse(args)
+    machine = find_machine(args.gpu)
+    jobs = plan(options, machine.is_gpu)
+    peer = find_peer(args.gpu, args.peer) if machine.is_gpu else None
+    if not machine.is_gpu:
+        print("No GPU on this machine: host copies by the torch copier are measured, without a link to compare with.")
+    results = Results("copy", args, {**dataclasses.asdict(options), "gpu": args.gpu, "peer": peer})
+    return Runner(args, options, machine, peer, jobs, results).run()
 
 
-def measure(args: argparse.Namespace, cases: list[Case]) -> Iterator[dict[str, Any]]:
-    import torch
+class Runner:
+    """Takes jobs through their measurements; every row is in the file before the next job begins.
 
-    from sglang_xmem.config import parse_options
-    from sglang_xmem.copies import make_copier
-    from sglang_xmem.copies.cuda import CudaPageCopier
-    from sglang_xmem.errors import ConfigError
-    from sglang_xmem.plan import Placement, make_plan
-    from sglang_xmem.pool import region_bytes
-    from sglang_xmem.tiers import Ranks
+    Args:
+        args, options: the command's.
+        machine: that copies.
+        peer: ordinal of the GPU whose memory is the peer's, if any.
+        jobs: in order.
+        results: where rows go.
+    """
 
-    def unlimited(nbytes: int) -> int:
-        return 1 << 60
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        options: Options,
+        machine: Machine,
+        peer: int | None,
+        jobs: Sequence[Job],
+        results: Results,
+    ) -> None:
+        self.options, self.machine, self.peer, self.results = options, machine, peer, results
+        self.gpu: int | None = args.gpu if machine.is_gpu else None
+        self.jobs = [job for job in jobs if (job.key, 0) not in results.done]
+        if len(self.jobs) < len(jobs):
+            done = len(jobs) - len(self.jobs)
+            print(f"{done} of {len(jobs)} are in {results.path} already, run {results.run}", file=sys.stderr)
+        self.failed = False
 
-    device = torch.device("cuda", args.gpu)
-    tunings = json.loads(args.tunings)
-    ctas_limits = [int(text) for text in args.ctas.split(",")]
-    for tier_name in ("peer", "dram"):
-        paths = [p for p in args.paths.split(",") if p.startswith("peer" if tier_name == "peer" else "host")]
-        if not paths:
-            continue
-        config = {"peer": {"gpus": [args.peer]}}
-        # Twice a case's pages on each side, so that random pages are scattered; at most what a case needs.
-        nbytes = max(2 * case.nbytes for case in cases)
+    def run(self) -> int:
+        """Exit status: 0, 1 with an error or a wrong byte, INTERRUPTED."""
+        interrupted = False
+        with Progress(len(self.jobs)) as self.progress, terminated_as_interrupt():
+            try:
+                for (tier, memory), group in itertools.groupby(self.jobs, key=lambda job: (job.tier, job.memory)):
+                    self._over(tier, memory, list(group))
+            except KeyboardInterrupt:
+                interrupted = True
+                self.progress.say("interrupted")
+        self.results.finish()
+        return INTERRUPTED if interrupted else 1 if self.failed else 0
+
+    def _over(self, tier: str, memory: str, jobs: list[Job]) -> None:
+        """Jobs over the same memory, which is allocated once."""
+        import torch
+
+        from sglang_xmem.bench.copy_measure import Scene
+
+        self.progress.engine(f"{tier} memory" if memory == "tier" else f"{tier} memory, {memory}", len(jobs))
+        self.progress.started()
         try:
-            plan = make_plan(parse_options(tier_name, config), Ranks(gpus=(args.gpu,)), nbytes, unlimited)
-            tier, region = Placement(plan, 0, unlimited).allocate(nbytes)
-        except ConfigError as error:
-            for path in paths:
-                yield {"path": path, "waived": str(error)}
-            continue
-        tier_bytes = region_bytes(region, device)
-        device_bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        device_bytes.view(torch.int64).random_()
+            jobs = self._fitted(tier, jobs)
+            nbytes = max(Scene.nbytes(job.case) for job in jobs)
+            region = self._allocate(tier, memory, nbytes)
+        except (ConfigError, TierUnavailable) as reason:
+            self._write(jobs[0], _on_each_path(jobs, waived=str(reason)))
+            self.progress.engine_done()
+            return
         try:
-            for case, path in itertools.product(cases, paths):
-                load = path.endswith("load")
-                rows_per_page = case.page_bytes // case.row_bytes
-                tokens = 2 * case.pages * rows_per_page
-                shape = (case.planes, tokens, case.row_bytes)
-                size = case.planes * tokens * case.row_bytes
-                tier_planes = list(tier_bytes[:size].view(shape))
-                device_planes = list(device_bytes[:size].view(shape))
-                generator = torch.Generator().manual_seed(case.pages)
-                tier_rows, device_rows = (
-                    (torch.randperm(2 * case.pages, generator=generator)[: case.pages] * rows_per_page).to(device)
-                    for _ in range(2)
-                )
-                contiguous = _contiguous_gbps(tier_bytes, device_bytes, case.nbytes, load, args.repetitions)
-                for settings, ctas in itertools.product(tunings, ctas_limits):
-                    changes = {**settings, **({"ctas": ctas} if ctas else {})}
-                    copier = make_copier(
-                        "cuda",
-                        tier_planes,
-                        device_planes,
-                        rows_per_page,
-                        tier_locality=tier.locality.value,
-                        load=changes,
-                        store=changes,
-                    )
-                    assert isinstance(copier, CudaPageCopier)
-                    copy = copier.load if load else copier.store
-                    planes = range(case.planes)
-                    times = _times_ms(functools.partial(copy, tier_rows, device_rows, planes), args.repetitions)
-                    gbps = case.nbytes / statistics.median(times) / 1e6
-                    used = copier.load_tuning if load else copier.store_tuning
-                    right = _verify(copier, tier_planes, device_planes, tier_rows, device_rows, rows_per_page, load)
-                    yield {
-                        "path": path,
-                        "case": case.label,
-                        "page_bytes": case.page_bytes,
-                        "row_bytes": case.row_bytes,
-                        "pages": case.pages,
-                        "planes": case.planes,
-                        "ctas": used.ctas,
-                        "kernel": str(used),
-                        "gbps": round(gbps, 2),
-                        "contiguous_gbps": round(contiguous, 2),
-                        "ratio": round(gbps / contiguous, 4),
-                        "times_ms": [round(t, 4) for t in times],
-                        "verified": right,
-                    }
+            from sglang_xmem.pool import region_bytes
+
+            locality = "device" if tier == "peer" else "host"
+            there = region_bytes(region, self.machine.device)
+            here = torch.empty(nbytes, dtype=torch.uint8, device=self.machine.device)
+            for case, same in itertools.groupby(jobs, key=lambda job: job.case):
+                scene = Scene(self.machine, there, here, case, locality)
+                for job, following in _with_next(list(same)):
+                    self._measure(job, scene)
+                    if job.tuning == "candidate" and not _same_search(job, following):
+                        self._best(job, scene)
+        except (RuntimeError, ConfigError) as error:  # no memory for this side, or the device is lost
+            self._write(jobs[0], _on_each_path(jobs, error=_sentence(error)))
         finally:
-            torch.cuda.synchronize()
+            # After an error of the device nothing can be waited for; the memory goes back all the same.
+            with contextlib.suppress(Exception):
+                self.machine.synchronize()
             region.release()
+            self.progress.engine_done()
+
+    def _allocate(self, tier: str, memory: str, nbytes: int) -> Any:
+        if tier == "peer" and self.peer is None:
+            raise TierUnavailable("this machine has one GPU, and a peer is another one")
+        return copy_memory.allocate(tier, memory, self.gpu, self.peer, nbytes)
+
+    def _fitted(self, tier: str, jobs: Sequence[Job]) -> list[Job]:
+        """Jobs with their cases cut to the memory that is free on both sides; rows say how large they were."""
+        room = self.machine.room()
+        if tier == "peer" and self.peer is not None:
+            from sglang_xmem import gpus
+
+            room = min(room, gpus.memory_bytes(self.peer)[0] - PEER_RESERVE_BYTES)
+        elif tier == "host":
+            import psutil
+
+            room = min(room, int(psutil.virtual_memory().available // 4))
+        return [
+            dataclasses.replace(job, case=job.case.limited(room // 2, keep_planes=job.path.endswith("enqueue")))
+            for job in jobs
+        ]
+
+    def _measure(self, job: Job, scene: Any) -> list[Row]:
+        from sglang_xmem.bench import copy_measure
+
+        try:
+            rows = copy_measure.measure(job, scene, self.options.repetitions)
+        except ImportError as error:
+            rows = [
+                {**copy_measure.describe(job, self.machine), "waived": f"the copier {job.kernel!r} needs {error.name}"}
+            ]
+        except Exception as error:  # one case that fails must not take the others' rows with it
+            rows = [{**copy_measure.describe(job, self.machine), "changes": job.changes, "error": _sentence(error)}]
+        self._write(job, rows)
+        return rows
+
+    def _best(self, last: Job, scene: Any) -> None:
+        """Of all candidates of a search the best whose bytes are right, measured again."""
+        rows = report.rows_of_run(report.read_rows(self.results.path), self.results.run)
+        mine = [
+            row
+            for row in rows
+            if row.get("tuning") == "candidate"
+            and "ratio" in row
+            and (row["path"], row["memory"], row["case"]) == (last.path, last.memory, last.case.label)
+        ]
+        for row in copy_jobs.by_speed(mine):
+            aim = copy_jobs.target(last.path, last.number, row["ctas"])
+            best = dataclasses.replace(last, tuning="best", changes=row["changes"], target=aim)
+            if all(found.get("verified") for found in self._measure(best, scene)):
+                return
+
+    def _write(self, job: Job, rows: list[Row]) -> None:
+        complete = not any("error" in row for row in rows)
+        self.results.write(rows, job.key, 0, complete)
+        for row in rows:
+            self.failed = self.failed or "error" in row or row.get("verified") is False
+            if row.get("tuning") != "candidate" or "error" in row:
+                self.progress.say(report.copy_line(row))
+        self.progress.step(str(job), 0 if job.tuning == "best" else 1)
 
 
-def _times_ms(call: Callable[[], None], repetitions: int) -> list[float]:
-    """Milliseconds on the GPU of each of `repetitions` calls, after two warm-ups."""
-    import torch
-
-    times = []
-    for index in range(repetitions + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if index >= 2:
-            times.append(start.elapsed_time(end))
-    return times
+def _on_each_path(jobs: Sequence[Job], **what: str) -> list[Row]:
+    return [{"path": path, "memory": jobs[0].memory, **what} for path in dict.fromkeys(job.path for job in jobs)]
 
 
-def _contiguous_gbps(tier: Any, device: Any, nbytes: int, load: bool, repetitions: int) -> float:
-    """The copy engine on one contiguous range, GB/s (1e9 bytes)."""
-    import torch
-
-    from sglang_xmem import gpus
-
-    d = gpus.driver()
-    source, target = (tier, device) if load else (device, tier)
-
-    def copy() -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        gpus.checked(d.cuMemcpyAsync(target.data_ptr(), source.data_ptr(), nbytes, stream), "a contiguous copy")
-
-    return nbytes / statistics.median(_times_ms(copy, repetitions)) / 1e6
+def _with_next(jobs: list[Job]) -> list[tuple[Job, Job | None]]:
+    return list(zip(jobs, [*jobs[1:], None], strict=True))
 
 
-def _verify(copier: Any, tier: Any, device: Any, tier_rows: Any, device_rows: Any, rows: int, load: bool) -> bool:
-    """Copy once more, and compare every page of the first and the last plane byte by byte."""
-    import torch
-
-    offsets = torch.arange(rows, device=device_rows.device)
-    here = (device_rows[:, None] + offsets).flatten()
-    there = (tier_rows[:, None] + offsets).flatten()
-    for plane in (0, len(device) - 1):
-        on_cpu = tier[plane].device.type == "cpu"
-        at = there.cpu() if on_cpu else there
-        device[plane].random_()  # fresh bytes of a store, a poisoned destination of a load
-        (copier.load if load else copier.store)(tier_rows, device_rows, range(plane, plane + 1))
-        torch.cuda.synchronize()
-        if not torch.equal(device[plane][here], tier[plane][at].to(here.device)):
-            return False
-    return True
+def _same_search(job: Job, other: Job | None) -> bool:
+    return other is not None and (job.path, job.memory, job.number) == (other.path, other.memory, other.number)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    sys.exit(run(parser.parse_args()))
+def _sentence(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

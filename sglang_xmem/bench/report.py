@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_xmem.bench import stats
+from sglang_xmem.bench import copy_jobs, stats
 from sglang_xmem.errors import ConfigError
 
 Row = dict[str, Any]
@@ -88,7 +88,8 @@ def rows_of_run(rows: Iterable[Row], run_id: str | None) -> list[Row]:
     for row in rows:
         if row.get("run") == run_id:
             latest[(row.get("engine"), row.get("pass"), *identity(row))] = row
-    return list(latest.values())
+    done = {(row.get("engine"), row.get("pass")) for row in latest.values() if row.get("complete")}
+    return [row for row in latest.values() if "error" not in row or (row.get("engine"), row.get("pass")) not in done]
 
 
 #: What tells rows of a benchmark apart, beside the engine.
@@ -97,7 +98,7 @@ IDENTITY = {
     "throughput": ("backend", "hit_ratio", "concurrency"),
     "multiturn": ("backend", "turn"),
     "trace": ("backend",),
-    "copy": ("path", "case", "kernel"),
+    "copy": ("path", "case", "kernel", "tuning", "memory"),
     "roundtrip": ("tier", "bytes", "kernel"),
 }
 
@@ -139,6 +140,7 @@ def print_table(rows: Sequence[Row]) -> None:
         "throughput": _throughput_table,
         "multiturn": _multiturn_table,
         "trace": _trace_table,
+        "copy": _copy_table,
     }
     maker = makers.get(str(rows[0].get("bench")))
     if maker is None:
@@ -341,6 +343,62 @@ def _trace_table(rows: list[Row]) -> Table:
     return f"Trace {rows[0]['trace']} at speed {rows[0]['speed']}, {rows[0].get('shape')}", header, lines, notes
 
 
+def _copy_table(rows: list[Row]) -> Table:
+    shown = [row for row in rows if row.get("tuning") != "candidate"] or rows
+    lines, notes = [], []
+    for row in shown:
+        if "waived" in row or "error" in row:
+            what = ", ".join(str(row[key]) for key in ("path", "memory", "case", "tuning") if key in row)
+            notes.append(f"{what}: {'WAIVED' if 'waived' in row else 'ERROR'}: {row.get('waived', row.get('error'))}")
+            continue
+        measured, aim = _copy_result(row)
+        memory = row.get("memory", "tier")
+        lines.append(
+            [
+                row["path"] if memory == "tier" else f"{row['path']}, {memory}",
+                row["case"],
+                str(row["pages"]),
+                row.get("tuning", "-"),
+                row["kernel"],
+                f"{row['gbps']:.1f}" if "gbps" in row else "-",
+                f"{row['contiguous_gbps']:.1f}" if "contiguous_gbps" in row else "-",
+                measured,
+                aim,
+                {True: "yes", False: "NO", None: "-"}[row.get("reached")],
+                {True: "right", False: "WRONG", None: "-"}[row.get("verified")],
+            ]
+        )
+    header = ["path", "case", "pages", "settings", "kernel", "GB/s", "contiguous", "measured", "target", "reached"]
+    header.append("bytes")
+    notes.append(
+        "measured: share of the contiguous copy; beside a matrix product how much slower that is; the time to enqueue "
+        "a load of all layers."
+    )
+    for what, config in copy_jobs.tuned_configs(rows):
+        notes.append(f"{what}: --hicache-xmem-config '{json.dumps(config)}'")
+    return f"Page copies, {rows[0].get('device', 'run ' + str(rows[0].get('run')))}", header, lines, notes
+
+
+def _copy_result(row: Row) -> tuple[str, str]:
+    """What a row found and what it was to reach, as text."""
+    aim = row.get("target")
+    if "slowdown" in row:
+        return f"{row['slowdown']:+.1%}", "-" if aim is None else f"<= {aim:.0%}"
+    if "us" in row:
+        return f"{row['us']:.0f} us", "-" if aim is None else f"<= {aim:.0f} us"
+    return f"{row['ratio']:.1%}", "-" if aim is None else f">= {aim:.0%}"
+
+
+def copy_line(row: Row) -> str:
+    """One row of `bench copy` as it comes in."""
+    what = f"{row.get('path', ''):>15}  {row.get('case', '')}"
+    if "waived" in row or "error" in row:
+        return f"{what}  {'WAIVED' if 'waived' in row else 'ERROR'}: {row.get('waived', row.get('error'))}"
+    rates = f"{row['gbps']:.1f} GB/s of {row['contiguous_gbps']:.1f}" if "gbps" in row else ""
+    checked = {True: "bytes right", False: "bytes WRONG", None: ""}[row.get("verified")]
+    return "  ".join(text for text in (what, rates, _copy_result(row)[0], checked, row["kernel"]) if text)
+
+
 def tokens_label(tokens: float) -> str:
     """81920 is 80K."""
     whole = round(tokens)
@@ -354,8 +412,13 @@ def write_files(rows: Sequence[Row], path: Path) -> list[Path]:
     """CSV, and PNG and SVG where the benchmark has a plot, beside `path`; returns what was written."""
     written = [path.with_suffix(".csv")]
     write_csv(rows, written[0])
-    plot = {"ttft": _plot_ttft, "throughput": _plot_throughput, "multiturn": _plot_multiturn}.get(str(rows[0]["bench"]))
-    if plot is None:
+    plot = {
+        "ttft": _plot_ttft,
+        "throughput": _plot_throughput,
+        "multiturn": _plot_multiturn,
+        "copy": _plot_copy,
+    }.get(str(rows[0]["bench"]))
+    if plot is None or (plot is _plot_copy and not _copy_bars(rows)):
         return written
     try:
         import matplotlib
@@ -501,4 +564,58 @@ def _plot_multiturn(rows: list[Row]) -> Any:
     axis.set_xlabel("turn")
     axis.set_title(f"{rows[0]['agents']} agents, TTFT by turn, {rows[0].get('shape', '')}: median and p90", fontsize=11)
     axis.legend(frameon=False)
+    return figure
+
+
+#: Colours of the paths of `bench copy`.
+PATH_COLOURS = {
+    "peer_load": "#009e73",
+    "peer_store": "#0072b2",
+    "peer_both_load": "#56b4e9",
+    "peer_both_store": "#cc79a7",
+    "host_load": "#e69f00",
+    "host_store": "#d55e00",
+}
+
+
+def _copy_bars(rows: Iterable[Row]) -> list[Row]:
+    """Rows with a share of the link, the fastest where several settings of one kind were tried."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if "ratio" not in row or "slowdown" in row or row["path"] not in PATH_COLOURS:
+            continue
+        key = tuple(row.get(name) for name in ("path", "memory", "case", "tuning"))
+        if key not in best or row["ratio"] > best[key]["ratio"]:
+            best[key] = row
+    tuned = {(row["path"], row.get("memory"), row["case"]) for row in best.values() if row.get("tuning") == "best"}
+    return [
+        row
+        for row in best.values()
+        if row.get("tuning") != "candidate" or (row["path"], row.get("memory"), row["case"]) not in tuned
+    ]
+
+
+def _plot_copy(rows: list[Row]) -> Any:
+    order = list(PATH_COLOURS)
+    bars = sorted(_copy_bars(rows), key=lambda row: order.index(row["path"]))
+    figure, (axis,) = _figure(9, 1.2 + 0.24 * len(bars))
+    labels = []
+    for place, row in enumerate(bars):
+        axis.barh(place, 100 * row["ratio"], height=0.75, color=PATH_COLOURS[row["path"]])
+        axis.text(1, place, f"{row['gbps']:.0f} GB/s", va="center", fontsize=7, color="white")
+        if row.get("target") is not None:
+            # White around it, so that it shows on the bar as well as beyond its end.
+            for colour, width in (("white", 4), ("black", 1.8)):
+                ends = [place - 0.42, place + 0.42]
+                axis.plot([100 * row["target"]] * 2, ends, color=colour, linewidth=width, solid_capstyle="butt")
+        memory = "" if row.get("memory", "tier") == "tier" else f", {row['memory']}"
+        tuning = f", {row['tuning']}" if row.get("tuning") else ""
+        labels.append(f"{row['path']}{memory}: {row['case']}{tuning}")
+    axis.axvline(100, color="black", linewidth=1, linestyle="--")
+    axis.set_yticks(range(len(bars)), labels, fontsize=7)
+    axis.set_ylim(len(bars) - 0.4, -0.6)
+    axis.grid(False, axis="y")
+    axis.set_xlim(0, max(105, *(100 * row["ratio"] + 5 for row in bars)))
+    axis.set_xlabel("share of a contiguous copy of as many bytes, % (black marks: targets)")
+    axis.set_title(f"Page copies, {bars[0].get('device', 'run ' + str(bars[0].get('run')))}", fontsize=11)
     return figure

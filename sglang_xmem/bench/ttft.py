@@ -273,7 +273,14 @@ def link_gbps(text: str | None) -> dict[str, float]:
             raise ConfigError(f"--link-gbps {text} is not a readable copy.jsonl; give one of bench copy.") from None
         links = {}
         for path, name in (("peer_load", "peer"), ("host_load", "dram")):
-            rates = [row["contiguous_gbps"] for row in copies if row.get("path") == path and "contiguous_gbps" in row]
+            rates = [
+                row["contiguous_gbps"]
+                for row in copies
+                if row.get("path") == path
+                and "contiguous_gbps" in row
+                and row.get("memory", "tier") == "tier"  # not a mapping that was measured beside the tier's
+                and row.get("device") != "cpu"
+            ]
             if rates:
                 links[name] = max(rates)
     if "dram" in links:

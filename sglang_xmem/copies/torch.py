@@ -25,13 +25,21 @@ class TorchPageCopier(PageCopier):
         for plane in (*tier_planes, *device_planes):
             if plane.device.type != "cpu":
                 raise ValueError(f"the copier 'torch' is for planes on the CPU, not on {plane.device}")
+        word = torch.int64.itemsize
+        offsets = (plane.storage_offset() for plane in (*tier_planes, *device_planes))
+        #: One answer for all planes, since the two sides of a copy must agree.
+        self._in_words = self.page_bytes % word == 0 and all(offset % word == 0 for offset in offsets)
         self._tier_pages = [self._as_pages(plane) for plane in tier_planes]
         self._device_pages = [self._as_pages(plane) for plane in device_planes]
 
     def _as_pages(self, plane: torch.Tensor) -> torch.Tensor:
-        """View of shape (pages, page_bytes), less the rows behind the last whole page."""
+        """View of shape (pages, page_bytes), less the rows behind the last whole page; in words where that is possible.
+
+        Torch indexes element by element, so bytes would take many times as long.
+        """
         pages = plane.shape[0] // self.page_size
-        return plane[: pages * self.page_size].view(pages, self.page_bytes)
+        paged = plane[: pages * self.page_size].view(pages, self.page_bytes)
+        return paged.view(torch.int64) if self._in_words else paged
 
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
         tier_pages, device_pages = tier_rows // self.page_size, device_rows // self.page_size

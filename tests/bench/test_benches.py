@@ -342,5 +342,7 @@ def test_links_from_copy_results(tmp_path: Path) -> None:
     path = tmp_path / "copy.jsonl"
     rows = [{"path": "peer_load", "contiguous_gbps": 350.0}, {"path": "peer_load", "contiguous_gbps": 354.0}]
     rows += [{"path": "host_load", "contiguous_gbps": 55.4}, {"path": "host_store", "waived": "no GPU"}]
+    rows += [{"path": "peer_load", "contiguous_gbps": 397.0, "memory": "context"}]
+    rows += [{"path": "host_load", "contiguous_gbps": 90.0, "memory": "tier", "device": "cpu"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert ttft.link_gbps(str(path)) == {"peer": 354.0, "dram": 55.4, "stock": 55.4}

@@ -14,10 +14,9 @@ from sglang_xmem import cli
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-@pytest.mark.parametrize("bench", ["copy", "roundtrip"])
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
-def test_device_benches_are_waived_without_a_gpu(bench: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", bench]) == 0
+def test_roundtrip_is_waived_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "roundtrip"]) == 0
     assert capsys.readouterr().out.startswith("WAIVED: no GPU")
 
 

@@ -1,0 +1,100 @@
+"""Memory that `sglang-xmem bench copy` copies to: a tier's, or a peer's mapped in one way or the other.
+
+How a peer's memory is mapped changes what the link carries, so both ways can be measured beside what the tier does.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from sglang_xmem import gpus
+from sglang_xmem.tiers import Region
+
+
+def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: int) -> Region:
+    """Memory for `nbytes`.
+
+    Args:
+        tier: `peer` or `host`.
+        memory: for a peer one of copy_jobs.MEMORIES.
+        gpu: that copies; None without one.
+        peer: whose memory it is, for a peer.
+
+    Raises:
+        ConfigError, TierUnavailable: it cannot be had.
+    """
+    if tier == "peer" and memory != "tier":
+        assert gpu is not None
+        assert peer is not None
+        return (_mapped if memory == "vmm" else _of_a_context)(gpu, peer, nbytes)
+    from sglang_xmem.config import parse_options
+    from sglang_xmem.plan import Placement, make_plan
+    from sglang_xmem.tiers import Ranks
+
+    def unlimited(nbytes: int) -> int:
+        return 1 << 60
+
+    name, config = ("peer", {"peer": {"gpus": [peer]}}) if tier == "peer" else ("dram", None)
+    plan = make_plan(parse_options(name, config), Ranks(gpus=(gpu,)), nbytes, unlimited)
+    return Placement(plan, 0, unlimited).allocate(nbytes)[1]
+
+
+def _mapped(gpu: int, peer: int, nbytes: int) -> Region:
+    """Physical memory of the peer, mapped for `gpu`; no context on the peer."""
+    d = gpus.driver()
+    prop = d.CUmemAllocationProp()
+    prop.type = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    prop.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    prop.location.id = peer
+    recommended = d.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+    granularity = gpus.checked(d.cuMemGetAllocationGranularity(prop, recommended), "asking for the granularity")
+    total = -(-nbytes // granularity) * granularity
+    what = f"mapping {nbytes / 1e9:.2f} GB of GPU {peer}"
+    with ExitStack() as undo:
+        base = int(gpus.checked(d.cuMemAddressReserve(total, granularity, 0, 0), "reserving addresses"))
+        undo.callback(d.cuMemAddressFree, base, total)
+        handle = gpus.checked(d.cuMemCreate(total, prop, 0), what)
+        try:
+            gpus.checked(d.cuMemMap(base, total, 0, handle, 0), what)
+        finally:
+            d.cuMemRelease(handle)  # the mapping alone keeps the memory from here on
+        undo.callback(d.cuMemUnmap, base, total)
+        access = d.CUmemAccessDesc()
+        access.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        access.location.id = gpu
+        access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        gpus.checked(d.cuMemSetAccess(base, total, [access], 1), f"giving GPU {gpu} access to GPU {peer}")
+        keep = undo.pop_all()
+    return Region(base, nbytes, f"HBM of GPU {peer}, cuMemMap", keep.close)
+
+
+def _of_a_context(gpu: int, peer: int, nbytes: int) -> Region:
+    """cuMemAlloc in the peer's primary context, which `gpu`'s own context gets access to."""
+    import torch
+
+    d = gpus.driver()
+    torch.cuda.synchronize(gpu)  # its primary context exists and is current
+    own = gpus.checked(d.cuCtxGetCurrent(), "asking for the current context")
+    device = gpus.checked(d.cuDeviceGet(peer), f"opening GPU {peer}")
+    with ExitStack() as undo:
+        context = gpus.checked(d.cuDevicePrimaryCtxRetain(device), f"making a context on GPU {peer}")
+        undo.callback(d.cuDevicePrimaryCtxRelease, device)
+        status = d.cuCtxEnablePeerAccess(context, 0)
+        if status[0] != d.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+            gpus.checked(status, f"giving GPU {gpu} access to GPU {peer}")
+            undo.callback(_in_context, d, own, d.cuCtxDisablePeerAccess, context)
+        what = f"allocating {nbytes / 1e9:.2f} GB on GPU {peer}"
+        address = int(gpus.checked(_in_context(d, context, d.cuMemAlloc, nbytes), what))
+        undo.callback(_in_context, d, context, d.cuMemFree, address)
+        keep = undo.pop_all()
+    return Region(address, nbytes, f"HBM of GPU {peer}, cuMemAlloc", keep.close)
+
+
+def _in_context(d: Any, context: Any, call: Any, *arguments: Any) -> Any:
+    """`call` with a context current, and the one from before afterwards."""
+    gpus.checked(d.cuCtxPushCurrent(context), "entering a context")
+    try:
+        return call(*arguments)
+    finally:
+        d.cuCtxPopCurrent()

@@ -1,0 +1,62 @@
+"""`sglang-xmem bench copy` on GPUs: every path runs, every byte is right, and both mappings of peer memory work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+def bench_copy(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Rows of a run in a process of its own, so that contexts and pinned memory go with it."""
+    output = folder / "copy.jsonl"
+    command = [sys.executable, "-m", "sglang_xmem.cli", "bench", "copy", *arguments, "--output", str(output)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert not [row for row in rows if "error" in row]
+    measured = [row for row in rows if "waived" not in row]
+    assert all(row["verified"] for row in measured if row["tuning"] != "candidate")
+    return measured
+
+
+def test_host_paths(tmp_path: Path) -> None:
+    rows = bench_copy(tmp_path, "--quick", "--paths", "host_load,host_store")
+    assert {row["path"] for row in rows} == {"host_load", "host_store"}
+    assert all(0.2 < row["ratio"] < 1.2 for row in rows if row["tuning"] == "link")
+    assert (tmp_path / "copy.png").stat().st_size > 1000
+
+
+@pytest.mark.gpus(2)
+def test_all_paths(tmp_path: Path) -> None:
+    rows = bench_copy(tmp_path, "--quick")
+    assert {row["path"] for row in rows} == {
+        "peer_load",
+        "peer_store",
+        "peer_both_load",
+        "peer_both_store",
+        "peer_matmul",
+        "peer_enqueue",
+        "host_load",
+        "host_store",
+    }
+    assert {row["memory"] for row in rows if row["path"] == "peer_load"} == {"tier", "vmm", "context"}
+    assert all(row["gbps"] > 1 for row in rows if "gbps" in row)
+
+
+@pytest.mark.gpus(2)
+def test_tune(tmp_path: Path) -> None:
+    rows = bench_copy(tmp_path, "--quick", "--tune", "--cases", "0", "--paths", "peer_load,peer_store")
+    assert [row["path"] for row in rows if row["tuning"] == "best"] == ["peer_load", "peer_store"]
+
+
+@pytest.mark.gpus(2)
+def test_triton_copies(tmp_path: Path) -> None:
+    rows = bench_copy(tmp_path, "--cases", "2", "--paths", "peer_load", "--repetitions", "1", "--no-plots")
+    assert any(row["kernel"].startswith("triton") for row in rows)
