@@ -31,6 +31,7 @@ from sglang_xmem.bench.copy_jobs import (
 )
 from sglang_xmem.copies import make_copier
 from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
+from sglang_xmem.copies.signals import LoadSignals
 
 Call = Callable[[], None]
 
@@ -556,11 +557,21 @@ def enqueue_load(
     copier: PageCopier,
     rows: tuple[torch.Tensor, torch.Tensor],
     parts: Sequence[range],
+    signals: LoadSignals | None,
     events: Sequence[Any],
     stream: Any,
 ) -> None:
-    """What the scheduler thread does for a load, a part a layer and an event behind each: the call that is timed."""
-    copier.load_in_parts(*rows, parts, lambda part: events[part].record(stream))
+    """What the scheduler thread does for a load of a layer a part: the call that is timed.
+
+    One launch that signals its parts, and an event behind it; without signals a launch and an event a part.
+    """
+    if signals is not None:
+        copier.load_signalling(*rows, range(parts[0].start, parts[-1].stop), signals)
+        events[-1].record(stream)
+        return
+    for planes, event in zip(parts, events, strict=True):
+        copier.load(*rows, planes)
+        event.record(stream)
 
 
 def _enqueue(job: Job, scene: Scene) -> Row:
@@ -570,6 +581,7 @@ def _enqueue(job: Job, scene: Scene) -> Row:
     first = range(0, len(scene.planes) // PLANES_PER_LAYER * PLANES_PER_LAYER, PLANES_PER_LAYER)
     parts = [range(plane, plane + PLANES_PER_LAYER) for plane in first]
     events = machine.events(len(parts))
+    signals = copier.make_signals(len(parts))
     available = scene.tier_rows.numel()
     times: dict[int, dict[str, float]] = {}
     for pages in sorted({min(pages, available) for pages in ENQUEUE_PAGES}):
@@ -584,7 +596,7 @@ def _enqueue(job: Job, scene: Scene) -> Row:
                     if state == "blocked":
                         machine.hold(5.0)
                     start = time.perf_counter()
-                    enqueue_load(copier, rows, parts, events, stream)
+                    enqueue_load(copier, rows, parts, signals, events, stream)
                     elapsed = time.perf_counter() - start
                 if index >= 3:
                     mine.append(elapsed * 1e6)
