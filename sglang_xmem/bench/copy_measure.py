@@ -610,5 +610,5 @@ def _enqueue(job: Job, scene: Scene) -> Row:
         **_settings(job, copier, True),
         "us": max(times[most].values()),
         **{f"us_{state}_{pages}_pages": us for pages, states in times.items() for state, us in states.items()},
-        "verified": scene.right(load=partial(enqueue_load, copier, scene.to_load, parts, events, stream)),
+        "verified": scene.right(load=partial(enqueue_load, copier, scene.to_load, parts, signals, events, stream)),
     }
