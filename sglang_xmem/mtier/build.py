@@ -107,7 +107,8 @@ def _version(compiler: str) -> str:
 def _compile(compiler: str, directory: Path, sanitize: bool) -> None:
     def make(target: str, source: str, flags: tuple[str, ...]) -> None:
         command = [compiler, *_FLAGS, *flags, *(_SANITIZE if sanitize else ())]
-        command += [str(NATIVE / source), "-o", str(directory / target)]
+        # dlopen is libdl's before glibc 2.34.
+        command += [str(NATIVE / source), "-o", str(directory / target), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
