@@ -44,10 +44,10 @@ class Machine:
         self._start_daemon = start_daemon
         self._faults = {"client": directory / "client.fault", "service": directory / "service.fault"}
 
-    def start(self, *banks: str, binaries: Path | None = None, **more: str) -> Daemon:
+    def start(self, *banks: str, **more: str) -> Daemon:
         arguments = [word for bank in banks or (f"gpu:1:{64 * MIB}",) for word in ("--bank", bank)]
         environment = {**self.driver, "FAKE_CUDA_FAULT": str(self._faults["service"]), **more}
-        self.daemon = self._start_daemon(*arguments, binaries=binaries or self.build, environment=environment)
+        self.daemon = self._start_daemon(*arguments, environment=environment)
         return self.daemon
 
     def client(self, context: str = "0", **more: str) -> ClientProcess:
