@@ -70,7 +70,7 @@ BASE_OPTIONS: dict[str, Any] = {
     "hicache_write_policy": "write_through",
 }
 #: Over BASE_OPTIONS, for an engine on a GPU.
-GPU_OPTIONS: dict[str, Any] = {**dict.fromkeys(CPU_OPTIONS), "disable_cuda_graph": True}
+GPU_OPTIONS: dict[str, Any] = dict.fromkeys(CPU_OPTIONS)
 XMEM_DRAM: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "dram"}
 #: What stock HiCache can do with sglang_cpu's copies.
 STOCK: dict[str, Any] = {"hicache_mem_layout": "layer_first", "hicache_io_backend": "kernel"}

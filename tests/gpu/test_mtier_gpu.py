@@ -82,6 +82,40 @@ def record(name: str, **values: Any) -> None:
         (Path(folder) / f"{name}.json").write_text(json.dumps(result) + "\n")
 
 
+# ---- the command ----
+
+
+def test_the_command_serves_all_that_is_free(tmp_path: Path) -> None:
+    free, before = gpus.memory_bytes(1)
+    path = tmp_path / "mtierd.sock"
+    command = [sys.executable, "-m", "sglang_xmem.cli", "mtierd", "--socket", str(path)]
+    process = subprocess.Popen([*command, "--bank", "gpu:1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"MTIER_LIB_PATH={built() / 'libmtier.so'}\n"
+        wait_until(lambda: path.exists() or process.poll() is not None, 30)
+        done = subprocess.run([*command, "--status"], capture_output=True, text=True, timeout=60, check=True)
+        bank = json.loads(done.stdout)["banks"][0]
+        assert (bank["kind"], bank["gpu"]) == ("gpu", 1)
+        assert abs(bank["total"] - (free - GIB)) < 2 * SLACK
+        assert used(1) - before < 2 * SLACK, "neither a context nor memory is taken"
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    wait_until(lambda: used(1) - before < SLACK, 10)
+
+
+def test_the_command_refuses_what_a_gpu_has_not() -> None:
+    count = len(gpus.visible_gpus())
+    for bank, words in ((f"gpu:{count}", f"there is no GPU {count}"), ("gpu:1:900GB", "GB free, of which 1.07 GB")):
+        command = [sys.executable, "-m", "sglang_xmem.cli", "mtierd", "--bank", bank]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"sglang_xmem: --bank {bank}: ")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 # ---- X-Mem's SDK ----
 
 SDK = """
