@@ -144,7 +144,7 @@ class TierPool:
         For storage threads, not the scheduler thread.
         """
         rows = self._rows_of_page(row)
-        if self.device.type == "cpu":
+        if rows[0].device.type == "cpu":
             return torch.stack(rows).flatten()
         assert self._storage_stream is not None
         with self._storage_lock, torch.cuda.stream(self._storage_stream):
@@ -157,7 +157,7 @@ class TierPool:
         """
         rows = self._rows_of_page(row)
         source = page.view(torch.uint8).view(len(rows), *rows[0].shape)
-        if self.device.type == "cpu":
+        if rows[0].device.type == "cpu":
             for target, part in zip(rows, source, strict=True):
                 target.copy_(part)
             return
