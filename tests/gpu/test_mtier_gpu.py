@@ -74,7 +74,7 @@ def run(script: str, daemon: Daemon, *arguments: str) -> str:
 
 def record(name: str, **values: Any) -> None:
     """Print a result, and keep it where the environment says so."""
-    result = {"bench": name, **values, **machine.describe(), "command": "pytest tests/gpu"}
+    result = {"bench": name, **values, **machine.describe(), "command": "pytest tests/gpu/test_mtier_gpu.py"}
     print(json.dumps(result))
     folder = os.environ.get("SGLANG_XMEM_GPU_RESULTS")
     if folder:
