@@ -162,8 +162,8 @@ class MTierTier(MemoryTier):
             kind = None  # nothing that the driver knows
         if kind is None or int(kind) != int(d.CUmemorytype.CU_MEMORYTYPE_DEVICE):
             raise TierUnavailable(
-                f"bank {bank} is host memory that GPUs cannot address; use --hicache-xmem-tier dram, or serve GPU memory "
-                "with `sglang-xmem mtierd --bank gpu:ORDINAL`"
+                f"bank {bank} is host memory that GPUs cannot address; use --hicache-xmem-tier dram, or serve GPU "
+                "memory with `sglang-xmem mtierd --bank gpu:ORDINAL`"
             )
 
 

@@ -126,8 +126,12 @@ class GpuBank : public Bank {
   public:
     // nullptr with a clause in `why` where the GPU cannot serve `bytes`.
     static std::unique_ptr<GpuBank> open(int gpu, std::uint64_t bytes, std::uint64_t granularity, std::string *why) {
+        constexpr const char *kWayOut = "; look at the driver with nvidia-smi, or give host:BYTES for host memory";
         const cuda::Driver *driver = cuda::Driver::get(why);
-        if (driver == nullptr) return nullptr;
+        if (driver == nullptr) {
+            *why += kWayOut;
+            return nullptr;
+        }
         int count = 0;
         cuda::Device device = 0;
         std::size_t memory = 0, granule = 0;
@@ -141,12 +145,12 @@ class GpuBank : public Bank {
             return status == cuda::kOk;
         };
         if (!tried("cuInit", driver->Init(0)) || !tried("cuDeviceGetCount", driver->DeviceGetCount(&count))) {
-            *why = driver->failed(call, result);
+            *why = driver->failed(call, result) + kWayOut;
             return nullptr;
         }
         if (gpu >= count) {
             *why = "there is no GPU " + std::to_string(gpu) + "; this process sees " + std::to_string(count) +
-                   ", counted from 0";
+                   ", counted from 0, so name one of these";
             return nullptr;
         }
         cuda::AllocationProperties wanted = cuda::properties(gpu);
@@ -156,7 +160,7 @@ class GpuBank : public Bank {
                    driver->DeviceGetAttribute(&has_descriptors, cuda::kHasFileDescriptors, device)) ||
             !tried("cuDeviceGetPCIBusId", driver->DeviceGetPCIBusId(pci, sizeof(pci), device)) ||
             !tried("cuDeviceTotalMem", driver->DeviceTotalMem(&memory, device))) {
-            *why = driver->failed(call, result);
+            *why = driver->failed(call, result) + kWayOut;
             return nullptr;
         }
         if (has_memory == 0 || has_descriptors == 0) {
@@ -165,12 +169,12 @@ class GpuBank : public Bank {
         }
         if (!tried("cuMemGetAllocationGranularity",
                    driver->MemGetAllocationGranularity(&granule, &wanted, cuda::kRecommended))) {
-            *why = driver->failed(call, result);
+            *why = driver->failed(call, result) + kWayOut;
             return nullptr;
         }
         if (granule == 0 || (granule & (granule - 1)) != 0) {
             *why = "GPU " + std::to_string(gpu) + " has granules of " + std::to_string(granule) + " bytes, which is "
-                   "not a power of two";
+                   "not a power of two; use another GPU";
             return nullptr;
         }
         granularity = std::max<std::uint64_t>(granularity, granule);
