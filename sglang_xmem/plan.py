@@ -142,8 +142,8 @@ class Placement:
                 self._pass_over(reason)
         raise ConfigError(_nothing_left(self.plan.options, self.passed_over))
 
-    def allocate(self, nbytes: int) -> tuple[MemoryTier, Region]:
-        """Memory for a pool of `nbytes`, from the first tier that can hold it.
+    def allocate(self, nbytes: int, parts: int = 1) -> tuple[MemoryTier, Region]:
+        """Memory for a pool of `nbytes` in `parts` equal parts, from the first tier that can hold it.
 
         A tier that cannot is passed over for good, so that all pools of a rank end up in one tier.
 
@@ -154,7 +154,7 @@ class Placement:
             tier = self._tiers[0]
             try:
                 _check_room(tier, nbytes, self._host_budget)
-                return tier, tier.allocate(nbytes)
+                return tier, tier.allocate(nbytes, parts)
             except TierUnavailable as reason:
                 self._pass_over(reason)
         raise ConfigError(_nothing_left(self.plan.options, self.passed_over))

@@ -1,4 +1,4 @@
-"""A rank's pool in a tier: one region, laid out as HiCache's `layer_first`, and the copies to and from it.
+"""A rank's pool in a tier: one region of planes (a layer's K or V), and the copies to and from it.
 
 Nothing here knows SGLang; an adapter puts it behind SGLang's host-pool class. All methods but the page functions
 for storage run on the scheduler thread: they never wait for the GPU and never loop over tokens.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,10 +60,11 @@ class TierPool:
         self._copy = copy
         self._copier: PageCopier | None = None
         nbytes = PLANES_PER_LAYER * num_layers * num_tokens * row_bytes
-        self.tier, self._region = placement.allocate(nbytes)
-        #: All bytes, shape (2, num_layers, num_tokens, row_bytes): HiCache's layer_first, K before V.
-        self.bytes: torch.Tensor = region_bytes(self._region, device).view(
-            PLANES_PER_LAYER, num_layers, num_tokens, row_bytes
+        self.tier, self._region = placement.allocate(nbytes, PLANES_PER_LAYER * num_layers)
+        #: By kind (K before V) and layer: a plane's bytes, shape (num_tokens, row_bytes). Where the tier gave one
+        #: range, the tensor of all of them, shape (2, num_layers, num_tokens, row_bytes): HiCache's layer_first.
+        self.bytes: torch.Tensor | list[list[torch.Tensor]] = _planes_of(
+            self._region, device, (PLANES_PER_LAYER, num_layers, num_tokens, row_bytes)
         )
         self._planes = [range(PLANES_PER_LAYER * layer, PLANES_PER_LAYER * (layer + 1)) for layer in range(num_layers)]
         self._all_planes = range(PLANES_PER_LAYER * num_layers)
@@ -93,7 +94,7 @@ class TierPool:
         for layer, pair in enumerate(zip(device_k, device_v, strict=True)):
             for kind, buffer in enumerate(pair):
                 device_planes.append(buffer.view(buffer.shape[0], -1).view(torch.uint8))
-                tier_planes.append(self.bytes[kind, layer])
+                tier_planes.append(self.bytes[kind][layer])
         self._copier = make_copier(
             self._copy.kernel,
             tier_planes,
@@ -156,34 +157,49 @@ class TierPool:
 
         For storage threads, not the scheduler thread.
         """
-        page = self.bytes[:, :, row : row + self.page_size]
-        if page.device.type == "cpu":
-            return page.flatten()
+        rows = self._rows_of_page(row)
+        if rows[0].device.type == "cpu":
+            return torch.stack(rows).flatten()
         assert self._storage_stream is not None
         with self._storage_lock, torch.cuda.stream(self._storage_stream):
-            return page.contiguous().flatten().cpu()
+            return torch.stack(rows).flatten().cpu()
 
     def write_page(self, row: int, page: torch.Tensor) -> None:
         """Put bytes that `read_page` gave back; in place when this returns.
 
         For storage threads, not the scheduler thread.
         """
-        target = self.bytes[:, :, row : row + self.page_size]
-        source = page.view(torch.uint8).view(target.shape)
-        if target.device.type == "cpu":
-            target.copy_(source)
+        rows = self._rows_of_page(row)
+        source = page.view(torch.uint8).view(len(rows), *rows[0].shape)
+        if rows[0].device.type == "cpu":
+            for target, part in zip(rows, source, strict=True):
+                target.copy_(part)
             return
         assert self._storage_stream is not None
         with self._storage_lock, torch.cuda.stream(self._storage_stream):
-            target.copy_(source.to(self.device))
+            torch._foreach_copy_(rows, list(source.to(self.device).unbind()))
             self._storage_stream.synchronize()
+
+    def as_kv(self, dtype: torch.dtype, heads: int, head_dim: int) -> Any:
+        """The bytes as HiCache's K and V: what `[kind][layer]` takes a plane of shape (tokens, heads, head_dim) out of.
+
+        One tensor where the bytes are one range.
+        """
+        if isinstance(self.bytes, torch.Tensor):
+            shape = (PLANES_PER_LAYER, self.num_layers, self.num_tokens, heads, head_dim)
+            return self.bytes.view(dtype).view(shape)
+        return [[plane.view(dtype).view(self.num_tokens, heads, head_dim) for plane in kind] for kind in self.bytes]
+
+    def _rows_of_page(self, row: int) -> list[torch.Tensor]:
+        """A page's rows of each plane, in the order of a storage page: K of all layers before V."""
+        return [plane[row : row + self.page_size] for kind in self.bytes for plane in kind]
 
     def close(self) -> None:
         """Give the memory back; idempotent. Waits for the device, so that no copy is under way."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._copier = None
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = []
         self._region.release()
 
     def _warm_pinned_cache(self) -> None:
@@ -198,14 +214,33 @@ class TierPool:
 
 
 def region_bytes(region: Region, device: torch.device) -> torch.Tensor:
-    """All bytes of a tier's region as a uint8 tensor of shape (region.nbytes,).
+    """All bytes of a region in one range as a uint8 tensor of shape (region.nbytes,); see `_bytes_at`.
 
-    Host memory becomes a CPU tensor that keeps it mapped. Device memory becomes a tensor with the label `device`, the
-    rank's own GPU, wherever the bytes are: operations run on that GPU, which can address them. Asking the driver for
-    the owner, as other ways to wrap a pointer do, would name the peer and run torch's kernels there. It is valid until
-    the region is released.
+    Host memory becomes a CPU tensor that keeps it mapped.
     """
+    assert region.parts is None, "the region was asked for in parts and lies apart"
     if region.owner is not None:
         return torch.frombuffer(region.owner, dtype=torch.uint8, count=region.nbytes)
-    storage = torch._C._construct_storage_from_data_pointer(region.address, device, region.nbytes)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (region.nbytes,), (1,))
+    return _bytes_at(region.address, region.nbytes, device)
+
+
+def _bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """A tensor with the label `device`, the rank's own GPU, wherever the bytes are: operations run on that GPU, which
+    can address them. Asking the driver for the owner, as other ways to wrap a pointer do, would name the peer and run
+    torch's kernels there. It is valid until the region is released.
+    """
+    storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
+
+
+def _planes_of(
+    region: Region, device: torch.device, shape: tuple[int, int, int, int]
+) -> torch.Tensor | list[list[torch.Tensor]]:
+    """A region of planes by kind and layer; one tensor of `shape` (kinds, layers, tokens, row_bytes) in one range."""
+    if region.parts is None:
+        return region_bytes(region, device).view(shape)
+    kinds, layers, tokens, row_bytes = shape
+    # Parts are dealt to their places in turn: K and V of a layer take neighbouring ones, so that they lie in two places
+    # and a layer's load uses both.
+    planes = [_bytes_at(address, tokens * row_bytes, device).view(tokens, row_bytes) for address in region.parts]
+    return [[planes[kinds * layer + kind] for layer in range(layers)] for kind in range(kinds)]

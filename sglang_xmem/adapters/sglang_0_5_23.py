@@ -420,9 +420,7 @@ def tier_host_pool_class() -> type:
             _tier_names.append(self.tier_pool.tier.name)
             self.token_stride_size = self.tier_pool.row_bytes
             self.layout_dim = self.token_stride_size * self.layer_num
-            self.kv_buffer: Any = self.tier_pool.bytes.view(self.dtype).view(
-                2, self.layer_num, self.size, self.head_num, self.head_dim
-            )
+            self.kv_buffer: Any = self.tier_pool.as_kv(self.dtype, self.head_num, self.head_dim)
             self.fd = None
 
         def _initialize_transfer_views(self, buffer_info: Any, write_back_staging: Any) -> None:

@@ -420,7 +420,8 @@ def at_once(machine: Machine, sides: Sequence[Sequence[Call]]) -> list[list[floa
     slack = 0.05 * (end - begin)
     times = [[b - a for a, b in pairwise(mine) if a >= begin - slack and b <= end + 1e-3] for mine in at]
     if end <= begin or any(len(mine) < 2 for mine in times):
-        raise MeasurementFailed("the two directions did not run at the same time.")
+        ends = "; ".join(", ".join(f"{ms:.1f}" for ms in mine) for mine in at)
+        raise MeasurementFailed(f"the two directions did not run at the same time: their calls ended at {ends} ms.")
     return times
 
 

@@ -1,6 +1,7 @@
 """Compiles libmtier.so and mtierd with the system's C++ compiler, once for each version of the sources.
 
-`python -m sglang_xmem.mtier.build DIRECTORY` puts both into a directory of the user's choice.
+`python -m sglang_xmem.mtier.build DIRECTORY` puts both into a directory of the user's choice. On a machine without a
+compiler SGLANG_XMEM_MTIER_DIR names such a directory, made elsewhere from the same sources.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from sglang_xmem.copies.nvrtc import cache_dir
 LIBRARY = "libmtier.so"
 DAEMON = "mtierd"
 NATIVE = Path(__file__).with_name("native")
+PREBUILT_VARIABLE = "SGLANG_XMEM_MTIER_DIR"
+#: Lies beside both in a directory of the user's: the digest of the sources that they were made of.
+STAMP = "mtier.sources"
 
 _FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 _SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
@@ -36,19 +40,21 @@ class BuildError(RuntimeError):
 
 
 def built(*, sanitize: bool = False) -> Path:
-    """Directory with LIBRARY and DAEMON, compiled now if the cache has none of these sources.
+    """Directory with LIBRARY and DAEMON: SGLANG_XMEM_MTIER_DIR, or compiled now if the cache has none of these sources.
 
     Args:
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, for tests.
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, for tests; always compiled here.
 
     Raises:
-        BuildError: there is no compiler, it refuses the sources, or the cache cannot be written.
+        BuildError: there is no compiler, it refuses the sources, the cache cannot be written, or what the variable
+            names is not made of these sources.
     """
+    prebuilt = os.environ.get(PREBUILT_VARIABLE)
+    if prebuilt and not sanitize:
+        return _checked(Path(prebuilt))
     compiler = _compiler()
-    digest = hashlib.sha256(repr((compiler, _version(compiler), _FLAGS, sanitize and _SANITIZE)).encode())
-    for source in sorted(NATIVE.iterdir()):
-        digest.update(source.read_bytes())
-    directory = cache_dir() / f"mtier-{digest.hexdigest()[:32]}"
+    made_of = (_sources(), compiler, _version(compiler), _FLAGS, sanitize and _SANITIZE)
+    directory = cache_dir() / f"mtier-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}"
     if directory.is_dir():
         return directory
     try:
@@ -72,7 +78,7 @@ def built(*, sanitize: bool = False) -> Path:
 
 
 def build_into(directory: Path) -> None:
-    """Put LIBRARY and DAEMON into `directory`, each in one step as other processes see it.
+    """Put LIBRARY, DAEMON and STAMP into `directory`, each in one step as other processes see it.
 
     Raises:
         BuildError: as `built`, or `directory` cannot be written.
@@ -80,13 +86,40 @@ def build_into(directory: Path) -> None:
     source = built()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (LIBRARY, DAEMON):
+        contents = {name: (source / name).read_bytes() for name in (LIBRARY, DAEMON)}
+        for name, content in {**contents, STAMP: _sources().encode()}.items():
             with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}-", delete=False) as file:
-                file.write((source / name).read_bytes())
+                file.write(content)
             os.chmod(file.name, 0o755)
             os.replace(file.name, directory / name)
     except OSError as error:
         raise BuildError(f"{directory} cannot be written ({error.strerror}); name another directory.") from None
+
+
+def _sources() -> str:
+    """Digest of the sources."""
+    digest = hashlib.sha256()
+    for source in sorted(NATIVE.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _checked(directory: Path) -> Path:
+    """`directory`, as `build_into` made it.
+
+    Raises:
+        BuildError: it did not, or from other sources.
+    """
+    try:
+        complete = all((directory / name).is_file() for name in (LIBRARY, DAEMON))
+        if complete and (directory / STAMP).read_text() == _sources():
+            return directory
+    except OSError:
+        pass
+    raise BuildError(
+        f"{PREBUILT_VARIABLE} is {str(directory)!r}, which has no {LIBRARY} and {DAEMON} of this release; run "
+        "python -m sglang_xmem.mtier.build DIRECTORY where there is a compiler, or unset it."
+    )
 
 
 def _compiler() -> str:
@@ -107,7 +140,8 @@ def _version(compiler: str) -> str:
 def _compile(compiler: str, directory: Path, sanitize: bool) -> None:
     def make(target: str, source: str, flags: tuple[str, ...]) -> None:
         command = [compiler, *_FLAGS, *flags, *(_SANITIZE if sanitize else ())]
-        command += [str(NATIVE / source), "-o", str(directory / target)]
+        # dlopen is libdl's before glibc 2.34.
+        command += [str(NATIVE / source), "-o", str(directory / target), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()

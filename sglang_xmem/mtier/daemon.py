@@ -10,9 +10,12 @@ import argparse
 import os
 import re
 import sys
+from typing import NamedTuple
 
 import psutil
 
+from sglang_xmem import gpus
+from sglang_xmem.errors import TierUnavailable
 from sglang_xmem.mtier.build import DAEMON, LIBRARY, BuildError, built
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -22,6 +25,9 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "TiB": 1 << 40,
 }
 
+#: Left free on a GPU whose bank has no size of its own: for page tables and whoever starts a context there.
+GPU_RESERVE_BYTES = 1 << 30
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--status", action="store_true", help="print banks and clients of a running service as JSON")
@@ -29,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bank",
         action="append",
         default=[],
-        metavar="host:SIZE",
-        help="a bank of shared host memory, such as host:4GB or host:512MiB; may be given several times; default: one "
-        "of half of the memory that is available",
+        metavar="host:SIZE|gpu:ORDINAL[:SIZE]",
+        help="a bank of shared host memory, such as host:4GB or host:512MiB, or of a GPU's memory, such as gpu:1:40GB "
+        "or gpu:1 for all that is free there less 1 GiB; may be given several times; default: one of half of the host "
+        "memory that is available",
     )
     parser.add_argument("--socket", metavar="PATH", help="default: $MTIER_SOCKET, else mtierd.sock in $XDG_RUNTIME_DIR")
     parser.add_argument("--quota", type=float, default=0, metavar="GB", help="most that one process may have; 0: all")
@@ -61,24 +68,74 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
         ValueError: one sentence about an argument that is wrong.
     """
     memory = psutil.virtual_memory()
-    banks = [_bank_bytes(text) for text in args.bank] or [int(memory.available) // 2]
-    if sum(banks) > memory.total:
+    banks = [_parse_bank(text) for text in args.bank] or [_Bank("host", None, int(memory.available) // 2)]
+    in_host = sum(bank.nbytes or 0 for bank in banks if bank.gpu is None)
+    if in_host > memory.total:
         raise ValueError(
-            f"--bank: banks of {sum(banks) / 1e9:.2f} GB do not fit into this machine's {memory.total / 1e9:.2f} GB of "
+            f"--bank: banks of {in_host / 1e9:.2f} GB do not fit into this machine's {memory.total / 1e9:.2f} GB of "
             "memory; give less."
         )
     if not 0 <= args.quota < 1e9:
         raise ValueError(f"--quota is {args.quota:g}; give GB a process, or 0 for no limit.")
     if not 1 <= args.granularity <= 1024 or args.granularity & (args.granularity - 1):
         raise ValueError(f"--granularity is {args.granularity}; give a power of two from 1 to 1024 (MiB).")
-    if min(banks) < args.granularity << 20:
-        raise ValueError(f"--bank: a bank is smaller than the --granularity of {args.granularity} MiB; give more.")
-    arguments = [word for size in banks for word in ("--bank", f"host:{size}")]
+    named = [bank.gpu for bank in banks if bank.gpu is not None]
+    arguments: list[str] = []
+    for bank in banks:
+        if bank.gpu is None:
+            place, nbytes = "host", bank.nbytes or 0
+        else:
+            if named.count(bank.gpu) > 1:
+                raise ValueError(f"--bank names GPU {bank.gpu} twice; give one bank a GPU.")
+            place, nbytes = f"gpu:{bank.gpu}", _gpu_bytes(bank.text, bank.gpu, bank.nbytes)
+        if nbytes < args.granularity << 20:
+            raise ValueError(
+                f"--bank {bank.text} is smaller than the --granularity of {args.granularity} MiB; give more."
+            )
+        arguments += ["--bank", f"{place}:{nbytes}"]
     return [*arguments, "--quota", str(int(args.quota * 1e9)), "--granularity", str(args.granularity << 20)]
 
 
-def _bank_bytes(text: str) -> int:
-    match = re.fullmatch(r"host:(\d+(?:\.\d+)?)([A-Za-z]*)", text)
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"--bank is {text!r}; give host:SIZE, such as host:4GB or host:512MiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+class _Bank(NamedTuple):
+    """A --bank. `gpu`: None for host memory; `nbytes`: None for all that is free."""
+
+    text: str
+    gpu: int | None
+    nbytes: int | None
+
+
+def _parse_bank(text: str) -> _Bank:
+    match = re.fullmatch(r"(?:host:|gpu:(\d{1,4})(?:$|:))(?:(\d+(?:\.\d+)?)([A-Za-z]*))?", text)
+    if match is not None:
+        gpu = None if match[1] is None else int(match[1])
+        if match[2] is None and gpu is not None and not text.endswith(":"):
+            return _Bank(text, gpu, None)
+        if match[2] is not None and match[3] in _UNITS and float(match[2]) > 0:
+            return _Bank(text, gpu, int(float(match[2]) * _UNITS[match[3]]))
+    raise ValueError(
+        f"--bank is {text!r}; give host:SIZE, gpu:ORDINAL or gpu:ORDINAL:SIZE, such as host:4GB or gpu:1:512MiB."
+    )
+
+
+def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:
+    """Bytes of a bank on a GPU: those that are wanted, or all that is free less the reserve.
+
+    Others may use the GPU too: who names it knows. Nothing here makes a CUDA context.
+    """
+    try:
+        visible = gpus.visible_gpus()
+        if gpu not in visible:
+            raise ValueError(
+                f"--bank {text}: there is no GPU {gpu}; this process sees {len(visible)}, counted from 0, so name one "
+                "of these or change CUDA_VISIBLE_DEVICES."
+            )
+        free, _ = gpus.memory_bytes(gpu)
+    except TierUnavailable as error:
+        raise ValueError(f"--bank {text}: {error}; give host:SIZE for a bank of host memory.") from None
+    nbytes = free - GPU_RESERVE_BYTES if wanted is None else wanted
+    if nbytes <= 0 or nbytes > free:
+        raise ValueError(
+            f"--bank {text}: GPU {gpu} has {free / 1e9:.2f} GB free, of which {GPU_RESERVE_BYTES / 1e9:.2f} GB stay so "
+            "where no size is given; give less, or free memory there."
+        )
+    return nbytes

@@ -40,17 +40,28 @@ class Region:
 
     Attributes:
         address: first byte; the rank's GPU (or the CPU, on a machine without one) reads and writes there.
-        nbytes: usable bytes.
+        nbytes: usable bytes, of all parts.
         summary: where the bytes are, for the log line.
-        owner: for host memory, an object with the buffer protocol over the bytes: whoever views the memory through it
-            keeps it mapped, past `release` if need be. None for memory that the CPU does not address.
+        owner: for host memory in one range, an object with the buffer protocol over the bytes: whoever views the memory
+            through it keeps it mapped, past `release` if need be. None for memory that the CPU does not address.
+        parts: where the region lies apart, the address of each of the equal parts that it was asked for in; None where
+            all bytes are one range.
     """
 
-    def __init__(self, address: int, nbytes: int, summary: str, release: Callable[[], None], owner: Any = None) -> None:
+    def __init__(
+        self,
+        address: int,
+        nbytes: int,
+        summary: str,
+        release: Callable[[], None],
+        owner: Any = None,
+        parts: tuple[int, ...] | None = None,
+    ) -> None:
         self.owner = owner
         self.address = address
         self.nbytes = nbytes
         self.summary = summary
+        self.parts = parts
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
@@ -96,15 +107,19 @@ class MemoryTier(ABC):
 
     @abstractmethod
     def capacity_bytes(self) -> int:
-        """Bytes that `allocate` could give this rank now.
+        """Bytes that `allocate` could give this rank now, in parts as small as need be.
 
         Raises:
             TierUnavailable: what was planned has been taken since.
         """
 
     @abstractmethod
-    def allocate(self, nbytes: int) -> Region:
+    def allocate(self, nbytes: int, parts: int = 1) -> Region:
         """Allocate `nbytes` (> 0). The contents are undefined.
+
+        Args:
+            parts: equal parts, each of which has to be one range of addresses; a divisor of `nbytes`. A tier whose
+                memory is in several places may spread them over these, and deals them out in turn.
 
         Raises:
             TierUnavailable: it cannot be had; nothing of a partial allocation stays behind.

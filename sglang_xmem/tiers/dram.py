@@ -86,7 +86,7 @@ class DramTier(MemoryTier):
             return int(psutil.virtual_memory().available)
         return _node_available_bytes(self.seat.numa_node)
 
-    def allocate(self, nbytes: int) -> Region:
+    def allocate(self, nbytes: int, parts: int = 1) -> Region:
         undo = ExitStack()
         with undo:
             try:

@@ -1,9 +1,9 @@
 """Tier `mtier`: banks of X-Mem memory, or of a service with its interface such as mtierd, through X-Mem's own SDK.
 
-Only the SDK's thin calls are used: malloc, free and status. A pool is one allocation in one bank, because the pool
-needs one range of addresses and the SDK gives a range an allocation, in one bank, with no way to put two side by
-side; so a pool is not striped over banks. Ranks are dealt over the banks in turn instead. `mTierResetAll`, which frees
-every process's memory, is never called.
+Only the SDK's thin calls are used: malloc, free and status. The SDK gives a range of addresses an allocation, in one
+bank, with no way to put two side by side; so a pool over several banks is one allocation in each, and the parts that it
+was asked for in (the pool's planes) are dealt to these in turn. Ranks are dealt over the banks in turn too.
+`mTierResetAll`, which frees every process's memory, is never called.
 
 Importing the SDK opens its library and connects to the service, and its failures are of many kinds, so it is imported
 where it is used and each failure becomes a sentence.
@@ -28,6 +28,8 @@ from sglang_xmem.tiers.base import Locality, MemoryTier, Ranks, Region
 
 LIBRARY_VARIABLE = "MTIER_LIB_PATH"
 DEFAULT_LIBRARY = "/usr/local/lib/libmtier.so"
+#: What allocations are whole multiples of, in mtierd as it starts and on GPUs.
+GRANULE_BYTES = 2 << 20
 _START = "start X-Mem's service or `sglang-xmem mtierd`"
 #: What to do about an error, by the name of the SDK's class.
 _WAYS_OUT = {
@@ -49,7 +51,8 @@ class MTierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `mtier` in --hicache-xmem-config.
 
     Attributes:
-        banks: the SDK's bank numbers to use; dealt to the ranks in turn. Default: all.
+        banks: the SDK's bank numbers to use; dealt to the ranks in turn, and each rank's pool is striped over all of
+            its banks. Default: all.
     """
 
     banks: tuple[int, ...] | None = None
@@ -94,33 +97,44 @@ class MTierTier(MemoryTier):
         room = {bank: _available_bytes(bank) for bank in banks}
         dealt = [banks[rank::n_ranks] or (banks[rank % len(banks)],) for rank in range(n_ranks)]
         users = {bank: sum(bank in mine for mine in dealt) for bank in banks}
-        return tuple(MTierSeat(mine, tuple(room[bank] // users[bank] for bank in mine)) for mine in dealt)
+        # Whole granules, so that what each rank takes of its share fits beside the others'.
+        shares = {bank: room[bank] // users[bank] // GRANULE_BYTES * GRANULE_BYTES for bank in banks}
+        return tuple(MTierSeat(mine, tuple(shares[bank] for bank in mine)) for mine in dealt)
 
     def capacity_bytes(self) -> int:
-        return self._roomiest()[1]
+        return sum(self._rooms().values())
 
-    def _roomiest(self) -> tuple[int, int]:
-        """The rank's bank with the most room, and that room."""
-        rooms = [
-            min(_available_bytes(bank), share) for bank, share in zip(self.seat.banks, self.seat.shares, strict=True)
-        ]
-        best = max(range(len(rooms)), key=rooms.__getitem__)
-        return self.seat.banks[best], rooms[best]
+    def _rooms(self) -> dict[int, int]:
+        """Bytes that the rank may take of each of its banks now, the roomiest bank first."""
+        rooms = {
+            bank: min(_available_bytes(bank), share)
+            for bank, share in zip(self.seat.banks, self.seat.shares, strict=True)
+        }
+        return dict(sorted(rooms.items(), key=lambda item: -item[1]))
 
-    def allocate(self, nbytes: int) -> Region:
-        bank = self._roomiest()[0]
-        what = f"allocating {nbytes / 1e9:.2f} GB in bank {bank}"
-        with self._context():
-            address = int(_call(lambda sdk: sdk.malloc(bank, nbytes), what))
-        release = _releaser(address, self._context)
-        try:
-            self._check_address(bank, address, nbytes)
-        except BaseException:
-            release()
-            raise
-        atexit.register(release)
+    def allocate(self, nbytes: int, parts: int = 1) -> Region:
+        size = nbytes // parts
+        dealt = _deal(self._rooms(), size, parts)
         kind = "host memory" if self.gpu is None else "memory"
-        return Region(address, nbytes, f"{kind} of mtier bank {bank}", release)
+        banks = sorted(set(dealt))
+        with contextlib.ExitStack() as undo:
+            start = {}
+            for bank in banks:
+                start[bank] = self._malloc(bank, dealt.count(bank) * size)
+                release = _releaser(start[bank], self._context)
+                undo.callback(release)
+                self._check_address(bank, start[bank], dealt.count(bank) * size)
+                atexit.register(release)
+            keep = undo.pop_all()
+        summary = f"{kind} of mtier bank {', '.join(map(str, banks))}"
+        if len(banks) == 1:
+            return Region(start[banks[0]], nbytes, summary, keep.close)
+        addresses = tuple(start[bank] + dealt[:index].count(bank) * size for index, bank in enumerate(dealt))
+        return Region(addresses[0], nbytes, summary, keep.close, parts=addresses)
+
+    def _malloc(self, bank: int, nbytes: int) -> int:
+        with self._context():
+            return int(_call(lambda sdk: sdk.malloc(bank, nbytes), f"allocating {nbytes / 1e9:.2f} GB in bank {bank}"))
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
@@ -147,7 +161,32 @@ class MTierTier(MemoryTier):
         except TierUnavailable:
             kind = None  # nothing that the driver knows
         if kind is None or int(kind) != int(d.CUmemorytype.CU_MEMORYTYPE_DEVICE):
-            raise TierUnavailable(f"bank {bank} is host memory that GPUs cannot address; use --hicache-xmem-tier dram")
+            raise TierUnavailable(
+                f"bank {bank} is host memory that GPUs cannot address; use --hicache-xmem-tier dram, or serve GPU "
+                "memory with `sglang-xmem mtierd --bank gpu:ORDINAL`"
+            )
+
+
+def _deal(rooms: dict[int, int], size: int, parts: int) -> list[int]:
+    """The bank of each of `parts` parts of `size` bytes: `rooms`' banks in turn, without those that are full.
+
+    Raises:
+        TierUnavailable: they do not all fit.
+    """
+    left = {bank: room // size for bank, room in rooms.items()}
+    if sum(left.values()) < parts:
+        room = ", ".join(f"{room / 1e9:.2f} GB in bank {bank}" for bank, room in rooms.items())
+        raise TierUnavailable(
+            f"the service has {room} available, which holds {sum(left.values())} of the pool's {parts} part(s) of "
+            f"{size / 1e9:.2f} GB; lower --hicache-size or --hicache-ratio, or give the service larger banks"
+        )
+    dealt: list[int] = []
+    while len(dealt) < parts:
+        for bank, count in left.items():
+            if count and len(dealt) < parts:
+                left[bank] -= 1
+                dealt.append(bank)
+    return dealt
 
 
 def _releaser(address: int, context: Callable[[], contextlib.AbstractContextManager[None]]) -> Callable[[], None]:

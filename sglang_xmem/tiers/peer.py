@@ -126,7 +126,7 @@ class PeerTier(MemoryTier):
         usable = self._usable()
         return [usable] if self.seat.named else [usable[:count] for count in range(1, len(usable) + 1)]
 
-    def allocate(self, nbytes: int) -> Region:
+    def allocate(self, nbytes: int, parts: int = 1) -> Region:
         d = gpus.driver()
         choices = self._choices()
         # Where none has the room, the last one's error is the driver's own.

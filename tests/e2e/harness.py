@@ -41,7 +41,7 @@ from sglang_server import (
 )
 
 Entry = Literal["engine", "launch_server", "serve"]
-#: A step's name and its arguments, see `_run_steps`.
+#: A step's name and its arguments, see `run_steps`.
 Step = tuple[Any, ...]
 
 #: Found in the environment of every process of one run, and of nothing else.
@@ -69,6 +69,8 @@ BASE_OPTIONS: dict[str, Any] = {
     "hicache_ratio": 4.0,
     "hicache_write_policy": "write_through",
 }
+#: Over BASE_OPTIONS, for an engine on a GPU.
+GPU_OPTIONS: dict[str, Any] = dict.fromkeys(CPU_OPTIONS)
 XMEM_DRAM: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "dram"}
 #: What stock HiCache can do with sglang_cpu's copies.
 STOCK: dict[str, Any] = {"hicache_mem_layout": "layer_first", "hicache_io_backend": "kernel"}
@@ -91,7 +93,7 @@ class Spec:
     Attributes:
         entry: how SGLang is started.
         options: keywords of sgl.Engine, over BASE_OPTIONS; None removes one.
-        steps: see `_run_steps`.
+        steps: see `run_steps`.
         environment: variables for SGLang's processes.
         starts: how often SGLang is started and stopped in a row, each time with all steps.
         stop: signal that ends a server. After SIGKILL nothing else is signalled until the survivors are counted.
@@ -205,7 +207,7 @@ def _run_server(spec: Spec, scratch: Path) -> Result:
         with Server(command, _all_options(spec), log_path, {**spec.environment, MARKER: marker}) as server:
             try:
                 server.wait_ready(START_TIMEOUT_S)
-                result.starts.append(_run_steps(_ServerClient(server), spec.steps))
+                result.starts.append(run_steps(ServerClient(server), spec.steps))
                 server.process.send_signal(signal.Signals[spec.stop])
                 result.statuses.append(server.process.wait(60))
             except Exception as error:
@@ -298,7 +300,9 @@ class _EngineClient:
         return bool(self._engine.flush_cache().success)
 
 
-class _ServerClient:
+class ServerClient:
+    """A server as `run_steps` wants it."""
+
     def __init__(self, server: Server) -> None:
         self._server = server
 
@@ -317,8 +321,10 @@ def prompt(name: str, n_tokens: int = PROMPT_TOKENS) -> list[int]:
     return [generator.randrange(3, 1000) for _ in range(n_tokens)]
 
 
-def _run_steps(client: _Client, steps: Sequence[Step]) -> dict[str, Answer]:
-    """Steps: ("ask", name of the answer, name of the prompt), ("flood",) pushes everything out of the device pool,
+def run_steps(client: _Client, steps: Sequence[Step]) -> dict[str, Answer]:
+    """Take `client` through steps; returns the answers by their names.
+
+    Steps: ("ask", name of the answer, name of the prompt), ("flood",) pushes everything out of the device pool,
     ("flush",) empties the caches, ("await_files", directory) waits until the prompt's pages are stored there."""
     answers: dict[str, Answer] = {}
     for number, (operation, *arguments) in enumerate(steps):
@@ -390,7 +396,7 @@ def _serve_request(request: Mapping[str, Any]) -> None:
 
         engine = sglang.Engine(**_all_options(spec))
         try:
-            answers = _run_steps(_EngineClient(engine), spec.steps)
+            answers = run_steps(_EngineClient(engine), spec.steps)
         finally:
             engine.shutdown()
         starts.append({name: dataclasses.asdict(answer) for name, answer in answers.items()})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from service import MIB, Daemon
+from service import MIB, Daemon, build_fake_cuda
 
 from sglang_xmem.mtier.build import built
 
@@ -18,13 +18,25 @@ def build() -> Path:
     return built()
 
 
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CUDA driver over files in memory, see fake_cuda.cpp."""
+    return build_fake_cuda(tmp_path_factory.mktemp("cuda"))
+
+
 @pytest.fixture
 def start_daemon(build: Path, tmp_path: Path) -> Iterator[StartDaemon]:
     """Starts daemons on the test's own socket; they are gone afterwards."""
     started: list[Daemon] = []
 
-    def start(*arguments: str, binaries: Path = build, uid: int | None = None) -> Daemon:
-        daemon = Daemon(binaries, tmp_path / "mtierd.sock", arguments or ("--bank", f"host:{64 * MIB}"), uid)
+    def start(
+        *arguments: str,
+        binaries: Path = build,
+        uid: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Daemon:
+        arguments = arguments or ("--bank", f"host:{64 * MIB}")
+        daemon = Daemon(binaries, tmp_path / "mtierd.sock", arguments, uid, environment)
         started.append(daemon)
         return daemon
 

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 GRANULE = 2 * MIB
 
 SUCCESS, FAILURE, NOT_INITIALIZED, OUT_OF_MEMORY, INVALID_ARGUMENT = 0, -1, -2, -3, -4
-SERVICE_UNAVAILABLE, SERVER_ERROR, MALLOC_ERROR = -5, -7, -8
+SERVICE_UNAVAILABLE, EMPTY_CUDA_CONTEXT, SERVER_ERROR, MALLOC_ERROR = -5, -6, -7, -8
 
 #: struct Request of native/protocol.h: magic, version, op, id, bank, reserved, size, allocation.
 REQUEST = struct.Struct("=IHHQiIQQ")
@@ -40,15 +40,24 @@ class Daemon:
         socket_path: where it serves.
         arguments: mtierd's own, such as --bank host:BYTES.
         uid: user to run as; needs root.
+        environment: added to this process's.
     """
 
-    def __init__(self, build: Path, socket_path: Path, arguments: Sequence[str], uid: int | None = None) -> None:
+    def __init__(
+        self,
+        build: Path,
+        socket_path: Path,
+        arguments: Sequence[str],
+        uid: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.socket_path = socket_path
         self.log_path = socket_path.with_suffix(f".{time.monotonic_ns()}.log")
         self._program = str(build / "mtierd")
         command = [self._program, "--socket", str(socket_path), *arguments]
+        variables = {**os.environ, **(environment or {})}
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(command, stderr=log, user=uid)
+            self.process = subprocess.Popen(command, stderr=log, user=uid, env=variables)
         wait_until(lambda: "serving" in self.log() or self.process.poll() is not None, 20)
 
     def log(self) -> str:
@@ -174,6 +183,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> float:
     return time.monotonic() - start
 
 
+def build_fake_cuda(directory: Path) -> Path:
+    """A libcuda.so.1 for machines without a GPU, compiled into `directory`."""
+    library = directory / "libfakecuda.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
+    source = Path(__file__).with_name("fake_cuda.cpp")
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(library)], check=True)
+    return library
+
+
 def request(op: int, bank: int = 0, size: int = 0, allocation: int = 0, *, number: int = 1, version: int = 1) -> bytes:
     return REQUEST.pack(MAGIC, version, op, number, bank, 0, size, allocation)
 
@@ -184,9 +202,12 @@ def client_environment(build: Path, socket_path: Path) -> dict[str, str]:
 
 
 def _answer_lines() -> None:
-    lib = Library(os.environ["MTIER_LIB_PATH"])
+    names: dict[str, Any] = {"lib": Library(os.environ["MTIER_LIB_PATH"]), "ctypes": ctypes, "os": os, "time": time}
+    if "MTIER_CUDA_LIBRARY" in os.environ:
+        with contextlib.suppress(OSError):
+            names["cuda"] = ctypes.CDLL(os.environ["MTIER_CUDA_LIBRARY"])
     for line in sys.stdin:
-        print(json.dumps(eval(line, {"lib": lib, "ctypes": ctypes, "os": os, "time": time})), flush=True)
+        print(json.dumps(eval(line, names)), flush=True)
 
 
 if __name__ == "__main__":

@@ -135,18 +135,34 @@ class Fuzzer:
             self._hang_up(client)
 
 
-def test_service_survives_hostile_messages(sanitized: Path, start_daemon: StartDaemon, build: Path) -> None:
-    banks = ["--bank", f"host:{64 * MIB}", "--bank", f"host:{32 * MIB}", "--quota", str(80 * MIB)]
-    daemon = start_daemon(*banks, binaries=sanitized)
+#: Calls of the driver that come while the service runs.
+SERVING_CALLS = ("cuMemCreate", "cuMemExportToShareableHandle", "cuMemRelease")
+
+
+@pytest.mark.parametrize("kinds", [("host", "host"), ("gpu:0", "gpu:1")])
+def test_service_survives_hostile_messages(
+    sanitized: Path, fake_cuda: Path, start_daemon: StartDaemon, build: Path, tmp_path: Path, kinds: tuple[str, str]
+) -> None:
+    """Over GPU banks the driver fails now and then too."""
+    banks = ["--bank", f"{kinds[0]}:{64 * MIB}", "--bank", f"{kinds[1]}:{32 * MIB}", "--quota", str(80 * MIB)]
+    fault = tmp_path / "fault"
+    driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_FAULT": str(fault), "FAKE_CUDA_CONTEXT": "0"}
+    daemon = start_daemon(*banks, binaries=sanitized, environment=driver)
     descriptors = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
     fuzzer = Fuzzer(daemon.socket_path, SEED)
-    for _ in range(MESSAGES):
+    r = random.Random(SEED)
+    for number in range(MESSAGES):
+        if number % 200 == 0:
+            fault.write_text(f"{r.choice(SERVING_CALLS)} {r.choice((1, 2, 999))}")
+        elif number % 200 == 50:
+            fault.unlink()
         fuzzer.step()
+    fault.unlink(missing_ok=True)
     fuzzer.close()
     assert fuzzer.answered > MESSAGES // 2
     wait_until(lambda: daemon.available(0) == 64 * MIB and daemon.available(1) == 32 * MIB, 5)
     wait_until(lambda: len(os.listdir(f"/proc/{daemon.process.pid}/fd")) == descriptors, 5)
-    with ClientProcess(build, daemon.socket_path) as client:
+    with ClientProcess(build, daemon.socket_path, driver) as client:
         assert client.ask("lib.init()") == SUCCESS
         assert client.ask("lib.malloc(0, 64 << 20)[0]") == SUCCESS
     # What the sanitizers find, leaks included, ends the process with another status.
@@ -183,14 +199,50 @@ print("done")
 """
 
 
-def test_library_under_sanitizers(sanitized: Path, start_daemon: StartDaemon) -> None:
-    daemon = start_daemon(binaries=sanitized)
-    done = run_sanitized(sanitized, daemon.socket_path, LIBRARY_CALLS)
+#: With each of the driver's calls failing in turn, and then none.
+FAULTY_CALLS = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from service import *
+lib = Library(os.environ["MTIER_LIB_PATH"])
+fault = os.environ["FAKE_CUDA_FAULT"]
+assert lib.init() == SUCCESS
+calls = "cuCtxGetCurrent cuCtxGetDevice cuMemImportFromShareableHandle cuMemAddressReserve cuMemMap cuMemSetAccess"
+for call in [*calls.split(), "cuMemRelease"]:
+    for code in (1, 201, 999):
+        with open(fault, "w") as file:
+            file.write(f"{call} {code}")
+        assert lib.malloc(0, 3 << 20)[0] in (MALLOC_ERROR, EMPTY_CUDA_CONTEXT)
+for call in ("cuCtxPushCurrent", "cuCtxSynchronize", "cuMemUnmap", "cuMemAddressFree"):
+    os.unlink(fault)
+    code, address = lib.malloc(0, 3 << 20)
+    assert code == SUCCESS
+    with open(fault, "w") as file:
+        file.write(f"{call} 999")
+    assert lib.free(address) == SUCCESS
+os.unlink(fault)
+assert lib.bank(0)[1].available_memory == 64 * MIB
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("bank", "script"), [("host", LIBRARY_CALLS), ("gpu:1", LIBRARY_CALLS), ("gpu:1", FAULTY_CALLS)]
+)
+def test_library_under_sanitizers(
+    sanitized: Path, fake_cuda: Path, start_daemon: StartDaemon, tmp_path: Path, bank: str, script: str
+) -> None:
+    driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_CONTEXT": "0"}
+    daemon = start_daemon("--bank", f"{bank}:{64 * MIB}", binaries=sanitized, environment=driver)
+    environment = {**driver, "FAKE_CUDA_FAULT": str(tmp_path / "fault")}
+    done = run_sanitized(sanitized, daemon.socket_path, script, environment)
     assert done.stdout == "done\n", done.stderr[-4000:]
     assert daemon.stop() == 0, daemon.log()[-4000:]
 
 
-def run_sanitized(sanitized: Path, socket_path: Path, script: str) -> subprocess.CompletedProcess[str]:
+def run_sanitized(
+    sanitized: Path, socket_path: Path, script: str, more: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run Python with the sanitized library, whose runtime has to be the process's first."""
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
     path = runtime.stdout.strip()
@@ -202,6 +254,7 @@ def run_sanitized(sanitized: Path, socket_path: Path, script: str) -> subprocess
         "LD_PRELOAD": path,
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "MTIER_TIMEOUT_MS": "200",
+        **(more or {}),
     }
     command = [sys.executable, "-c", script, str(Path(__file__).parent)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
@@ -222,12 +275,17 @@ print(sorted(codes))
 """
 
 
-def test_library_survives_a_lying_service(sanitized: Path, tmp_path: Path) -> None:
-    """Replies with random values, of wrong sizes, with files that are too small, twice or not at all."""
+def test_library_survives_a_lying_service(sanitized: Path, fake_cuda: Path, tmp_path: Path) -> None:
+    """Replies with random values, of wrong sizes, with files that are too small, twice or not at all.
+
+    Some say that they are GPU memory, with the driver's descriptors and with others.
+    """
     r = random.Random(SEED)
     path = tmp_path / "liar.sock"
     small = os.memfd_create("small")
     os.ftruncate(small, 4096)
+    gpu_memory = os.memfd_create("fake-gpu")
+    os.ftruncate(gpu_memory, 2 * MIB)
 
     def lie(op: int, number: int) -> bytes:
         text = r.randbytes(r.choice((0, 0, 5, 3000)))
@@ -235,7 +293,7 @@ def test_library_survives_a_lying_service(sanitized: Path, tmp_path: Path) -> No
         code = 0 if r.random() < 0.8 else r.randint(-20, 20)
         head = REPLY_HEAD.pack(MAGIC, 1, op, number if r.random() < 0.9 else r.getrandbits(64), code, claimed)
         values = struct.pack(
-            "=iI5Q", r.randint(-2, 2), r.choice((0, 1, 1, 1, 2)), *(r.choice(EDGES + LARGEST) for _ in range(5))
+            "=iI5Q", r.randint(-2, 2), r.choice((0, 1, 1, 2, 2, 3)), *(r.choice(EDGES + LARGEST) for _ in range(5))
         )
         message = head + values + text
         return message if r.random() < 0.9 else message[: r.randrange(len(message))]
@@ -249,7 +307,7 @@ def test_library_survives_a_lying_service(sanitized: Path, tmp_path: Path) -> No
                     continue
                 if r.random() < 0.02:
                     return
-                descriptors = [small] * r.choice((0, 1, 1, 3))
+                descriptors = [r.choice((small, gpu_memory))] * r.choice((0, 1, 1, 3))
                 for _ in range(r.choice((1, 1, 1, 1, 2))):
                     socket.send_fds(client, [lie(op, number)], descriptors)
 
@@ -262,9 +320,11 @@ def test_library_survives_a_lying_service(sanitized: Path, tmp_path: Path) -> No
         listener.bind(str(path))
         listener.listen()
         threading.Thread(target=listen, args=(listener,), daemon=True).start()
-        done = run_sanitized(sanitized, path, LIED_TO)
+        driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_CONTEXT": "0"}
+        done = run_sanitized(sanitized, path, LIED_TO, driver)
         listener.shutdown(socket.SHUT_RDWR)
-    os.close(small)
+    for descriptor in (small, gpu_memory):
+        os.close(descriptor)
     assert done.returncode == 0, done.stderr[-4000:]
     assert str(SERVER_ERROR) in done.stdout
 

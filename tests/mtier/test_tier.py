@@ -69,9 +69,15 @@ def test_wrong_banks_are_refused_before_the_sdk_is_needed(banks: tuple[int, ...]
 
 
 @needs_sdk
-def test_pool_round_trip(build: Path, start_daemon: StartDaemon) -> None:
-    """A pool of random pages through the copier and back, in a bank, and the bank has its memory again."""
-    daemon = start_daemon("--bank", f"host:{16 * MIB}", "--bank", f"host:{64 * MIB}")
+@pytest.mark.parametrize("kinds", [("host", "host"), ("gpu:0", "gpu:1"), ("gpu:1", "host")])
+def test_pool_round_trip(build: Path, fake_cuda: Path, start_daemon: StartDaemon, kinds: tuple[str, str]) -> None:
+    """A pool of random pages through the copier and back, in two banks, and these have their memory again.
+
+    The fake driver's GPU memory is memory that the CPU reads, so the CPU's pool can lie there too.
+    """
+    driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_CONTEXT": "0"}
+    banks = (f"{kinds[0]}:{16 * MIB}", f"{kinds[1]}:{64 * MIB}")
+    daemon = start_daemon(*(word for bank in banks for word in ("--bank", bank)), environment=driver)
     script = """
     import torch
     from sglang_xmem.config import CopySettings
@@ -83,9 +89,12 @@ def test_pool_round_trip(build: Path, start_daemon: StartDaemon) -> None:
     pool = TierPool(placement, num_layers=layers, num_tokens=tokens, page_size=page, row_bytes=row,
                     device=torch.device("cpu"), copy=CopySettings())
     assert pool.tier.name == "mtier" and pool.tier.locality is Locality.HOST
-    # In the bank with the most room.
-    assert sdk.get_bank_status(0).available_memory == 16 * MIB
-    assert sdk.get_bank_status(1).available_memory == 64 * MIB - 12 * MIB
+    # Striped: six planes of 2,048,000 bytes in turn, and each bank's share in whole granules.
+    assert sdk.get_bank_status(0).available_memory == 16 * MIB - 6 * MIB
+    assert sdk.get_bank_status(1).available_memory == 64 * MIB - 6 * MIB
+    # K and V of a layer lie in different banks.
+    apart = [abs(pool.bytes[0][layer].data_ptr() - pool.bytes[1][layer].data_ptr()) for layer in range(layers)]
+    assert min(apart) >= 6 * MIB, apart
     planes = [[torch.randint(0, 256, (tokens, row), dtype=torch.uint8) for _ in range(layers)] for _ in range(2)]
     before = [[plane.clone() for plane in kind] for kind in planes]
     pool.attach(*planes)
@@ -100,16 +109,26 @@ def test_pool_round_trip(build: Path, start_daemon: StartDaemon) -> None:
     for kind in range(2):
         for layer in range(layers):
             assert torch.equal(planes[kind][layer], before[kind][layer])
-            assert torch.equal(pool.bytes[kind, layer, int(order[5]) : int(order[5]) + page],
+            assert torch.equal(pool.bytes[kind][layer][int(order[5]) : int(order[5]) + page],
                                before[kind][layer][5 * page : 6 * page])
+    # Storage pages: K of all layers before V, as in one range.
+    first, second = int(order[5]), int(order[6])
+    whole = torch.stack([torch.stack([b[5 * page : 6 * page] for b in kind]) for kind in before])
+    assert torch.equal(pool.read_page(first), whole.flatten())
+    pool.write_page(second, pool.read_page(first))
+    assert torch.equal(pool.read_page(second), whole.flatten())
+    kv = pool.as_kv(torch.bfloat16, 4, 125)
+    assert kv[1][2].shape == (tokens, 4, 125) and kv[1][2].data_ptr() == pool.bytes[1][2].data_ptr()
     pool.close()
     pool.close()
+    assert sdk.get_bank_status(0).available_memory == 16 * MIB
     assert sdk.get_bank_status(1).available_memory == 64 * MIB
     # Freed at exit where nobody closes.
     tier, region = Placement(plan(), 0, lambda _: 1 << 40).allocate(9 * MIB)
     print(region.summary)
     """
-    assert run(script, environment=client_environment(build, daemon.socket_path)) == "host memory of mtier bank 1"
+    environment = {**client_environment(build, daemon.socket_path), **driver}
+    assert run(script, environment=environment) == "host memory of mtier bank 1"
     wait_until(lambda: daemon.available(1) == 64 * MIB, 1)
 
 
@@ -122,11 +141,15 @@ def test_seats_room_and_errors(build: Path, start_daemon: StartDaemon) -> None:
     assert banks_of(None, 1) == [(0, 1, 2)]
     assert banks_of(None, 2) == [(0, 2), (1,)]
     assert banks_of([2, 0], 3) == [(2,), (0,), (2,)]
+    def sdk_room(bank):
+        from xmem import mtier_sdk
+        return mtier_sdk.get_bank_status(bank).available_memory // MIB
     def rooms(banks, ranks):
         return [MTierTier(MTierSettings(), seat, None).capacity_bytes() // MIB
                 for seat in plan(banks=banks, ranks=ranks).candidates[0].seats]
-    assert rooms(None, 1) == [64]
-    assert rooms(None, 2) == [64, 32]
+    assert rooms(None, 1) == [112]
+    assert rooms(None, 2) == [80, 32]
+    assert rooms([0], 3) == [20, 20, 20]  # whole granules
     assert rooms([0], 4) == [16, 16, 16, 16]  # who shares a bank shares its room
     # Two ranks that share a bank both get their pools.
     shared = plan(banks=[1], ranks=2, pool_bytes=16 * MIB)
@@ -137,12 +160,24 @@ def test_seats_room_and_errors(build: Path, start_daemon: StartDaemon) -> None:
     assert sentence(lambda: plan(banks=[0, 3])) == (
         "--hicache-xmem-config 'mtier.banks' names bank 3, but the service has 3, counted from 0.")
     assert sentence(lambda: plan(tier="auto", banks=[-1])).startswith("--hicache-xmem-config 'mtier.banks'")
-    too_much = sentence(lambda: plan(pool_bytes=65 * MIB))
-    assert too_much.startswith("--hicache-xmem-tier mtier cannot be used: the pool needs 0.07 GB a rank"), too_much
+    too_much = sentence(lambda: plan(pool_bytes=113 * MIB))
+    assert too_much.startswith("--hicache-xmem-tier mtier cannot be used: the pool needs 0.12 GB a rank"), too_much
     seat = plan().candidates[0].seats[0]
     tier = MTierTier(MTierSettings(), seat, None)
     out = sentence(lambda: tier.allocate(65 * MIB))
-    assert "lower --hicache-size" in out and "available" in out, out
+    assert "lower --hicache-size" in out and "0.07 GB in bank 0, 0.03 GB in bank 1, " in out, out
+    # Parts are whole in a bank; a bank that is full is passed over.
+    out = sentence(lambda: tier.allocate(2 * 50 * MIB, 2))
+    assert "holds 1 of the pool's 2 part(s) of 0.05 GB" in out, out
+    region = tier.allocate(7 * 14 * MIB, 7)
+    assert [sdk_room(bank) for bank in range(3)] == [64 - 56, 32 - 28, 16 - 14]
+    assert len(set(region.parts)) == 7 and region.summary == "host memory of mtier bank 0, 1, 2"
+    region.release()
+    assert [sdk_room(bank) for bank in range(3)] == [64, 32, 16]
+    # A bank that cannot give what it says: nothing of the others' stays.
+    tier._rooms = lambda: {0: 64 * MIB, 1: 1 << 40}
+    out = sentence(lambda: tier.allocate(4 * 30 * MIB, 4))
+    assert "bank 1" in out and [sdk_room(bank) for bank in range(3)] == [64, 32, 16], out
 
     auto = plan(tier="auto")
     assert [candidate.tier for candidate in auto.candidates] == ["mtier", "dram"]

@@ -35,7 +35,7 @@ class FakeTier(MemoryTier):
             raise TierUnavailable(self.taken)
         return int(self.settings.room_bytes)
 
-    def allocate(self, nbytes: int) -> Region:
+    def allocate(self, nbytes: int, parts: int = 1) -> Region:
         memory = (ctypes.c_uint8 * nbytes)()
         address = ctypes.addressof(memory)
         self.live.append(address)

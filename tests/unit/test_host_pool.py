@@ -110,8 +110,8 @@ def regions() -> Iterator[list[Region]]:
     given_out: list[Region] = []
     allocate = DramTier.allocate
 
-    def recorded(self: DramTier, nbytes: int) -> Region:
-        given_out.append(allocate(self, nbytes))
+    def recorded(self: DramTier, nbytes: int, parts: int = 1) -> Region:
+        given_out.append(allocate(self, nbytes, parts))
         return given_out[-1]
 
     def budget(nbytes: int) -> int:

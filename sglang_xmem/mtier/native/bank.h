@@ -5,13 +5,25 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <memory>
+#include <string>
 #include <unordered_map>
 
+#include "channel.h"
+#include "cuda_driver.h"
 #include "protocol.h"
 
 namespace mtier {
+
+// What became of an allocation.
+struct Grant {
+    int fd = -1;           // for the client, to be closed once it is sent; -1: `why` says what is wrong
+    std::string why;       // a clause
+    bool may_pass = false; // the same call may succeed in a moment
+};
 
 class Bank {
   public:
@@ -22,8 +34,11 @@ class Bank {
     Bank(const Bank &) = delete;
     Bank &operator=(const Bank &) = delete;
 
-    virtual const char *name() const = 0;
     virtual MemoryKind kind() const = 0;
+    // What the memory is, for the log: "host memory".
+    virtual std::string describe() const = 0;
+    // The same as members of a JSON object: "\"kind\": \"host\"".
+    virtual std::string json() const = 0;
 
     std::uint64_t total() const { return total_; }
     std::uint64_t available() const { return available_; }
@@ -35,19 +50,22 @@ class Bank {
         return bytes > UINT64_MAX - (granularity_ - 1) ? 0 : (bytes + granularity_ - 1) & ~(granularity_ - 1);
     }
 
-    // Grants `bytes` (whole granules, no more than available()) under the name `id`. Returns a file descriptor for the
-    // client, to be closed once it is sent; -1 with errno where the system has no such memory.
-    int allocate(std::uint64_t bytes, std::uint64_t id) {
+    // Grants `bytes` (whole granules, no more than available()) under the name `id`.
+    Grant allocate(std::uint64_t bytes, std::uint64_t id) {
         sizes_.emplace(id, bytes);
-        int fd = create(bytes, id);
-        if (fd >= 0) {
+        Grant grant;
+        try {
+            grant = create(bytes, id);
+        } catch (...) {
+            sizes_.erase(id);
+            throw;
+        }
+        if (grant.fd >= 0) {
             available_ -= bytes;
         } else {
-            int error = errno;
             sizes_.erase(id);
-            errno = error;
         }
-        return fd;
+        return grant;
     }
 
     // Takes `id` back. Memory that a client still maps stays with it until it unmaps or ends, and counts as free here.
@@ -60,7 +78,7 @@ class Bank {
     }
 
   protected:
-    virtual int create(std::uint64_t bytes, std::uint64_t id) = 0;
+    virtual Grant create(std::uint64_t bytes, std::uint64_t id) = 0;
     virtual void destroy(std::uint64_t id) = 0;
 
   private:
@@ -76,25 +94,144 @@ class HostBank : public Bank {
   public:
     using Bank::Bank;
 
-    const char *name() const override { return "host"; }
     MemoryKind kind() const override { return MemoryKind::kHostFile; }
+    std::string describe() const override { return "host memory"; }
+    std::string json() const override { return "\"kind\": \"host\""; }
 
   protected:
-    int create(std::uint64_t bytes, std::uint64_t) override {
+    Grant create(std::uint64_t bytes, std::uint64_t) override {
         int fd = ::memfd_create("mtier", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        if (fd < 0) return -1;
+        if (fd < 0) return {-1, words_of(errno), false};
         // Of fixed size: a client cannot take more than was granted, nor lose what it maps.
         if (::ftruncate(fd, static_cast<off_t>(bytes)) != 0 ||
             ::fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
             int error = errno;
             ::close(fd);
-            errno = error;
-            return -1;
+            return {-1, words_of(error), false};
         }
-        return fd;
+        return {fd, "", false};
     }
 
     void destroy(std::uint64_t) override {}
+};
+
+// HBM of one GPU, one piece of CUDA virtual memory management's physical memory an allocation, handed out as a file
+// descriptor. That needs no CUDA context here or on that GPU, so nothing but the allocations is taken from it. Physical
+// memory is put together from granules, so there are no holes that could fragment the bank, and one allocation is one
+// descriptor however large it is.
+//
+// The driver has the memory back when the service has released it and no client maps it any more: a client that dies
+// loses its own mappings with its process, and the service releases when the connection ends.
+class GpuBank : public Bank {
+  public:
+    // nullptr with a clause in `why` where the GPU cannot serve `bytes`.
+    static std::unique_ptr<GpuBank> open(int gpu, std::uint64_t bytes, std::uint64_t granularity, std::string *why) {
+        constexpr const char *kWayOut = "; look at the driver with nvidia-smi, or give host:BYTES for host memory";
+        const cuda::Driver *driver = cuda::Driver::get(why);
+        if (driver == nullptr) {
+            *why += kWayOut;
+            return nullptr;
+        }
+        int count = 0;
+        cuda::Device device = 0;
+        std::size_t memory = 0, granule = 0;
+        int has_memory = 0, has_descriptors = 0;
+        char pci[32] = "";
+        const char *call = nullptr;
+        cuda::Result result = cuda::kOk;
+        auto tried = [&](const char *name, cuda::Result status) {
+            call = name;
+            result = status;
+            return status == cuda::kOk;
+        };
+        if (!tried("cuInit", driver->Init(0)) || !tried("cuDeviceGetCount", driver->DeviceGetCount(&count))) {
+            *why = driver->failed(call, result) + kWayOut;
+            return nullptr;
+        }
+        if (gpu >= count) {
+            *why = "there is no GPU " + std::to_string(gpu) + "; this process sees " + std::to_string(count) +
+                   ", counted from 0, so name one of these";
+            return nullptr;
+        }
+        cuda::AllocationProperties wanted = cuda::properties(gpu);
+        if (!tried("cuDeviceGet", driver->DeviceGet(&device, gpu)) ||
+            !tried("cuDeviceGetAttribute", driver->DeviceGetAttribute(&has_memory, cuda::kHasVirtualMemory, device)) ||
+            !tried("cuDeviceGetAttribute",
+                   driver->DeviceGetAttribute(&has_descriptors, cuda::kHasFileDescriptors, device)) ||
+            !tried("cuDeviceGetPCIBusId", driver->DeviceGetPCIBusId(pci, sizeof(pci), device)) ||
+            !tried("cuDeviceTotalMem", driver->DeviceTotalMem(&memory, device))) {
+            *why = driver->failed(call, result) + kWayOut;
+            return nullptr;
+        }
+        if (has_memory == 0 || has_descriptors == 0) {
+            *why = "GPU " + std::to_string(gpu) + " cannot share memory as file descriptors; use another GPU";
+            return nullptr;
+        }
+        if (!tried("cuMemGetAllocationGranularity",
+                   driver->MemGetAllocationGranularity(&granule, &wanted, cuda::kRecommended))) {
+            *why = driver->failed(call, result) + kWayOut;
+            return nullptr;
+        }
+        if (granule == 0 || (granule & (granule - 1)) != 0) {
+            *why = "GPU " + std::to_string(gpu) + " has granules of " + std::to_string(granule) + " bytes, which is "
+                   "not a power of two; use another GPU";
+            return nullptr;
+        }
+        granularity = std::max<std::uint64_t>(granularity, granule);
+        if (bytes > memory || bytes < granularity) {
+            *why = "GPU " + std::to_string(gpu) + " has " + std::to_string(memory) + " bytes in granules of " +
+                   std::to_string(granularity) + "; give a size in between";
+            return nullptr;
+        }
+        return std::unique_ptr<GpuBank>(new GpuBank(*driver, gpu, pci, bytes, granularity));
+    }
+
+    ~GpuBank() override {
+        for (const auto &[id, handle] : handles_) driver_.MemRelease(handle);
+    }
+
+    MemoryKind kind() const override { return MemoryKind::kGpuMemory; }
+    std::string describe() const override { return "memory of GPU " + std::to_string(gpu_) + " (" + pci_ + ")"; }
+    std::string json() const override {
+        return "\"kind\": \"gpu\", \"gpu\": " + std::to_string(gpu_) + ", \"pci\": \"" + pci_ + "\"";
+    }
+
+  protected:
+    Grant create(std::uint64_t bytes, std::uint64_t id) override {
+        cuda::AllocationProperties wanted = cuda::properties(gpu_);
+        // Reserved first, so that nothing can fail once there is a handle to lose.
+        auto entry = handles_.emplace(id, 0).first;
+        cuda::Result result = driver_.MemCreate(&entry->second, bytes, &wanted, 0);
+        if (result != cuda::kOk) {
+            handles_.erase(entry);
+            // The memory of a client that has just died is the driver's again a moment after its connection ends.
+            return {-1, driver_.failed("cuMemCreate", result), result == cuda::kErrorOutOfMemory};
+        }
+        int fd = -1;
+        result = driver_.MemExportToShareableHandle(&fd, entry->second, cuda::kFileDescriptor, 0);
+        if (result != cuda::kOk || fd < 0) {
+            driver_.MemRelease(entry->second);
+            handles_.erase(entry);
+            return {-1, driver_.failed("cuMemExportToShareableHandle", result), false};
+        }
+        return {fd, "", false};
+    }
+
+    void destroy(std::uint64_t id) override {
+        auto found = handles_.find(id);
+        if (found == handles_.end()) return;
+        driver_.MemRelease(found->second);
+        handles_.erase(found);
+    }
+
+  private:
+    GpuBank(const cuda::Driver &driver, int gpu, std::string pci, std::uint64_t total, std::uint64_t granularity)
+        : Bank(total, granularity), driver_(driver), gpu_(gpu), pci_(std::move(pci)) {}
+
+    const cuda::Driver &driver_;
+    const int gpu_;
+    const std::string pci_;
+    std::unordered_map<std::uint64_t, cuda::Handle> handles_;
 };
 
 }  // namespace mtier

@@ -1,10 +1,7 @@
 // libmtier.so: the C interface of X-Mem's client library over mtierd's socket. All functions may be called from any
 // thread; calls of one process go to the service one after the other.
 
-#include <fcntl.h>
 #include <pthread.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <mutex>
@@ -12,6 +9,7 @@
 #include <unordered_map>
 
 #include "channel.h"
+#include "mapping.h"
 #include "protocol.h"
 
 #define MTIER_API extern "C" __attribute__((visibility("default")))
@@ -33,9 +31,9 @@ namespace {
 using namespace mtier;
 
 constexpr int kDefaultTimeoutMs = 5000;
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
+// How long memory is asked for that a dead client's process may still hold, and the first pause between two attempts.
+constexpr int kReclaimMs = 2000;
+constexpr int kFirstPauseMs = 50;
 
 thread_local std::string last_error = "no error";
 
@@ -54,35 +52,6 @@ Request request_of(Op op) {
     Request request{};
     request.op = static_cast<std::uint16_t>(op);
     return request;
-}
-
-// Maps `bytes` of `fd` at an address aligned to `alignment`, every page present. nullptr with errno.
-void *map_host_file(int fd, std::uint64_t bytes, std::uint64_t alignment) {
-    void *reserved = ::mmap(nullptr, bytes + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (reserved == MAP_FAILED) return nullptr;
-    auto start = reinterpret_cast<std::uintptr_t>(reserved);
-    std::uintptr_t aligned = (start + alignment - 1) & ~(alignment - 1);
-    void *place = reinterpret_cast<void *>(aligned);
-    void *address = ::mmap(place, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
-    if (address == MAP_FAILED) {
-        int error = errno;
-        ::munmap(reserved, bytes + alignment);
-        errno = error;
-        return nullptr;
-    }
-    if (aligned > start) ::munmap(reserved, aligned - start);
-    ::munmap(reinterpret_cast<void *>(aligned + bytes), start + alignment - aligned);
-    ::madvise(address, bytes, MADV_HUGEPAGE);  // a hint
-    // A forked child would keep the memory after this process, whose it is, has ended.
-    ::madvise(address, bytes, MADV_DONTFORK);
-    // Missing memory has to be this call's error and not a later SIGBUS. Kernels before 5.14 do not know the request.
-    if (::madvise(address, bytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
-        int error = errno;
-        ::munmap(address, bytes);
-        errno = error;
-        return nullptr;
-    }
-    return address;
 }
 
 // This process's connection and what it has allocated over it.
@@ -123,39 +92,30 @@ class Client {
         Request request = request_of(Op::kMalloc);
         request.bank = bank;
         request.size = bytes;
-        Reply reply;
+        Reply reply{};
         int fd = -1;
-        Code code = call(request, &reply, nullptr, &fd);
-        if (code != kSuccess) {
-            if (fd >= 0) ::close(fd);
-            return code;
-        }
-        void *address = nullptr;
+        Code code = granted(request, &reply, &fd);
+        if (code != kSuccess) return code;
+        Mapping mapping;
         std::string why;
-        if (!is_sound(reply, bytes, fd)) {
-            why = "the service granted memory of a kind that this library does not know; build both from one release";
-            code = kServerError;
-        } else {
-            address = map_host_file(fd, reply.size, reply.granularity);
-            if (address == nullptr) {
-                why = "mapping " + std::to_string(reply.size) + " bytes of bank " + std::to_string(bank) +
-                      " failed: " + words_of(errno) + "; free host memory or ask for less";
-                code = kMallocError;
+        try {
+            code = map_grant(reply, bytes, fd, &mapping, &why);
+            if (code == kSuccess) {
+                allocations_.emplace(mapping.address, Allocation{mapping, reply.allocation, session_});
             }
+        } catch (const std::bad_alloc &) {
+            if (mapping.address != nullptr) unmap(mapping);
+            if (fd >= 0) ::close(fd);
+            give_back(reply.allocation);
+            throw;
         }
         if (fd >= 0) ::close(fd);
         if (code != kSuccess) {
             give_back(reply.allocation);
-            return fail(code, why);
+            return fail(code, "mapping " + std::to_string(reply.size) + " bytes of bank " + std::to_string(bank) +
+                                  " failed: " + why);
         }
-        try {
-            allocations_.emplace(address, Allocation{reply.size, reply.allocation, session_});
-        } catch (const std::bad_alloc &) {
-            ::munmap(address, reply.size);
-            give_back(reply.allocation);
-            throw;
-        }
-        *out = address;
+        *out = mapping.address;
         return kSuccess;
     }
 
@@ -168,7 +128,7 @@ class Client {
         }
         Allocation allocation = found->second;
         allocations_.erase(found);
-        ::munmap(address, allocation.size);
+        unmap(allocation.mapping);
         Code code = connected(Deadline(timeout_ms()));
         if (code != kSuccess) return code;
         // What an ended connection had was taken back with it.
@@ -203,7 +163,7 @@ class Client {
 
   private:
     struct Allocation {
-        std::uint64_t size;
+        Mapping mapping;
         std::uint64_t id;
         std::uint64_t session;
     };
@@ -247,21 +207,24 @@ class Client {
         return kSuccess;
     }
 
+    // A kMalloc call, repeated while the service's answer is that the memory may be free again in a moment.
+    Code granted(const Request &request, Reply *reply, int *fd) {
+        Deadline patience(kReclaimMs);
+        for (int pause = kFirstPauseMs;; pause *= 2) {
+            Code code = call(request, reply, nullptr, fd);
+            if (code == kSuccess) return code;
+            if (*fd >= 0) ::close(*fd);
+            *fd = -1;
+            if (code != kMallocError || reply->kind == MemoryKind::kNone || patience.left() == 0) return code;
+            std::this_thread::sleep_for(std::chrono::milliseconds(std::min(pause, patience.left())));
+        }
+    }
+
     Code give_back(std::uint64_t id) {
         Request request = request_of(Op::kFree);
         request.allocation = id;
         Reply reply;
         return call(request, &reply);
-    }
-
-    // Whether a grant can be mapped: what is checked here cannot become a SIGBUS.
-    static bool is_sound(const Reply &reply, std::size_t bytes, int fd) {
-        std::uint64_t granule = reply.granularity;
-        struct stat info;
-        return fd >= 0 && reply.kind == MemoryKind::kHostFile && granule >= 4096 && (granule & (granule - 1)) == 0 &&
-               granule <= (1ULL << 40) && reply.size >= bytes && reply.size <= (1ULL << 62) && reply.size != 0 &&
-               reply.size % granule == 0 && ::fstat(fd, &info) == 0 &&
-               static_cast<std::uint64_t>(info.st_size) >= reply.size;
     }
 
     std::mutex mutex_;

@@ -79,9 +79,15 @@ class Log {
     std::size_t bytes_ = 0;
 };
 
+struct BankOption {
+    std::optional<int> gpu;  // none: host memory
+    std::uint64_t bytes;
+    std::string text;
+};
+
 struct Options {
     std::string socket;
-    std::vector<std::uint64_t> host_banks;
+    std::vector<BankOption> banks;
     std::uint64_t quota = 0;  // 0: none
     std::uint64_t granularity = kDefaultGranularity;
     bool status = false;
@@ -133,11 +139,10 @@ void append(std::string *text, const char *format, ...) {
 
 class Service {
   public:
-    explicit Service(const Options &options) : quota_(options.quota) {
-        for (std::uint64_t bytes : options.host_banks) {
-            banks_.push_back(std::make_unique<HostBank>(bytes, options.granularity));
-            log_.line("bank %zu: %s memory, %" PRIu64 " bytes in granules of %" PRIu64, banks_.size() - 1,
-                      banks_.back()->name(), banks_.back()->total(), banks_.back()->granularity());
+    Service(std::vector<std::unique_ptr<Bank>> banks, std::uint64_t quota) : quota_(quota), banks_(std::move(banks)) {
+        for (std::size_t i = 0; i < banks_.size(); ++i) {
+            log_.line("bank %zu: %s, %" PRIu64 " bytes in granules of %" PRIu64, i, banks_[i]->describe().c_str(),
+                      banks_[i]->total(), banks_[i]->granularity());
         }
     }
 
@@ -361,20 +366,23 @@ class Service {
         }
         std::uint64_t id = ++last_allocation_;
         auto [entry, inserted] = client->allocations.emplace(id, Allocation{index, size});
-        Answer answer;
+        Grant grant;
         try {
-            answer.fd = bank.allocate(size, id);
+            grant = bank.allocate(size, id);
         } catch (const std::bad_alloc &) {
             client->allocations.erase(entry);
             throw;
         }
-        if (answer.fd < 0) {
-            int error = errno;
+        if (grant.fd < 0) {
             client->allocations.erase(entry);
-            append(&words, "bank %d could not make %" PRIu64 " bytes: %s", request.bank, size, words_of(error).c_str());
+            append(&words, "bank %d could not make %" PRIu64 " bytes: %s", request.bank, size, grant.why.c_str());
             log_.line("%s", words.c_str());
-            return Answer::error(kMallocError, words);
+            Answer answer = Answer::error(kMallocError, words);
+            if (grant.may_pass) answer.fields.kind = bank.kind();
+            return answer;
         }
+        Answer answer;
+        answer.fd = grant.fd;
         client->bytes += size;
         answer.fields.kind = bank.kind();
         answer.fields.size = size;
@@ -432,8 +440,8 @@ class Service {
         append(&text, "{\"pid\": %d, \"quota\": %" PRIu64 ", \"banks\": [", static_cast<int>(getpid()), quota_);
         for (std::size_t i = 0; i < banks_.size(); ++i) {
             const Bank &bank = *banks_[i];
-            append(&text, "%s{\"bank\": %zu, \"kind\": \"%s\", \"total\": %" PRIu64 ", \"available\": %" PRIu64,
-                   i == 0 ? "" : ", ", i, bank.name(), bank.total(), bank.available());
+            append(&text, "%s{\"bank\": %zu, %s", i == 0 ? "" : ", ", i, bank.json().c_str());
+            append(&text, ", \"total\": %" PRIu64 ", \"available\": %" PRIu64, bank.total(), bank.available());
             append(&text, ", \"granularity\": %" PRIu64 ", \"allocations\": %zu}", bank.granularity(),
                    bank.allocations());
         }
@@ -536,6 +544,20 @@ bool parse_number(const std::string &text, std::uint64_t *value) {
     return true;
 }
 
+// "host:BYTES" or "gpu:ORDINAL:BYTES"
+bool parse_bank(const std::string &text, BankOption *bank) {
+    bank->text = text;
+    std::size_t size = text.rfind(':');
+    if (size == std::string::npos || !parse_number(text.substr(size + 1), &bank->bytes)) return false;
+    if (bank->bytes == 0) return false;
+    std::string place = text.substr(0, size);
+    if (place == "host") return true;
+    std::uint64_t gpu = 0;
+    if (place.rfind("gpu:", 0) != 0 || !parse_number(place.substr(4), &gpu) || gpu > 1023) return false;
+    bank->gpu = static_cast<int>(gpu);
+    return true;
+}
+
 // Returns a sentence where the arguments are wrong.
 std::optional<std::string> parse(int argc, char **argv, Options *options) {
     for (int i = 1; i < argc; ++i) {
@@ -545,8 +567,8 @@ std::optional<std::string> parse(int argc, char **argv, Options *options) {
             continue;
         }
         if (name != "--bank" && name != "--socket" && name != "--quota" && name != "--granularity") {
-            return "the option " + name + " is not known; known: --bank host:BYTES, --socket PATH, --quota BYTES, "
-                   "--granularity BYTES, --status";
+            return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
+                   "--socket PATH, --quota BYTES, --granularity BYTES, --status";
         }
         if (++i == argc) return name + " has no value";
         std::string value = argv[i];
@@ -554,26 +576,25 @@ std::optional<std::string> parse(int argc, char **argv, Options *options) {
             options->socket = value;
             continue;
         }
+        if (name == "--bank") {
+            BankOption bank;
+            if (!parse_bank(value, &bank)) {
+                return "--bank is " + value + "; give host:BYTES or gpu:ORDINAL:BYTES, in numbers";
+            }
+            options->banks.push_back(bank);
+            continue;
+        }
         std::uint64_t bytes = 0;
-        bool is_bank = name == "--bank";
-        if (is_bank && value.rfind("host:", 0) != 0) return "--bank is " + value + "; give host:BYTES";
-        if (!parse_number(is_bank ? value.substr(5) : value, &bytes) || (is_bank && bytes == 0)) {
-            return name + " is " + value + "; give a number of bytes";
-        }
-        if (is_bank) {
-            options->host_banks.push_back(bytes);
-        } else {
-            (name == "--quota" ? options->quota : options->granularity) = bytes;
-        }
+        if (!parse_number(value, &bytes)) return name + " is " + value + "; give a number of bytes";
+        (name == "--quota" ? options->quota : options->granularity) = bytes;
     }
     std::uint64_t granule = options->granularity;
     if (granule < 4096 || granule > (1ULL << 30) || (granule & (granule - 1)) != 0) {
         return "--granularity is " + std::to_string(granule) + "; give a power of two from 4096 bytes to 1 GiB";
     }
-    for (std::uint64_t bytes : options->host_banks) {
-        if (bytes < granule) {
-            return "--bank host:" + std::to_string(bytes) + " is smaller than the granularity of " +
-                   std::to_string(granule) + " bytes";
+    for (const BankOption &bank : options->banks) {
+        if (bank.bytes < granule) {
+            return "--bank " + bank.text + " is smaller than the granularity of " + std::to_string(granule) + " bytes";
         }
     }
     return std::nullopt;
@@ -600,7 +621,7 @@ int run(int argc, char **argv) {
     if (auto wrong = parse(argc, argv, &options)) return complain(*wrong);
     if (options.socket.empty()) options.socket = socket_path();
     if (options.status) return show_status(options.socket);
-    if (options.host_banks.empty()) return complain("there is no bank to serve; give --bank host:BYTES");
+    if (options.banks.empty()) return complain("there is no bank to serve; give --bank host:BYTES");
 
     // Before the socket is there, so that no signal can end the process and leave it behind.
     sigset_t stops;
@@ -615,9 +636,20 @@ int run(int argc, char **argv) {
         files.rlim_cur = files.rlim_max;
         ::setrlimit(RLIMIT_NOFILE, &files);
     }
+    std::vector<std::unique_ptr<Bank>> banks;
+    for (const BankOption &bank : options.banks) {
+        if (!bank.gpu) {
+            banks.push_back(std::make_unique<HostBank>(bank.bytes, options.granularity));
+            continue;
+        }
+        std::string why;
+        auto made = GpuBank::open(*bank.gpu, bank.bytes, options.granularity, &why);
+        if (made == nullptr) return complain("--bank " + bank.text + " cannot be served: " + why);
+        banks.push_back(std::move(made));
+    }
     Listener listener;
     if (auto refused = listener.open(options.socket)) return complain(*refused);
-    Service service(options);
+    Service service(std::move(banks), options.quota);
     service.note("serving " + options.socket);
     service.run(listener.fd(), signals);
     ::close(signals);

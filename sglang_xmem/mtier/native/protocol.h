@@ -42,7 +42,8 @@ enum Code : std::int32_t {
 // What the file descriptor behind a kMalloc reply is, and so how a client maps it.
 enum class MemoryKind : std::uint32_t {
     kNone = 0,
-    kHostFile = 1,  // a sealed memfd: mmap it shared
+    kHostFile = 1,   // a sealed memfd: mmap it shared
+    kGpuMemory = 2,  // the CUDA driver's: import it as a POSIX file descriptor
 };
 
 struct Request {
@@ -64,7 +65,7 @@ struct Reply {
     std::int32_t code;
     std::uint32_t text_bytes;  // behind this structure, without a terminating zero
     std::int32_t num_banks;    // kStatus
-    MemoryKind kind;           // kMalloc
+    MemoryKind kind;           // kMalloc; with kMallocError: of a bank whose memory may be free again in a moment
     std::uint64_t total;       // kStatus: the smallest bank's bytes; kBankStatus: this bank's
     std::uint64_t available;   // kBankStatus
     std::uint64_t size;        // kMalloc: bytes granted, whole granules

@@ -1,0 +1,85 @@
+"""A pool whose planes lie apart: the same bytes come back as from one range, in copies and in storage pages."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_xmem.config import CopySettings
+from sglang_xmem.pool import TierPool, region_bytes
+from sglang_xmem.tiers import Locality, Region
+
+LAYERS, TOKENS, PAGE, ROW = 3, 64, 8, 96
+
+
+def pool_over(n_places: int) -> tuple[TierPool, list[Any]]:
+    """A pool on the CPU with its planes dealt to `n_places`, and what was released."""
+    released: list[Any] = []
+
+    def allocate(nbytes: int, parts: int) -> tuple[Any, Region]:
+        assert (nbytes, parts) == (2 * LAYERS * TOKENS * ROW, 2 * LAYERS)
+        size = nbytes // parts
+        places = [(ctypes.c_uint8 * nbytes)() for _ in range(n_places)]
+        starts = [ctypes.addressof(place) for place in places]
+        apart = tuple(starts[part % n_places] + part // n_places * size for part in range(parts))
+        region = Region(starts[0], nbytes, "a fake", lambda: released.append(places), parts=apart)
+        if n_places == 1:
+            region.parts = None
+        return SimpleNamespace(name="fake", locality=Locality.HOST), region
+
+    placement: Any = SimpleNamespace(allocate=allocate, passed_over=[])
+    shape = {"num_layers": LAYERS, "num_tokens": TOKENS, "page_size": PAGE, "row_bytes": ROW}
+    return TierPool(placement, **shape, device=torch.device("cpu"), copy=CopySettings()), released
+
+
+@pytest.mark.parametrize("n_places", [1, 2, 3, 6])
+def test_bytes_come_back(n_places: int) -> None:
+    pool, released = pool_over(n_places)
+    assert isinstance(pool.bytes, torch.Tensor) == (n_places == 1)
+    starts = {pool.bytes[kind][layer].data_ptr() for kind in (0, 1) for layer in range(LAYERS)}
+    assert len(starts) == 2 * LAYERS
+    for kind in (0, 1):
+        for layer in range(LAYERS):
+            pool.bytes[kind][layer].fill_(0xA5)
+    generator = torch.Generator().manual_seed(n_places)
+    device = [
+        [torch.randint(0, 256, (TOKENS, ROW), dtype=torch.uint8, generator=generator) for _ in range(LAYERS)]
+        for _ in (0, 1)
+    ]
+    before = torch.stack([torch.stack(planes) for planes in device])
+    pool.attach(*device)
+    device_rows = torch.tensor([3, 0, 5]) * PAGE
+    tier_rows = torch.tensor([7, 2, 0]) * PAGE
+    pool.store(tier_rows, device_rows)
+    for planes in device:
+        for plane in planes:
+            plane.fill_(0x5A)
+    for layer in range(LAYERS):
+        pool.load_layer(tier_rows, device_rows, layer)
+    after = torch.stack([torch.stack(planes) for planes in device])
+    for page in range(TOKENS // PAGE):
+        rows = slice(page * PAGE, (page + 1) * PAGE)
+        expected = before[:, :, rows] if page in (3, 0, 5) else torch.full_like(before[:, :, rows], 0x5A)
+        assert torch.equal(after[:, :, rows], expected)
+    # Storage pages are K of all layers before V, wherever the planes are.
+    stored = pool.read_page(7 * PAGE)
+    assert torch.equal(stored, before[:, :, 3 * PAGE : 4 * PAGE].flatten())
+    pool.write_page(PAGE, stored)
+    assert torch.equal(pool.read_page(PAGE), stored)
+    untouched = pool.read_page(4 * PAGE)
+    assert bool((untouched == 0xA5).all())
+    kv = pool.as_kv(torch.bfloat16, 4, 12)
+    assert torch.equal(kv[1][2][7 * PAGE : 8 * PAGE].view(torch.uint8).flatten(), before[1, 2, 24:32].flatten())
+    pool.close()
+    pool.close()
+    assert len(released) == 1
+
+
+def test_a_region_apart_is_not_taken_for_one_range() -> None:
+    region = Region(1 << 20, 8, "a fake", lambda: None, parts=(1 << 20, 1 << 30))
+    with pytest.raises(AssertionError, match="lies apart"):
+        region_bytes(region, torch.device("cpu"))
