@@ -94,11 +94,12 @@ def load(image: bytes, symbol: str, device: torch.device, shared_bytes: int = 0)
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver, driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-        # A multiprocessor divides its memory into L1 and shared memory when a block arrives at it idle, and until it is
-        # idle again. By default it would take as little shared memory as this kernel's block needs, and then have no
-        # place for the blocks of attention that should run beside this one.
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        _checked(driver, driver.cuFuncSetAttribute(function, attribute, 100))  # percent
+            # A multiprocessor divides its memory into L1 and shared memory when a block arrives at it idle, and until
+            # it is idle again. By default it would take as little shared memory as this kernel's block needs, and then
+            # have no place for the blocks of attention that should run beside it. A kernel without shared memory wants
+            # the L1: what it has in flight arrives there.
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            _checked(driver, driver.cuFuncSetAttribute(function, attribute, 100))  # percent
     return function
 
 

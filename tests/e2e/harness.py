@@ -69,8 +69,8 @@ BASE_OPTIONS: dict[str, Any] = {
     "hicache_ratio": 4.0,
     "hicache_write_policy": "write_through",
 }
-#: Over BASE_OPTIONS, for an engine on a GPU.
-GPU_OPTIONS: dict[str, Any] = dict.fromkeys(CPU_OPTIONS)
+#: Over BASE_OPTIONS, for an engine on a GPU; with an attention backend that runs on every GPU.
+GPU_OPTIONS: dict[str, Any] = {**dict.fromkeys(CPU_OPTIONS), "attention_backend": "flashinfer"}
 XMEM_DRAM: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "dram"}
 #: What stock HiCache can do with sglang_cpu's copies.
 STOCK: dict[str, Any] = {"hicache_mem_layout": "layer_first", "hicache_io_backend": "kernel"}
