@@ -103,6 +103,7 @@ class TierPool:
             tier_locality=self.tier.locality.value,
             load=self._copy.load,
             store=self._copy.store,
+            runs_on=self._region.copying_gpu,
         )
         made = (self._copier.make_signals(self.num_layers) for _ in range(LOADS_IN_FLIGHT))
         self._signals = [signals for signals in made if signals is not None]

@@ -292,7 +292,7 @@ def test_tiles_cover_the_work() -> None:
     bulk = CudaTuning(variant="bulk", stage_bytes=16384)
     assert bulk.tiles_per_plane(17, 1024, 16) == 2
     assert bulk.tiles_per_plane(2, 65552, 16) == 10
-    assert all(tuning.ctas <= 32 for tuning in DEFAULT_TUNING.values())
+    assert all(tuning.ctas <= 32 for (_, where), tuning in DEFAULT_TUNING.items() if where != "copier")
 
 
 if __name__ == "__main__":

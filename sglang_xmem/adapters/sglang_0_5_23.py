@@ -22,7 +22,7 @@ from sglang_xmem import gpus
 from sglang_xmem.adapters.hooks import Hook, place, verify
 from sglang_xmem.adapters.host_budget import launcher_host_budget
 from sglang_xmem.config import AUTO, parse_options
-from sglang_xmem.errors import REFUSED_EXIT_STATUS, ConfigError, UnsupportedSGLang, refuse
+from sglang_xmem.errors import REFUSED_EXIT_STATUS, ConfigError, CopyError, UnsupportedSGLang, refuse
 from sglang_xmem.plan import Placement, Plan, make_plan
 from sglang_xmem.pool import TierPool
 from sglang_xmem.tiers import Locality, Ranks, tier_classes
@@ -434,7 +434,10 @@ def tier_host_pool_class() -> type:
             self.k_data_ptrs = self.v_data_ptrs = None
             self.host_kv_data_refs = self.k_data_refs + self.v_data_refs
             self._init_write_back_staging_buffers(buffer_info, write_back_staging)
-            self.tier_pool.attach(self.device_k_buffers, self.device_v_buffers)
+            try:
+                self.tier_pool.attach(self.device_k_buffers, self.device_v_buffers)
+            except CopyError as error:
+                refuse(str(error))
 
         def prepare_transfer_indices(self, host_indices: Any, device_indices: Any, io_backend: str) -> Any:
             return self.tier_pool.stage_rows(host_indices), self.tier_pool.stage_rows(device_indices)

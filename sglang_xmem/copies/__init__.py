@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_xmem.copies.base import PageCopier
-from sglang_xmem.copies.tuning import DEFAULT_TUNING
+from sglang_xmem.copies.tuning import DEFAULT_TUNING, Locality
+from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ def make_copier(
     tier_locality: Literal["host", "device"] = "device",
     load: Mapping[str, Any] = MappingProxyType({}),
     store: Mapping[str, Any] = MappingProxyType({}),
+    runs_on: int | None = None,
 ) -> PageCopier:
     """The page copier of a name.
 
@@ -37,11 +39,16 @@ def make_copier(
         tier_locality: where the tier's bytes live, in host memory or on another device.
         load, store: changes to the measured settings of a direction, fields of `tuning.CudaTuning`. The Triton kernel
             takes `ctas` alone, the torch copier nothing.
+        runs_on: CUDA ordinal of another GPU that runs the copies, which the CUDA kernel alone can.
 
     Raises:
         ValueError: an unknown name, planes that do not match, or that this copier cannot reach.
         CopyError: the copier cannot run on this machine.
     """
+    if runs_on is not None and name not in ("auto", "cuda"):
+        raise CopyError(
+            f"the copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or leave out copy_on."
+        )
     if name not in _NAMES:
         raise ValueError(f"unknown copier {name!r}; known are {', '.join(_NAMES)}")
     if name == "auto":
@@ -58,11 +65,13 @@ def make_copier(
         return TritonPageCopier(tier_planes, device_planes, page_size, **ctas)
     from sglang_xmem.copies.cuda import CudaPageCopier
 
+    locality: Locality = tier_locality if runs_on is None else "copier"
     return CudaPageCopier(
         tier_planes,
         device_planes,
         page_size,
         tier_locality=tier_locality,
-        load_tuning=dataclasses.replace(DEFAULT_TUNING["load", tier_locality], **load),
-        store_tuning=dataclasses.replace(DEFAULT_TUNING["store", tier_locality], **store),
+        load_tuning=dataclasses.replace(DEFAULT_TUNING["load", locality], **load),
+        store_tuning=dataclasses.replace(DEFAULT_TUNING["store", locality], **store),
+        runs_on=runs_on,
     )

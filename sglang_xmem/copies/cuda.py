@@ -13,6 +13,7 @@ import torch
 
 from sglang_xmem.copies import nvrtc
 from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.remote import CopyingGpu, give_access
 from sglang_xmem.copies.signals import LoadSignals
 from sglang_xmem.copies.signals import supported as signals_supported
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, VECTOR_BYTES, CudaTuning, Locality, fit_tuning
@@ -30,6 +31,7 @@ class CudaPageCopier(PageCopier):
     Args:
         tier_locality: where the tier's bytes live, which picks the default tuning.
         load_tuning, store_tuning: settings of each direction; None takes the default.
+        runs_on: CUDA ordinal of another GPU that runs the copies; all tier planes are within its reach.
 
     Raises:
         ValueError: also for device planes that are not CUDA tensors, and a page too large.
@@ -47,17 +49,19 @@ class CudaPageCopier(PageCopier):
         tier_locality: Locality = "device",
         load_tuning: CudaTuning | None = None,
         store_tuning: CudaTuning | None = None,
+        runs_on: int | None = None,
     ) -> None:
         super().__init__(tier_planes, device_planes, page_size)
         if self._device.type != "cuda":
             raise ValueError(f"the copier 'cuda' is for device planes on a CUDA GPU, not on {self._device}")
         if self.page_bytes > _MAX_PAGE_BYTES:
             raise ValueError(f"a page of {self.page_bytes} bytes is larger than {_MAX_PAGE_BYTES}")
-        properties: Any = torch.cuda.get_device_properties(self._device)
+        runner = self._device if runs_on is None else torch.device("cuda", runs_on)
+        properties: Any = torch.cuda.get_device_properties(runner)
         capability = (properties.major, properties.minor)
         if capability < _MIN_CAPABILITY:
             raise CopyError(
-                f"the copier 'cuda' needs a GPU of compute capability 8.0, and {self._device} has "
+                f"the copier 'cuda' needs a GPU of compute capability 8.0, and {runner} has "
                 f"{capability[0]}.{capability[1]}; set copy.kernel to 'triton'."
             )
         tier = [plane.data_ptr() for plane in tier_planes]
@@ -66,12 +70,15 @@ class CudaPageCopier(PageCopier):
         self._device_table = torch.tensor(device, dtype=torch.int64, device=self._device)
         # Launches may come on any stream; the tables must be there by then.
         torch.cuda.current_stream(self._device).synchronize()
+        if runs_on is not None:
+            give_access(runs_on, self._device, (self._tier_table, *device_planes))
+        self._runs_on = runs_on
 
         alignment = math.gcd(VECTOR_BYTES, self.row_bytes, *tier, *device)
 
         def fitted(chosen: CudaTuning | None, direction: Literal["load", "store"]) -> CudaTuning:
             return fit_tuning(
-                chosen or DEFAULT_TUNING[direction, tier_locality],
+                chosen or DEFAULT_TUNING[direction, tier_locality if runs_on is None else "copier"],
                 capability=capability,
                 max_shared_bytes=properties.shared_memory_per_block_optin,
                 alignment=alignment,
@@ -81,11 +88,12 @@ class CudaPageCopier(PageCopier):
         self.load_tuning = fitted(load_tuning, "load")
         self.store_tuning = fitted(store_tuning, "store")
         tables = (self._tier_table.data_ptr(), self._device_table.data_ptr())
-        self._load = _Launcher(self, self.load_tuning, capability, alignment, tables)
-        self._store = _Launcher(self, self.store_tuning, capability, alignment, tables[::-1])
+        self._load = _Launcher(self, self.load_tuning, capability, alignment, tables, runs_on)
+        self._store = _Launcher(self, self.store_tuning, capability, alignment, tables[::-1], runs_on)
 
     def describe(self) -> str:
-        return f"{self.name} (load: {self.load_tuning}; store: {self.store_tuning})"
+        where = "" if self._runs_on is None else f" on GPU {self._runs_on}"
+        return f"{self.name}{where} (load: {self.load_tuning}; store: {self.store_tuning})"
 
     def make_signals(self, num_parts: int) -> LoadSignals | None:
         return LoadSignals(num_parts, self._device) if signals_supported(self._device) else None
@@ -114,6 +122,7 @@ class _Launcher:
         capability: of the GPU.
         alignment: bytes, 1 to 16, that every address is a multiple of.
         tables: addresses of the device arrays of the source's and the destination's plane addresses.
+        runs_on: another GPU than the copier's that runs the kernel.
     """
 
     #: Kernel arguments in slots of 8 bytes: which planes, then those of a call (which pages, and whom to tell). `int
@@ -128,12 +137,15 @@ class _Launcher:
         capability: tuple[int, int],
         alignment: int,
         tables: tuple[int, int],
+        runs_on: int | None = None,
     ) -> None:
         from cuda.bindings import driver
 
         image = nvrtc.build(source(_SOURCE_FILE), _SOURCE_FILE, tuning.macros(alignment), capability)
         device = copier.device_planes[0].device
-        self._function = nvrtc.load(image, "page_copy", device, tuning.dynamic_shared_bytes)
+        self._remote = None if runs_on is None else CopyingGpu(runs_on, device)
+        self._runner = device if self._remote is None else self._remote.device
+        self._function = nvrtc.load(image, "page_copy", self._runner, tuning.dynamic_shared_bytes)
         self._driver: Any = driver
         self._launch: Any = driver.cuLaunchKernel
         self._device = device
@@ -176,7 +188,6 @@ class _Launcher:
         num_pages = src_rows.numel()
         tuning = self._tuning
         tiles_per_plane = tuning.tiles_per_plane(num_pages, self._page_bytes, self._alignment)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
         launch, function, threads, shared = self._launch, self._function, self._threads, self._shared_bytes
         with self._lock:
             self._CALL.pack_into(
@@ -194,13 +205,19 @@ class _Launcher:
             )
             grid = min(tuning.ctas, -(-len(planes) * tiles_per_plane // tuning.warps))
             parameters = self._part(planes)
-            status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
-            if status.value:
+            if self._remote is None:
+                stream = torch.cuda.current_stream(self._device).cuda_stream
+                status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
+            else:
+                stream = self._remote.begin()
+            if self._remote is not None or status.value:
                 # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that
                 # question out of every other launch. torch.cuda.device alone would not create a context.
-                with torch.cuda.device(self._device):
-                    torch.cuda.current_stream(self._device).query()
+                with torch.cuda.device(self._runner):
+                    torch.cuda.current_stream(self._runner).query()
                     status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
+            if self._remote is not None:
+                self._remote.end()
             if status.value:
                 raise CopyError(f"The driver refuses to launch the copy kernel: {status.name}.")
             if signals:

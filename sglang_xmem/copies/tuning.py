@@ -11,7 +11,8 @@ BULK_CAPABILITY = (9, 0)
 VECTOR_BYTES = 16  # widest access of a thread, and what a bulk copy's addresses and size must be multiples of
 MAX_SHARED_BYTES = 227 * 1024
 
-Locality = Literal["host", "device"]
+#: `copier`: on the GPU that runs the copies, which is not the one that computes.
+Locality = Literal["host", "device", "copier"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,9 @@ DEFAULT_TUNING: Final[Mapping[tuple[Literal["load", "store"], Locality], CudaTun
     ("store", "device"): _FRUGAL,
     ("load", "host"): _FRUGAL,
     ("store", "host"): _FRUGAL,
+    # Nobody else computes on a GPU that runs copies for another one.
+    ("load", "copier"): CudaTuning(ctas=132, threads=512, unroll=16),
+    ("store", "copier"): CudaTuning(ctas=64, threads=512, unroll=16),
 }
 
 

@@ -46,6 +46,8 @@ class Region:
             through it keeps it mapped, past `release` if need be. None for memory that the CPU does not address.
         parts: where the region lies apart, the address of each of the equal parts that it was asked for in; None where
             all bytes are one range.
+        copying_gpu: CUDA ordinal of another GPU than the rank's that is to run the copies, and reaches all addresses;
+            None: the rank's own.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Region:
         release: Callable[[], None],
         owner: Any = None,
         parts: tuple[int, ...] | None = None,
+        copying_gpu: int | None = None,
     ) -> None:
+        self.copying_gpu = copying_gpu
         self.owner = owner
         self.address = address
         self.nbytes = nbytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,10 +29,13 @@ class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             of its GPUs. Naming a GPU allows it to be in use by others. Default: the fewest idle GPUs that can hold the
             pool.
         stripe_mib: where a rank has several peers, bytes (in MiB, 2^20) on one before the next one's turn.
+        copy_on: which GPU runs the copies: the rank's own, or `peer`, a rank's first peer, which has to be idle. That
+            spares the rank's GPU the multiprocessors, and takes a CUDA context on the peer.
     """
 
     gpus: tuple[int, ...] | None = None
     stripe_mib: int = 32
+    copy_on: Literal["rank", "peer"] = "rank"
 
 
 class PeerSeat(msgspec.Struct, frozen=True):
@@ -145,6 +148,11 @@ class PeerTier(MemoryTier):
         )
         total = -(-nbytes // granularity) * granularity
         stripe = total if len(peers) == 1 else -(-self._stripe_bytes // granularity) * granularity
+        copying = peers[0] if self.settings.copy_on == "peer" else None
+        if copying is not None:
+            for gpu in (self.gpu, *peers):
+                if gpu != copying and gpu is not None and not gpus.can_access_peer(copying, gpu):
+                    raise TierUnavailable(f"GPU {copying}, which peer.copy_on names, has no peer access to GPU {gpu}")
         what = f"allocating {nbytes / 1e9:.2f} GB on GPU {', '.join(map(str, peers))}"
         undo = ExitStack()
         with undo:
@@ -158,13 +166,13 @@ class PeerTier(MemoryTier):
                 finally:
                     d.cuMemRelease(handle)  # the mapping alone keeps the memory from here on
                 undo.callback(d.cuMemUnmap, base + offset, size)
-            access = d.CUmemAccessDesc()
-            access.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-            access.location.id = self.gpu
-            access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-            gpus.checked(d.cuMemSetAccess(base, total, [access], 1), f"giving GPU {self.gpu} access to its peers")
+            users = [self.gpu] if copying is None else [self.gpu, copying]
+            access = [_access(d, gpu) for gpu in users]
+            gpus.checked(
+                d.cuMemSetAccess(base, total, access, len(access)), f"giving GPU {self.gpu} access to its peers"
+            )
             keep = undo.pop_all()
-        return Region(base, nbytes, f"HBM of GPU {', '.join(map(str, peers))}", keep.close)
+        return Region(base, nbytes, f"HBM of GPU {', '.join(map(str, peers))}", keep.close, copying_gpu=copying)
 
 
 def _unreachable(engine: list[int], peer: int) -> str | None:
@@ -173,6 +181,14 @@ def _unreachable(engine: list[int], peer: int) -> str | None:
         if not gpus.can_access_peer(gpu, peer):
             return f"GPU {gpu} has no peer access to GPU {peer}"
     return None
+
+
+def _access(d: Any, gpu: int | None) -> Any:
+    access = d.CUmemAccessDesc()
+    access.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    access.location.id = gpu
+    access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    return access
 
 
 def _allocation_properties(d: Any, gpu: int) -> Any:

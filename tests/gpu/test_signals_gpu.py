@@ -24,6 +24,8 @@ TUNINGS = {
     "bulk_one_ring": CudaTuning(variant="bulk", ctas=3),
     "bulk_waits": CudaTuning(variant="bulk", ctas=2, stages=2, stage_bytes=2048, pending_stores=0),
 }
+#: The last runs on another GPU.
+VARIANTS = [*TUNINGS, pytest.param("remote", marks=pytest.mark.gpus(2))]
 #: (row_bytes, page_size, pages). The last ones leave warps without a tile, in some parts or in all.
 SHAPES = [(1024, 64, 200), (1024, 1, 10_000), (24, 1, 30_001), (656, 64, 200), (1024, 64, 3), (16, 1, 1)]
 
@@ -38,11 +40,12 @@ def free_memory() -> Iterator[None]:
 class Scene:
     """A tier in host memory, where a load takes long enough to be watched, and a poisoned GPU pool."""
 
-    def __init__(self, tuning: CudaTuning, row_bytes: int, page_size: int, pages: int) -> None:
+    def __init__(self, variant: str, row_bytes: int, page_size: int, pages: int) -> None:
         shape = (PLANES, pages * page_size, row_bytes)
         self.tier = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         self.expected, self.device = (torch.empty(shape, dtype=torch.uint8, device=GPU) for _ in range(2))
-        self.copier = CudaPageCopier(list(self.tier), list(self.device), page_size, load_tuning=tuning)
+        tuning, runs_on = TUNINGS.get(variant), 1 if variant == "remote" else None
+        self.copier = CudaPageCopier(list(self.tier), list(self.device), page_size, load_tuning=tuning, runs_on=runs_on)
         self.rows = torch.arange(pages, device=GPU) * page_size
         made = self.copier.make_signals(PARTS)
         assert made is not None
@@ -76,26 +79,26 @@ class Scene:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("tuning", VARIANTS)
 def test_whoever_waits_sees_the_part(tuning: str, shape: tuple[int, int, int]) -> None:
-    scene = Scene(TUNINGS[tuning], *shape)
+    scene = Scene(tuning, *shape)
     for _ in range(4):  # the same signals, load after load
         scene.fill()
         assert scene.load_and_read(wait=True) == [True] * PARTS
         assert torch.equal(scene.device, scene.expected)
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("tuning", VARIANTS)
 def test_whoever_does_not_wait_sees_old_bytes(tuning: str) -> None:
     """Else the test above could not fail."""
-    scene = Scene(TUNINGS[tuning], *SHAPES[0])
+    scene = Scene(tuning, *SHAPES[0])
     assert scene.load_and_read(wait=False) == [False] * PARTS
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("tuning", VARIANTS)
 def test_parts_are_there_one_after_the_other(tuning: str) -> None:
     """Not all at the end: the first part can be used while most of the load is still to come."""
-    scene = Scene(TUNINGS[tuning], 1024, 64, 300)
+    scene = Scene(tuning, 1024, 64, 300)
     for _ in range(2):  # the first launch may load the kernel
         start, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         ready = [torch.cuda.Event(enable_timing=True) for _ in range(PARTS)]
@@ -117,7 +120,7 @@ def test_parts_are_there_one_after_the_other(tuning: str) -> None:
 
 
 def test_counters_wrap_around() -> None:
-    scene = Scene(TUNINGS["default"], *SHAPES[0])
+    scene = Scene("default", *SHAPES[0])
     scene.signals._counters.fill_(-10)
     scene.signals._target = 2**32 - 10
     for _ in range(3):
@@ -127,13 +130,13 @@ def test_counters_wrap_around() -> None:
 
 
 def test_a_load_of_nothing_keeps_nobody_waiting() -> None:
-    scene = Scene(TUNINGS["default"], *SHAPES[0])
+    scene = Scene("default", *SHAPES[0])
     scene.copier.load_signalling(scene.rows[:0], scene.rows[:0], range(PLANES), scene.signals)
     scene.signals.wait(PARTS - 1)
     torch.cuda.synchronize()
 
 
 def test_planes_that_do_not_make_equal_parts_are_refused() -> None:
-    scene = Scene(TUNINGS["default"], *SHAPES[0])
+    scene = Scene("default", *SHAPES[0])
     with pytest.raises(ValueError, match="23 planes do not make 12 equal parts"):
         scene.copier.load_signalling(scene.rows, scene.rows, range(PLANES - 1), scene.signals)

@@ -51,7 +51,7 @@ class FakeDriver:
         self.ranges: dict[int, int] = {}
         self.handles: dict[int, Block] = {}
         self.mapped: dict[int, Block] = {}
-        self.readers: dict[int, tuple[int, int]] = {}
+        self.readers: dict[int, tuple[int, ...]] = {}
         self._acquired = 0
         self._numbers = iter(range(1, 1 << 20))
 
@@ -99,13 +99,14 @@ class FakeDriver:
         return (SUCCESS,)
 
     def cuMemSetAccess(self, address: int, size: int, access: list[Any], count: int) -> tuple[Any]:
-        assert count == len(access) == 1
-        assert access[0].flags == bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        assert count == len(access)
+        assert all(a.flags == bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE for a in access)
         inside = [block.size for at, block in self.mapped.items() if address <= at < address + size]
         assert sum(inside) == size, "access to addresses without memory"
         if self._fails("access"):
             return (FAILURE,)
-        self.readers[address] = (size, access[0].location.id)
+        gpus_with_access = [a.location.id for a in access]
+        self.readers[address] = (size, *gpus_with_access)
         return (SUCCESS,)
 
     def cuMemRelease(self, handle: int) -> tuple[Any]:
@@ -224,6 +225,20 @@ def test_seats_are_disjoint_idle_and_never_the_engines_own(data: st.DataObject) 
     assert len(dealt) == len(ranks)
     assert all(dealt)
     assert Counter(gpu for seat in dealt for gpu in seat) == Counter(usable)
+
+
+def test_the_gpu_that_copies_gets_access_and_is_named(eight: Machine) -> None:
+    settings = PeerSettings(gpus=(5, 6), copy_on="peer", stripe_mib=2)
+    (seat,) = PeerTier.seats(settings, Ranks(gpus=(0,)))
+    region = PeerTier(settings, seat, 0).allocate(8 * MIB)
+    assert region.copying_gpu == 5
+    assert [readers[1:] for readers in eight.driver.readers.values()] == [(0, 5)]
+    region.release()
+    eight.check_untouched()
+    eight.apart = {(5, 6)}
+    with pytest.raises(TierUnavailable, match=r"GPU 5, which peer.copy_on names, has no peer access to GPU 6"):
+        PeerTier(settings, seat, 0).allocate(8 * MIB)
+    eight.check_untouched()
 
 
 def test_too_few_peers_is_told_with_the_reasons(eight: Machine) -> None:

@@ -1,0 +1,70 @@
+"""Copies that another GPU runs: the one whose memory is the tier pushes pages over and fetches them back.
+
+The rank's own GPU then gives no multiprocessor to a load, and its kernels do not wait for reads of another GPU's memory
+that are under way when they end. The other GPU has to be idle for that, and needs a CUDA context (about 0.6 GB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sglang_xmem.errors import CopyError
+
+
+class CopyingGpu:
+    """One direction's place in the order of streams: on another GPU, yet as if on the rank's current stream.
+
+    Args:
+        gpu: CUDA ordinal of the GPU that runs the copies.
+        rank: the GPU whose streams they belong to.
+    """
+
+    def __init__(self, gpu: int, rank: torch.device) -> None:
+        self.device = torch.device("cuda", gpu)
+        self._rank = rank
+        self._stream = torch.cuda.Stream(self.device, priority=-1)
+        self._before, self._after = torch.cuda.Event(), torch.cuda.Event()
+
+    def begin(self) -> int:
+        """Order what follows behind the rank's current stream; returns the stream to launch on, as an address."""
+        self._before.record(torch.cuda.current_stream(self._rank))
+        self._stream.wait_event(self._before)
+        return int(self._stream.cuda_stream)
+
+    def end(self) -> None:
+        """Let the rank's current stream go on behind what was launched."""
+        self._after.record(self._stream)
+        torch.cuda.current_stream(self._rank).wait_event(self._after)
+
+
+def give_access(gpu: int, rank: torch.device, memory: Sequence[torch.Tensor]) -> None:
+    """Let kernels on `gpu` reach what the rank's GPU has allocated, now and later.
+
+    Args:
+        memory: tensors on the rank's GPU that they must be able to reach.
+
+    Raises:
+        CopyError: the driver refuses, or memory that the rank's GPU has mapped for itself alone.
+    """
+    from cuda.bindings import driver
+
+    with torch.cuda.device(gpu):
+        torch.cuda.current_stream().synchronize()  # makes the context
+        status, context = driver.cuDevicePrimaryCtxRetain(rank.index or 0)
+        if not status.value:
+            (status,) = driver.cuCtxEnablePeerAccess(context, 0)
+        if status.value and status.name != "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED":
+            raise CopyError(
+                f"GPU {gpu} cannot be given access to the memory of {rank} ({status.name}); leave out peer.copy_on."
+            )
+    # Memory of cuMemMap is mapped for a GPU at a time; the attribute tells it from memory of cuMemAlloc.
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
+    for tensor in memory:
+        status, plain = driver.cuPointerGetAttribute(attribute, tensor.data_ptr())
+        if status.value or not plain:
+            raise CopyError(
+                f"GPU {gpu} cannot reach memory that {rank} has mapped for itself; leave out peer.copy_on, or "
+                "expandable_segments in PYTORCH_CUDA_ALLOC_CONF and --enable-memory-saver."
+            )
