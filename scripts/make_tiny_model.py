@@ -33,8 +33,8 @@ def make_model(arguments: argparse.Namespace) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.q_norm.weight.fill_(4.0)
-            layer.self_attn.k_norm.weight.fill_(2.0)
+            layer.self_attn.q_norm.weight.fill_(arguments.sharpness)
+            layer.self_attn.k_norm.weight.fill_(arguments.sharpness / 2)
             layer.self_attn.o_proj.weight.mul_(6.0)
             layer.mlp.down_proj.weight.mul_(0.3)
     return model.to(torch.bfloat16)
@@ -49,6 +49,12 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument(
+        "--sharpness",
+        type=float,
+        default=4.0,
+        help="of attention; at 4 rounding alone changes the outputs of a deep model, at 2 it does not",
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     make_model(arguments).save_pretrained(arguments.directory)

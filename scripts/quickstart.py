@@ -27,6 +27,8 @@ from sglang_server import CPU_OPTIONS, Answer, Server, ServerFailed, launch_serv
 #: In the order of the table; the keys of `ttft_ms` in the JSON line.
 KINDS = {"recompute": "not cached, recomputed", "hbm_hit": "hit in the device pool", "tier_hit": "hit in the tier"}
 OUTPUT_TOKENS = 8
+#: A hit in the device pool once more, which says whether this engine's outputs repeat at all.
+AGAIN = "hbm_hit_again"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
 def make_model(directory: Path, on_gpu: bool) -> None:
     """A random model; on a GPU a larger one, so that recomputing a prompt takes a time worth saving."""
     size = ["--layers", "16", "--hidden-size", "1024", "--heads", "16", "--kv-heads", "8", "--head-dim", "128"]
+    size += ["--sharpness", "2"]
     script = Path(__file__).with_name("make_tiny_model.py")
     command = [sys.executable, str(script), str(directory), *(size if on_gpu else [])]
     subprocess.run(command, check=True, stdout=sys.stderr)
@@ -105,7 +108,7 @@ def measure(server: Server, workload: Workload) -> list[dict[str, Answer]]:
     rounds = []
     for number in range(workload.rounds + 1):
         prompt = new_prompt()
-        answers = {kind: server.generate(prompt, OUTPUT_TOKENS) for kind in ("recompute", "hbm_hit")}
+        answers = {kind: server.generate(prompt, OUTPUT_TOKENS) for kind in ("recompute", "hbm_hit", AGAIN)}
         for _ in range(workload.flood_prompts):
             server.generate(new_prompt(), 1)
         answers["tier_hit"] = server.generate(prompt, OUTPUT_TOKENS)
@@ -127,6 +130,8 @@ def problems_in(rounds: list[dict[str, Answer]], tier: str | None) -> list[str]:
             problems.append(f"round {number}: the second request missed the device pool: {answers['hbm_hit'].cached}")
         if not answers["tier_hit"].cached.get("host"):
             problems.append(f"round {number}: the third request missed the tier: {answers['tier_hit'].cached}")
+        if answers[AGAIN].output_ids != answers["hbm_hit"].output_ids:
+            problems.append(f"round {number}: the outputs of two hits in the device pool differ")
         if answers["tier_hit"].output_ids != answers["hbm_hit"].output_ids:
             problems.append(f"round {number}: the outputs of the hits in device pool and tier differ")
     return problems

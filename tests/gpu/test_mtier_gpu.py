@@ -410,6 +410,7 @@ def test_two_engines_share_a_third_gpu_s_bank_and_one_is_killed(start_service: S
     script = HERE.parents[1] / "scripts" / "make_tiny_model.py"
     # As the quickstart's on a GPU: a head size that every attention backend has.
     size = ["--layers", "16", "--hidden-size", "1024", "--heads", "16", "--kv-heads", "8", "--head-dim", "128"]
+    size += ["--sharpness", "2"]
     subprocess.run([sys.executable, str(script), str(model), *size], check=True)
     daemon = start_service(f"gpu:2:{8 * GIB}")
     environment = client_environment(built(), daemon.socket_path)
