@@ -216,6 +216,11 @@ def _gain(row: Row, other: Row | None) -> str:
     return f"{theirs / mine:.2f}x" if theirs > mine else f"slower, {theirs / mine:.2f}x"
 
 
+def alike(row: Row) -> bool:
+    """Whether all prompts of the row's engine had the same output."""
+    return row.get("outputs_tell_prompts_apart") is False
+
+
 def _ttft_table(rows: list[Row]) -> Table:
     lines, notes = [], []
     by_key = {(row["backend"], row["prompt_tokens"]): row for row in rows}
@@ -241,7 +246,7 @@ def _ttft_table(rows: list[Row]) -> Table:
                 f"{row['gbps']:.3g}" if "gbps" in row else "-",
                 _percent(row.get("link_share")),
                 _percent(row.get("transfer_hidden")),
-                "equal" if row["outputs_equal"] else "DIFFER",
+                "DIFFER" if not row["outputs_equal"] else "alike" if alike(row) else "equal",
                 f"{row['samples']}+{row['samples_unproven']}",
             ]
         )
@@ -256,6 +261,8 @@ def _ttft_table(rows: list[Row]) -> Table:
             )
     header = ["backend", "tokens", "TTFT ms", "min to max", "of HBM's", "vs recompute", "vs stock", "hits dev/host"]
     header += ["MB", "GB/s", "of link", "hidden", "outputs", "samples"]
+    if any(alike(row) for row in rows):
+        notes.append("alike: all prompts have the same output with this model, so it says nothing of the KV.")
     notes.append(
         "TTFT: median. ~: spreads overlap. MB, GB/s: KV bytes of the hit, by its TTFT. samples: proven+unproven."
     )

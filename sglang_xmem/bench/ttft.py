@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
         about = {"shape": args.model or args.shape, "page_size": args.page_size, "tp_size": args.tp_size}
+        about["outputs_tell_prompts_apart"] = outputs_tell_prompts_apart(samples)
         found = [{**row, **about} for row in summarize(samples, name, args.kv.bytes, links)]
         return [outputs.compare(row, samples, plan.backend) for row in found]
 
@@ -218,6 +219,15 @@ def summarize(samples: list[Sample], backend: str, token_bytes: int, links: dict
                 row.update(_transfer(row, token_bytes, links.get(label), hbm_ms.get(size)))
             rows.append(row)
     return rows
+
+
+def outputs_tell_prompts_apart(samples: list[Sample]) -> bool | None:
+    """Whether prompts of several lengths gave several outputs; None where there was only one.
+
+    A model of dummy weights may answer all prompts alike. Then equal outputs say nothing of the KV.
+    """
+    references = [tuple(s["reference"]) for s in samples if s["kind"] == RECOMPUTE]
+    return len(set(references)) > 1 if len(references) > 1 else None
 
 
 def _transfer(row: dict[str, Any], token_bytes: int, link: float | None, hbm_ms: float | None) -> dict[str, Any]:

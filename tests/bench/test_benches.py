@@ -53,6 +53,7 @@ def test_ttft_rows(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: P
         assert {"bench", "run", "backend", "prompt_tokens", "ttft_ms", "hits", "outputs_equal"} <= set(row)
         assert row["complete"]
         assert row["outputs_equal_across"]
+        assert row["outputs_tell_prompts_apart"]
         assert row["samples_unproven"] == 0
         whole = row["prompt_tokens"] - 16
         expected = {"hbm": {"device": whole, "host": 0}, "recompute": {"device": 0, "host": 0}}

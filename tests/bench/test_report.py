@@ -147,10 +147,11 @@ def test_table_says_where_a_tier_does_not_help(capsys: pytest.CaptureFixture[str
 
 
 def test_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "report", str(COMMITTED), "--output", str(tmp_path / "x")]) == 0
+    run = "20261121-045631-c604b6"
+    assert cli.main(["bench", "report", str(COMMITTED), "--run", run, "--output", str(tmp_path / "x")]) == 0
     assert is_png(tmp_path / "x.png")
     out = capsys.readouterr().out
-    assert "3.71x" in out  # 80K: stock 176.9 ms, peer 47.7 ms
+    assert "3.96x" in out  # 80K: stock 170.8 ms, peer 43.2 ms
 
 
 def test_unfinished_last_line_is_passed_over(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_compare_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "compare", *runs, "--results", str(COMMITTED.parent)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("peer 81920"))
     assert "faster" in line
-    assert cli.main(["bench", "compare", f"{COMMITTED}#{runs[1]}", str(COMMITTED)]) == 0
+    assert cli.main(["bench", "compare", f"{COMMITTED}#{runs[1]}", runs[1], "--results", str(COMMITTED.parent)]) == 0
     out = capsys.readouterr().out
     assert "faster" not in out
     assert "slower" not in out
@@ -231,3 +232,21 @@ def test_names_of_the_predecessors() -> None:
     assert command(["--tput", "--backend", "cpu"]) == ["bench", "throughput", "--backends", "stock"]
     assert command(["--ttft", "--backend", "xmem", "--quick"]) == ["bench", "ttft", "--backends", "auto", "--quick"]
     assert json.dumps(command(["--tput"]))
+
+
+def test_outputs_that_are_all_alike_are_not_called_equal() -> None:
+    row = {
+        "bench": "ttft",
+        "run": "1",
+        "backend": "peer",
+        "prompt_tokens": 1024,
+        "ttft_ms": {"p50": 1.0, "min": 1.0, "max": 1.0, "p50_interval": [1.0, 1.0]},
+        "hits": {"device": 0, "host": 960},
+        "outputs_equal": True,
+        "samples": 1,
+        "samples_unproven": 0,
+    }
+    for tells, word in ((None, "equal"), (True, "equal"), (False, "alike")):
+        _, header, (line,), notes = report._ttft_table([{**row, "outputs_tell_prompts_apart": tells}])
+        assert line[header.index("outputs")] == word
+        assert any(note.startswith("alike:") for note in notes) == (tells is False)
