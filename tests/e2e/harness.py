@@ -97,6 +97,7 @@ class Spec:
         environment: variables for SGLang's processes.
         starts: how often SGLang is started and stopped in a row, each time with all steps.
         stop: signal that ends a server. After SIGKILL nothing else is signalled until the survivors are counted.
+        start_timeout_s: a server is up by then.
     """
 
     entry: Entry
@@ -106,6 +107,7 @@ class Spec:
     environment: Mapping[str, str] = field(default_factory=dict)
     starts: int = 1
     stop: Literal["SIGTERM", "SIGKILL", "SIGINT"] = "SIGTERM"
+    start_timeout_s: float = START_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _run_server(spec: Spec, scratch: Path) -> Result:
         log_path = scratch / "log"
         with Server(command, _all_options(spec), log_path, {**spec.environment, MARKER: marker}) as server:
             try:
-                server.wait_ready(START_TIMEOUT_S)
+                server.wait_ready(spec.start_timeout_s)
                 result.starts.append(run_steps(ServerClient(server), spec.steps))
                 server.process.send_signal(signal.Signals[spec.stop])
                 result.statuses.append(server.process.wait(60))
