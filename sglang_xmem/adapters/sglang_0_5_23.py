@@ -286,10 +286,16 @@ def _select_strategy(result: Any, kvcache: Any, components: Any) -> None:
 
 
 def _get_mha_host_pool_cls(result: Any, buffer_info: Any) -> type:
+    from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
     from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
     if result is not MHATokenToKVPoolHost:
         refuse(f"--hicache-use-xmem does not support the KV cache of {result.__name__}; {SUPPORTED}.")
+    if buffer_info.buffers.layout is not KVBufferLayout.NHD:
+        refuse(
+            f"--hicache-use-xmem does not support the layout {buffer_info.buffers.layout.value} of the GPU's KV cache; "
+            "unset SGLANG_USE_HND_KVCACHE."
+        )
     return tier_host_pool_class()
 
 

@@ -1,7 +1,7 @@
 """`sglang-xmem bench report FILE`: tables, CSV and plots of results that were written before.
 
-The other benchmarks use it for the run that they have just made. Tables need nothing beyond Python; with rich they are
-framed. Plots need matplotlib (`pip install 'sglang_xmem[bench]'`), no display and no GPU.
+The other benchmarks use it for the run that they have just made. Plots need matplotlib (`pip install
+'sglang_xmem[bench]'`), no display and no GPU.
 """
 
 from __future__ import annotations
@@ -155,18 +155,10 @@ def print_table(rows: Sequence[Row]) -> None:
 
 def show_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """A table on stdout, its first column to the left and the others to the right."""
-    try:
-        from rich.box import SIMPLE
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
-        print(f"\n{title}\n")
-        for line in [header, *lines]:
-            cells = [line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))]
-            print("  ".join(cells).rstrip())
-        print()
-        return
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, box=SIMPLE, title_justify="left", pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)

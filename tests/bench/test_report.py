@@ -123,12 +123,6 @@ def test_files(bench: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert svg.read_bytes() == before
 
 
-def test_table_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "rich.box", None)
-    report.show_table("title", ["name", "ms"], [["a", "1.0"], ["bcd", "10.0"]])
-    assert capsys.readouterr().out == "\ntitle\n\nname    ms\na      1.0\nbcd   10.0\n\n"
-
-
 def test_no_plots_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
