@@ -95,6 +95,10 @@ class PeerTier(MemoryTier):
                 reason = _unreachable([gpu], peer)
                 if reason is not None:
                     raise TierUnavailable(reason)
+            # Other GPUs than named ones are idle.
+            use = gpus.foreign_use(mine[0]) if settings.copy_on == "peer" and settings.gpus is not None else None
+            if use is not None:
+                raise TierUnavailable(f"{use}, and peer.copy_on wants it idle; name another GPU or leave out copy_on")
             seats.append(PeerSeat(gpus=mine, named=settings.gpus is not None))
         return tuple(seats)
 

@@ -241,6 +241,16 @@ def test_the_gpu_that_copies_gets_access_and_is_named(eight: Machine) -> None:
     eight.check_untouched()
 
 
+def test_the_gpu_that_copies_is_idle(eight: Machine) -> None:
+    eight.busy = {5: "GPU 5 is in use by process 7"}
+    settings = PeerSettings(gpus=(5, 6), copy_on="peer")
+    with pytest.raises(TierUnavailable, match=r"GPU 5 is in use by process 7, and peer.copy_on wants it idle"):
+        PeerTier.seats(settings, Ranks(gpus=(0,)))
+    # Only the first peer of a rank runs copies.
+    assert seats((0,), PeerSettings(gpus=(6, 5), copy_on="peer")) == [(6, 5)]
+    assert seats((0,), PeerSettings(copy_on="peer")) == [(1, 2, 3, 4, 6, 7)]
+
+
 def test_too_few_peers_is_told_with_the_reasons(eight: Machine) -> None:
     eight.busy = {gpu: f"GPU {gpu} is in use by process {70 + gpu}" for gpu in (4, 5, 6)}
     with pytest.raises(TierUnavailable) as caught:
