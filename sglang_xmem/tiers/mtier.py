@@ -225,8 +225,7 @@ def _bank_room(bank: int) -> tuple[int, int]:
 
 
 def _available_bytes(bank: int) -> int:
-    what = f"asking for the room of bank {bank}"
-    return int(_call(lambda sdk: sdk.get_bank_status(bank).available_memory, what))
+    return _bank_room(bank)[1]
 
 
 def _call(function: Callable[[Any], _Value], doing: str) -> _Value:

@@ -37,9 +37,9 @@ def test_banks_and_verdict(build: Path, start_daemon: StartDaemon) -> None:
     assert found["xmem"]["library_exists"] is True
     assert found["xmem"]["banks"] == [{"total_bytes": n * MIB, "available_bytes": n * MIB} for n in (64, 32)]
     assert found["tiers"]["takes"] == "mtier"
-    assert found["tiers"]["found"][0]["room_bytes"] == 64 * MIB
-    _, found = doctor(build, daemon.socket_path, "--hicache-size", "0.07")
-    assert "room for 0.07 GB" in found["tiers"]["found"][0]["reason"]
+    assert found["tiers"]["found"][0]["room_bytes"] == 96 * MIB  # a pool is striped over both
+    _, found = doctor(build, daemon.socket_path, "--hicache-size", "0.11")
+    assert "room for 0.10 GB" in found["tiers"]["found"][0]["reason"]
     clients = daemon.status()["clients"]  # whoever asks for the status is one
     assert [client["bytes"] for client in clients] == [0], "the doctor's child has left"
 
