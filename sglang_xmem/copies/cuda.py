@@ -96,7 +96,9 @@ class CudaPageCopier(PageCopier):
         return f"{self.name}{where} (load: {self.load_tuning}; store: {self.store_tuning})"
 
     def make_signals(self, num_parts: int) -> LoadSignals | None:
-        return LoadSignals(num_parts, self._device) if signals_supported(self._device) else None
+        if not signals_supported(self._device):
+            return None
+        return LoadSignals(num_parts, self._device, remote=self._runs_on is not None)
 
     def load_signalling(
         self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals

@@ -19,13 +19,14 @@ class LoadSignals:
 
     Args:
         num_parts: parts of a load, such as layers.
-        device: the GPU that copies and computes.
+        device: the GPU that computes.
+        remote: another GPU copies.
 
     Raises:
         CopyError: the driver does not give the memory.
     """
 
-    def __init__(self, num_parts: int, device: torch.device) -> None:
+    def __init__(self, num_parts: int, device: torch.device, *, remote: bool = False) -> None:
         from cuda.bindings import driver
 
         self.num_parts = num_parts
@@ -40,7 +41,12 @@ class LoadSignals:
         #: What each counter reaches with the last announced load, modulo 2^32.
         self._target = 0
         self._wait: Any = driver.cuStreamWaitValue32
-        self._at_least = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)  # cyclic, so it may wrap around
+        flags = driver.CUstreamWaitValue_flags
+        self._flags = int(flags.CU_STREAM_WAIT_VALUE_GEQ)  # cyclic, so it may wrap around
+        if remote and gpus.attribute(_index(device), "CAN_FLUSH_REMOTE_WRITES"):
+            # A GPU may reorder what others write to it. The copying GPU's fences order pages before counters; where the
+            # driver offers it too, so does the wait.
+            self._flags |= int(flags.CU_STREAM_WAIT_VALUE_FLUSH)
 
     def announce(self, raises: int) -> None:
         """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""
@@ -53,12 +59,15 @@ class LoadSignals:
             CopyError: the driver refuses; nothing waits then.
         """
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        status = self._wait(stream, self.address + 4 * part, self._target, self._at_least)[0]
+        status = self._wait(stream, self.address + 4 * part, self._target, self._flags)[0]
         if status.value:
             raise CopyError(f"The driver refuses to let a stream wait for a load: {status.name}.")
 
 
 def supported(device: torch.device) -> bool:
     """Whether streams of this GPU can wait for values in memory."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return bool(gpus.attribute(index, "CAN_USE_64_BIT_STREAM_MEM_OPS"))
+    return bool(gpus.attribute(_index(device), "CAN_USE_64_BIT_STREAM_MEM_OPS"))
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
