@@ -1,0 +1,90 @@
+"""Counters of a load, without a GPU: what a stream is asked to wait for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cuda.bindings import driver
+
+from sglang_xmem import gpus
+from sglang_xmem.copies import signals
+from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.errors import CopyError
+
+CPU = torch.device("cpu", 0)
+STREAM = 4711
+
+
+class Driver:
+    """Notes the waits that a stream is given."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[int, int, int, int]] = []
+        self.status = driver.CUresult.CUDA_SUCCESS
+
+    def wait(self, *arguments: Any) -> tuple[Any]:
+        self.waits.append(arguments)
+        return (self.status,)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    stream = SimpleNamespace(cuda_stream=STREAM, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(driver, "cuStreamWaitValue32", made.wait)
+    monkeypatch.setattr(gpus, "attribute", lambda gpu, name: 1)
+    return made
+
+
+def test_a_part_is_its_own_counter_and_loads_add_up(fake: Driver) -> None:
+    made = LoadSignals(3, CPU)
+    assert made._counters.tolist() == [0, 0, 0]
+    made.wait(0)  # before any load: nothing to wait for
+    made.announce(64)
+    made.wait(2)
+    made.announce(16)
+    made.wait(1)
+    geq = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
+    first = made.address
+    assert fake.waits == [(STREAM, first, 0, geq), (STREAM, first + 8, 64, geq), (STREAM, first + 4, 80, geq)]
+
+
+def test_the_target_wraps_around_as_the_counters_do(fake: Driver) -> None:
+    made = LoadSignals(1, CPU)
+    made._target = 2**32 - 10
+    made.announce(64)
+    made.wait(0)
+    assert fake.waits[0][2] == 54
+
+
+@pytest.mark.parametrize(("remote", "able", "flush"), [(False, 1, False), (True, 1, True), (True, 0, False)])
+def test_writes_of_another_gpu_are_flushed(
+    fake: Driver, monkeypatch: pytest.MonkeyPatch, remote: bool, able: int, flush: bool
+) -> None:
+    monkeypatch.setattr(gpus, "attribute", lambda gpu, name: able)
+    LoadSignals(1, CPU, remote=remote).wait(0)
+    flag = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_FLUSH)
+    assert bool(fake.waits[0][3] & flag) is flush
+
+
+def test_a_refused_wait_is_an_error(fake: Driver) -> None:
+    made = LoadSignals(1, CPU)
+    fake.status = driver.CUresult.CUDA_ERROR_NOT_SUPPORTED
+    with pytest.raises(CopyError, match="CUDA_ERROR_NOT_SUPPORTED"):
+        made.wait(0)
+
+
+def test_support_is_asked_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def attribute(gpu: int, name: str) -> int:
+        asked.append((gpu, name))
+        return 0
+
+    monkeypatch.setattr(gpus, "attribute", attribute)
+    assert signals.supported(torch.device("cuda", 3)) is False
+    assert asked == [(3, "CAN_USE_64_BIT_STREAM_MEM_OPS")]
