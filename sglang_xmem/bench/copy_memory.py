@@ -24,10 +24,11 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
     Raises:
         ConfigError, TierUnavailable: it cannot be had.
     """
-    if tier == "peer" and memory != "tier":
+    if tier == "peer" and memory == "context":
         assert gpu is not None
         assert peer is not None
-        return (_mapped if memory == "vmm" else _of_a_context)(gpu, peer, nbytes)
+        return _of_a_context(gpu, peer, nbytes)
+    # `vmm` is what tier `peer` does.
     from sglang_xmem.config import parse_options
     from sglang_xmem.plan import Placement, make_plan
     from sglang_xmem.tiers import Ranks
@@ -38,35 +39,6 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
     name, config = ("peer", {"peer": {"gpus": [peer]}}) if tier == "peer" else ("dram", None)
     plan = make_plan(parse_options(name, config), Ranks(gpus=(gpu,)), nbytes, unlimited)
     return Placement(plan, 0, unlimited).allocate(nbytes)[1]
-
-
-def _mapped(gpu: int, peer: int, nbytes: int) -> Region:
-    """Physical memory of the peer, mapped for `gpu`; no context on the peer."""
-    d = gpus.driver()
-    prop = d.CUmemAllocationProp()
-    prop.type = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-    prop.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    prop.location.id = peer
-    recommended = d.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
-    granularity = gpus.checked(d.cuMemGetAllocationGranularity(prop, recommended), "asking for the granularity")
-    total = -(-nbytes // granularity) * granularity
-    what = f"mapping {nbytes / 1e9:.2f} GB of GPU {peer}"
-    with ExitStack() as undo:
-        base = int(gpus.checked(d.cuMemAddressReserve(total, granularity, 0, 0), "reserving addresses"))
-        undo.callback(d.cuMemAddressFree, base, total)
-        handle = gpus.checked(d.cuMemCreate(total, prop, 0), what)
-        try:
-            gpus.checked(d.cuMemMap(base, total, 0, handle, 0), what)
-        finally:
-            d.cuMemRelease(handle)  # the mapping alone keeps the memory from here on
-        undo.callback(d.cuMemUnmap, base, total)
-        access = d.CUmemAccessDesc()
-        access.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        access.location.id = gpu
-        access.flags = d.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        gpus.checked(d.cuMemSetAccess(base, total, [access], 1), f"giving GPU {gpu} access to GPU {peer}")
-        keep = undo.pop_all()
-    return Region(base, nbytes, f"HBM of GPU {peer}, cuMemMap", keep.close)
 
 
 def _of_a_context(gpu: int, peer: int, nbytes: int) -> Region:

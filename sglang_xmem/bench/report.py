@@ -197,15 +197,19 @@ def interval(row: Row) -> tuple[float, float] | None:
     return (stated[0], stated[1]) if stated else None
 
 
+def _factor(gain: float, a: tuple[float, float], b: tuple[float, float]) -> str:
+    """A gain whose two sides have these spreads."""
+    if not stats.apart(a, b):
+        return f"~{gain:.2f}x"
+    return f"{gain:.2f}x" if gain > 1 else f"slower, {gain:.2f}x"
+
+
 def _gain(row: Row, other: Row | None) -> str:
     """How much faster than another, or plainly that it is not; `~` where the spreads overlap."""
     mine, theirs = row["ttft_ms"]["p50"], other["ttft_ms"]["p50"] if other else None
     if other is None or other is row or not mine or not theirs:
         return "-"
-    a, b = interval(row) or (mine, mine), interval(other) or (theirs, theirs)
-    if not stats.apart(a, b):
-        return f"~{theirs / mine:.2f}x"
-    return f"{theirs / mine:.2f}x" if theirs > mine else f"slower, {theirs / mine:.2f}x"
+    return _factor(theirs / mine, interval(row) or (mine, mine), interval(other) or (theirs, theirs))
 
 
 def alike(row: Row) -> bool:
@@ -299,10 +303,7 @@ def _rate_gain(row: Row, other: Row | None) -> str:
     mine, theirs = row["tokens_per_s"], other["tokens_per_s"] if other else None
     if other is None or other is row or not mine or not theirs:
         return "-"
-    a, b = interval(row) or (mine, mine), interval(other) or (theirs, theirs)
-    if not stats.apart(a, b):
-        return f"~{mine / theirs:.2f}x"
-    return f"{mine / theirs:.2f}x" if mine > theirs else f"slower, {mine / theirs:.2f}x"
+    return _factor(mine / theirs, interval(row) or (mine, mine), interval(other) or (theirs, theirs))
 
 
 def _multiturn_table(rows: list[Row]) -> Table:

@@ -7,19 +7,13 @@ host memory, the same file (HICACHE_HOST_MEMORY_RESERVE_BYTES) and mem_cache/hos
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
-
+from sglang_xmem.adapters.host_budget import fallback_host_budget, launcher_host_budget
 from sglang_xmem.errors import ConfigError
-
-#: Host memory that SGLang leaves free.
-HOST_RESERVE_BYTES = 10 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -71,18 +65,9 @@ def hicache_gb(tokens: int, shape: KVShape) -> int:
 
 def available_host_bytes() -> int:
     """Host memory that pools of this machine's ranks may take together, as SGLang reckons it (cgroups included)."""
-    found = importlib.util.find_spec("sglang")
-    if found is not None and found.origin:
-        # By its file: importing SGLang takes longer than many a benchmark.
-        path = Path(found.origin).parent / "srt" / "mem_cache" / "host_memory.py"
-        with suppress(Exception):
-            spec = importlib.util.spec_from_file_location("_sglang_host_memory", path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return int(module.available_host_memory_bytes()) - HOST_RESERVE_BYTES
-    return psutil.virtual_memory().available - HOST_RESERVE_BYTES
+    with suppress(Exception):  # no SGLang, or one that reckons elsewhere
+        return launcher_host_budget(1)(0)
+    return fallback_host_budget(1)(0)
 
 
 def check_fits(
