@@ -6,6 +6,7 @@ for storage run on the scheduler thread: they never wait for the GPU and never l
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 
 from sglang_xmem.copies import make_copier
 from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
+from sglang_xmem.errors import CopyError
 from sglang_xmem.plan import Placement, describe_passed_over
 from sglang_xmem.tiers import Region
 
@@ -95,7 +97,8 @@ class TierPool:
             for kind, buffer in enumerate(pair):
                 device_planes.append(buffer.view(buffer.shape[0], -1).view(torch.uint8))
                 tier_planes.append(self.bytes[kind][layer])
-        self._copier = make_copier(
+        make = functools.partial(
+            make_copier,
             self._copy.kernel,
             tier_planes,
             device_planes,
@@ -103,8 +106,14 @@ class TierPool:
             tier_locality=self.tier.locality.value,
             load=self._copy.load,
             store=self._copy.store,
-            runs_on=self._region.copying_gpu,
         )
+        try:
+            self._copier = make(runs_on=self._region.copying_gpu)
+        except CopyError as error:
+            if self._region.copying_gpu is None or self._region.copying_required:
+                raise
+            logger.info("sglang_xmem: %s runs the copies, not GPU %d: %s", self.device, self._region.copying_gpu, error)
+            self._copier = make()
         made = (self._copier.make_signals(self.num_layers) for _ in range(LOADS_IN_FLIGHT))
         self._signals = [signals for signals in made if signals is not None]
         logger.info("sglang_xmem: pages of %d B copied by %s", self._copier.page_bytes, self._copier.describe())

@@ -48,6 +48,7 @@ class Region:
             all bytes are one range.
         copying_gpu: CUDA ordinal of another GPU than the rank's that is to run the copies, and reaches all addresses;
             None: the rank's own.
+        copying_required: the user asked for that; else the rank's own GPU runs them where the other one cannot.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Region:
         owner: Any = None,
         parts: tuple[int, ...] | None = None,
         copying_gpu: int | None = None,
+        copying_required: bool = False,
     ) -> None:
         self.copying_gpu = copying_gpu
+        self.copying_required = copying_required
         self.owner = owner
         self.address = address
         self.nbytes = nbytes

@@ -1,8 +1,8 @@
 """Tier `peer`: HBM of other GPUs of this host, over NVLink where there is one.
 
-Memory comes from CUDA's virtual memory management: physical memory created on the peer, mapped into this process
-for the rank's GPU alone. That needs no context on the peer, so nothing but the pool itself is taken from it, and the
-driver gives it back when the process ends, however it ends.
+Memory comes from CUDA's virtual memory management: physical memory created on the peer and mapped into this process.
+The driver gives it back when the process ends, however it ends. An idle peer also runs the copies, which takes a CUDA
+context there; where the rank's own GPU runs them, nothing but the pool itself is taken from the peer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             pool.
         stripe_mib: where a rank has several peers, bytes (in MiB, 2^20) on one before the next one's turn.
         copy_on: which GPU runs the copies: the rank's own, or `peer`, a rank's first peer, which has to be idle. That
-            spares the rank's GPU the multiprocessors, and takes a CUDA context on the peer.
+            spares the rank's GPU the multiprocessors, and takes a CUDA context on the peer. `auto` is `peer` where that
+            can be.
     """
 
     gpus: tuple[int, ...] | None = None
     stripe_mib: int = 32
-    copy_on: Literal["rank", "peer"] = "rank"
+    copy_on: Literal["auto", "rank", "peer"] = "auto"
 
 
 class PeerSeat(msgspec.Struct, frozen=True):
@@ -152,11 +153,7 @@ class PeerTier(MemoryTier):
         )
         total = -(-nbytes // granularity) * granularity
         stripe = total if len(peers) == 1 else -(-self._stripe_bytes // granularity) * granularity
-        copying = peers[0] if self.settings.copy_on == "peer" else None
-        if copying is not None:
-            for gpu in (self.gpu, *peers):
-                if gpu != copying and gpu is not None and not gpus.can_access_peer(copying, gpu):
-                    raise TierUnavailable(f"GPU {copying}, which peer.copy_on names, has no peer access to GPU {gpu}")
+        copying = self._copying(peers)
         what = f"allocating {nbytes / 1e9:.2f} GB on GPU {', '.join(map(str, peers))}"
         undo = ExitStack()
         with undo:
@@ -176,7 +173,28 @@ class PeerTier(MemoryTier):
                 d.cuMemSetAccess(base, total, access, len(access)), f"giving GPU {self.gpu} access to its peers"
             )
             keep = undo.pop_all()
-        return Region(base, nbytes, f"HBM of GPU {', '.join(map(str, peers))}", keep.close, copying_gpu=copying)
+        return Region(
+            base,
+            nbytes,
+            f"HBM of GPU {', '.join(map(str, peers))}",
+            keep.close,
+            copying_gpu=copying,
+            copying_required=self.settings.copy_on == "peer",
+        )
+
+    def _copying(self, peers: tuple[int, ...]) -> int | None:
+        """Which peer runs the copies, None for the rank's own GPU."""
+        if self.settings.copy_on == "rank":
+            return None
+        first = peers[0]
+        for gpu in (self.gpu, *peers):
+            if gpu is not None and gpu != first and not gpus.can_access_peer(first, gpu):
+                if self.settings.copy_on == "peer":
+                    raise TierUnavailable(f"GPU {first}, which peer.copy_on names, has no peer access to GPU {gpu}")
+                return None
+        if self.settings.copy_on == "auto" and self.seat.named and gpus.foreign_use(first) is not None:
+            return None  # whoever else computes there, and the copies, would be in each other's way
+        return first
 
 
 def _unreachable(engine: list[int], peer: int) -> str | None:

@@ -24,7 +24,7 @@ PAGE = 16
 WHOLE = (PROMPT_TOKENS - 1) // PAGE * PAGE
 TIERS = {
     "dram": {"hicache_xmem_tier": "dram"},
-    "peer": {"hicache_xmem_tier": "peer", "hicache_xmem_config": '{"peer": {"gpus": [1]}}'},
+    "peer": {"hicache_xmem_tier": "peer", "hicache_xmem_config": '{"peer": {"gpus": [1], "copy_on": "rank"}}'},
     "peer_copies": {
         "hicache_xmem_tier": "peer",
         "hicache_xmem_config": '{"peer": {"gpus": [1], "copy_on": "peer"}}',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -152,6 +153,43 @@ def hold(nbytes: int, gpu: int = 0) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline().startswith("held")
     return process
+
+
+SHOW = """
+import json, os, sys
+sys.path[:0] = {path!r}
+import torch
+from sglang_xmem import gpus
+from sglang_xmem.config import CopySettings, parse_options
+from sglang_xmem.plan import Placement, make_plan
+from sglang_xmem.pool import TierPool
+from sglang_xmem.tiers import Ranks
+budget = lambda nbytes: 1 << 50
+config = {{"peer": {{"gpus": [1], "copy_on": "{copy_on}"}}}}
+where = Placement(make_plan(parse_options("peer", config), Ranks(gpus=(0,)), None, budget), 0, budget)
+device = torch.device("cuda:0")
+shape = dict(num_layers=4, num_tokens=1 << 18, page_size=64, row_bytes=1024)
+pool = TierPool(where, **shape, device=device, copy=CopySettings())
+planes = [torch.zeros(4096, 4, 128, device=device, dtype=torch.bfloat16) for _ in range(8)]
+pool.attach(planes[:4], planes[4:])
+held = gpus.processes(1)
+print("RESULT", json.dumps([os.getpid() in held, held.get(os.getpid()), gpus.memory_bytes(1)[1]]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("copy_on", ["auto", "rank"])
+def test_a_peer_that_copies_names_this_process(copy_on: str) -> None:
+    """Under the process that NVML names on the peer is the pool; where the rank copies, NVML names none."""
+    need_gpus(2)
+    code = textwrap.dedent(SHOW).format(path=sys.path, copy_on=copy_on)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    named, nbytes, used = json.loads(line.removeprefix("RESULT "))
+    print("NVML:", copy_on, named, nbytes, used)
+    assert used >= 2 << 30
+    assert named == (copy_on == "auto")
+    if named and nbytes is not None:
+        assert nbytes >= 2 << 30
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

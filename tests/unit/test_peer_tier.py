@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sglang_xmem import gpus
 from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.tiers import Ranks
+from sglang_xmem.tiers import Ranks, Region
 from sglang_xmem.tiers.peer import RESERVE_BYTES, PeerSeat, PeerSettings, PeerTier
 
 MIB = 1 << 20
@@ -231,7 +231,7 @@ def test_the_gpu_that_copies_gets_access_and_is_named(eight: Machine) -> None:
     settings = PeerSettings(gpus=(5, 6), copy_on="peer", stripe_mib=2)
     (seat,) = PeerTier.seats(settings, Ranks(gpus=(0,)))
     region = PeerTier(settings, seat, 0).allocate(8 * MIB)
-    assert region.copying_gpu == 5
+    assert (region.copying_gpu, region.copying_required) == (5, True)
     assert [readers[1:] for readers in eight.driver.readers.values()] == [(0, 5)]
     region.release()
     eight.check_untouched()
@@ -249,6 +249,31 @@ def test_the_gpu_that_copies_is_idle(eight: Machine) -> None:
     # Only the first peer of a rank runs copies.
     assert seats((0,), PeerSettings(gpus=(6, 5), copy_on="peer")) == [(6, 5)]
     assert seats((0,), PeerSettings(copy_on="peer")) == [(1, 2, 3, 4, 6, 7)]
+
+
+def region_of(settings: PeerSettings) -> Region:
+    (seat,) = PeerTier.seats(settings, Ranks(gpus=(0,)))
+    return PeerTier(settings, seat, 0).allocate(8 * MIB)
+
+
+def test_by_default_a_peer_copies_that_is_idle_and_reaches_all(eight: Machine) -> None:
+    for settings, copying in (
+        (PeerSettings(), 1),
+        (PeerSettings(gpus=(5, 6), stripe_mib=2), 5),
+        (PeerSettings(gpus=(5, 6), stripe_mib=2, copy_on="rank"), None),
+    ):
+        region = region_of(settings)
+        assert (region.copying_gpu, region.copying_required) == (copying, False)
+        (readers,) = eight.driver.readers.values()
+        assert readers[1:] == ((0,) if copying is None else (0, copying))
+        region.release()
+    eight.busy = {5: "GPU 5 is in use by process 7"}
+    assert region_of(PeerSettings(gpus=(5, 6), stripe_mib=2)).copying_gpu is None
+    assert region_of(PeerSettings(gpus=(6, 5), stripe_mib=2)).copying_gpu == 6
+    eight.apart = {(6, 5)}
+    assert region_of(PeerSettings(gpus=(6, 5), stripe_mib=2)).copying_gpu is None
+    eight.apart = {(6, 0)}
+    assert region_of(PeerSettings(gpus=(6, 7), stripe_mib=2)).copying_gpu is None
 
 
 def test_too_few_peers_is_told_with_the_reasons(eight: Machine) -> None:
@@ -368,7 +393,7 @@ def test_one_peer_gives_one_block() -> None:
         region = tier(1).allocate(33 * MIB + 1)
         assert region.nbytes == 33 * MIB + 1
         assert machine.driver.mapped == {region.address: Block(1, 34 * MIB)}
-        assert machine.driver.readers == {region.address: (34 * MIB, 0)}, "the rank's GPU may read and write, no other"
+        assert machine.driver.readers == {region.address: (34 * MIB, 0, 1)}, "the rank's GPU and the one that copies"
         assert machine.driver.handles == {}, "the mapping alone keeps the memory"
         assert "GPU 1" in region.summary
         region.release()
@@ -400,7 +425,7 @@ def test_stripes_cover_the_range_in_turn(
             at += block.size
         assert at == region.address + mib * MIB
         assert used(machine) == expected
-        assert machine.driver.readers == {region.address: (mib * MIB, 0)}
+        assert machine.driver.readers == {region.address: (mib * MIB, 0, peers[0])}
         region.release()
         machine.check_untouched()
 

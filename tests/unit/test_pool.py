@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from sglang_xmem.config import CopySettings
+from sglang_xmem.copies import make_copier
+from sglang_xmem.errors import CopyError
 from sglang_xmem.pool import TierPool, region_bytes
 from sglang_xmem.tiers import Locality, Region
 
@@ -77,6 +79,30 @@ def test_bytes_come_back(n_places: int) -> None:
     pool.close()
     pool.close()
     assert len(released) == 1
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_the_ranks_own_gpu_copies_where_the_peer_cannot(monkeypatch: pytest.MonkeyPatch, required: bool) -> None:
+    pool, _ = pool_over(1)
+    pool._region.copying_gpu, pool._region.copying_required = 5, required
+    asked: list[int | None] = []
+
+    def make(*arguments: Any, runs_on: int | None = None, **settings: Any) -> Any:
+        asked.append(runs_on)
+        if runs_on is not None:
+            raise CopyError("GPU 5 cannot reach it.")
+        return make_copier(*arguments, **settings)
+
+    monkeypatch.setattr("sglang_xmem.pool.make_copier", make)
+    device = [[torch.zeros(TOKENS, ROW, dtype=torch.uint8) for _ in range(LAYERS)] for _ in (0, 1)]
+    if required:
+        with pytest.raises(CopyError, match="GPU 5 cannot reach it"):
+            pool.attach(*device)
+        assert asked == [5]
+    else:
+        pool.attach(*device)
+        assert asked == [5, None]
+        assert pool.copier.name == "torch"
 
 
 def test_a_region_apart_is_not_taken_for_one_range() -> None:
