@@ -1,8 +1,9 @@
 """`sglang-xmem bench copy`: page copies against a contiguous copy-engine copy of as many bytes, in the same run.
 
 Scattered pages between this GPU and a tier: one way, both ways at once, beside a matrix product, and the time that
-enqueueing a load takes. Bytes are verified after each case. A case that cannot run here says WAIVED and why. Without a
-GPU host copies by the torch copier are measured. --tune looks for the best settings of the CUDA kernel.
+enqueueing a load takes; over a peer as the tier copies by itself, and by this GPU beside that. Bytes are verified after
+each case. A case that cannot run here says WAIVED and why. Without a GPU host copies by the torch copier are measured.
+--tune looks for the best settings of the CUDA kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_xmem.bench import copy_jobs, copy_memory, report
 from sglang_xmem.bench.copy_jobs import CASES, CPU_PATHS, MEMORIES, PATHS, Job, Row
@@ -25,6 +26,7 @@ from sglang_xmem.errors import ConfigError, TierUnavailable
 
 if TYPE_CHECKING:
     from sglang_xmem.bench.copy_measure import Machine
+    from sglang_xmem.tiers import Region
 
 #: Left free of a peer's memory.
 PEER_RESERVE_BYTES = 2 << 30
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases = "; ".join(f"{number} {case.label}" for number, case in enumerate(CASES))
     parser.add_argument("--paths", default=",".join(PATHS), help="comma-separated: " + ",".join(PATHS))
     parser.add_argument("--cases", default="", help=f"comma-separated numbers; default: what fits the time; {cases}")
-    parser.add_argument("--gpu", type=int, default=0, help="CUDA ordinal of the GPU that copies")
+    parser.add_argument("--gpu", type=int, default=0, help="CUDA ordinal of the rank's GPU")
     parser.add_argument("--peer", type=int, default=None, help="GPU whose memory is the peer's; default: the next one")
     parser.add_argument("--repetitions", type=int, default=5, help="of each copy; short ones take at least 20")
     parser.add_argument(
@@ -47,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how peer memory is mapped, comma-separated: tier (as the tier does), vmm (cuMemMap), context (cuMemAlloc "
         "in a context of the peer); default: tier, and the main case once over the others",
     )
+    parser.add_argument(
+        "--copies-on",
+        default=None,
+        help="which GPU runs the copies of a peer's memory: rank or peer; default: as the tier does and by the rank "
+        "beside it, with --tunings, --ctas and --tune by the rank",
+    )
     parser.add_argument("--tune", action="store_true", help="try many settings, and print the best as configuration")
     parser.add_argument("--quick", action="store_true", help="the least that still shows something; says little")
     add_output_arguments(parser, "copy")
@@ -57,7 +65,7 @@ class Options:
     """What the arguments say, checked.
 
     Attributes:
-        numbers, memories, tunings, limits: None where nothing was given.
+        numbers, memories, tunings, limits, copies_on: None where nothing was given.
     """
 
     paths: tuple[str, ...]
@@ -65,6 +73,7 @@ class Options:
     memories: tuple[str, ...] | None
     tunings: tuple[dict[str, Any], ...] | None
     limits: tuple[int, ...] | None
+    copies_on: Literal["rank", "peer"] | None
     repetitions: int
     quick: bool
     tune: bool
@@ -87,12 +96,18 @@ def parse(args: argparse.Namespace) -> Options:
     limits = _numbers("--ctas", args.ctas)
     if args.tune and limits is not None and 0 in limits:
         raise ConfigError("--ctas 0 says nothing to --tune; give numbers of thread blocks to try.")
+    memories = None if args.memory is None else _names("--memory", args.memory, MEMORIES)
+    if args.copies_on not in (None, "rank", "peer"):
+        raise ConfigError(f"--copies-on {args.copies_on}: choose from rank, peer.")
+    if args.copies_on == "peer" and memories not in (None, ("tier",)):
+        raise ConfigError("--copies-on peer is for memory as the tier maps it; leave --memory out, or give tier.")
     return Options(
         paths=_names("--paths", args.paths, PATHS),
         numbers=numbers,
-        memories=None if args.memory is None else _names("--memory", args.memory, MEMORIES),
+        memories=memories,
         tunings=None if args.tunings is None else _tunings(args.tunings),
         limits=limits,
+        copies_on=args.copies_on,
         repetitions=min(args.repetitions, 2 if args.quick else 3) if args.quick or args.tune else args.repetitions,
         quick=args.quick,
         tune=args.tune,
@@ -148,14 +163,16 @@ def plan(options: Options, on_gpu: bool) -> list[Job]:
             raise ConfigError("--tune needs a GPU, for the torch copier has no settings; leave it out here.")
         jobs = copy_jobs.cpu_jobs(options.paths, options.numbers, options.quick)
     elif options.tune:
+        by = options.copies_on or "rank"
         numbers, limits = options.numbers or tuple(range(len(CASES))), options.limits or ()
-        jobs = copy_jobs.tune_jobs(options.paths, numbers, options.memories, options.quick, limits)
+        jobs = copy_jobs.tune_jobs(options.paths, numbers, options.memories, options.quick, limits, by)
     else:
         given = options.tunings is not None or options.limits is not None
         memories = options.memories or (("tier",) if given else None)
-        jobs = copy_jobs.gpu_jobs(options.paths, options.numbers, memories, options.quick)
+        jobs = copy_jobs.gpu_jobs(options.paths, options.numbers, memories, options.quick, options.copies_on)
         if given:
-            jobs = copy_jobs.given_jobs(jobs, options.tunings or ({},), options.limits or (0,))
+            by = options.copies_on or "rank"  # whose GPU the settings are most likely for
+            jobs = copy_jobs.given_jobs(jobs, options.tunings or ({},), options.limits or (0,), by)
     if not jobs:
         where = "with these --cases" if on_gpu else f"without a GPU, which has {', '.join(CPU_PATHS)} alone"
         raise ConfigError(f"--paths {','.join(options.paths)} has nothing to measure {where}.")
@@ -191,7 +208,7 @@ def find_peer(gpu: int, peer: int | None) -> int | None:
     count = torch.cuda.device_count()
     if peer is not None and (peer == gpu or not 0 <= peer < count):
         raise ConfigError(
-            f"--peer {peer} is not another GPU; this process sees GPUs 0 to {count - 1}, and copies by {gpu}."
+            f"--peer {peer} is not another GPU; this process sees GPUs 0 to {count - 1}, and copies for {gpu}."
         )
     if peer is None and count > 1:
         peer = (gpu + 1) % count
@@ -214,7 +231,7 @@ class Runner:
 
     Args:
         args, options: the command's.
-        machine: that copies.
+        machine: the rank's.
         peer: ordinal of the GPU whose memory is the peer's, if any.
         jobs: in order.
         results: where rows go.
@@ -261,7 +278,7 @@ class Runner:
         try:
             jobs = self._fitted(tier, jobs)
             nbytes = max(Scene.nbytes(job.case) for job in jobs)
-            region = self._allocate(tier, memory, nbytes)
+            region = self._allocate(tier, memory, nbytes, by_peer=any(job.by == "peer" for job in jobs))
         except (ConfigError, TierUnavailable) as reason:
             self._write(jobs[0], _on_each_path(jobs, waived=str(reason)))
             self.progress.engine_done()
@@ -272,8 +289,8 @@ class Runner:
             locality = "device" if tier == "peer" else "host"
             there = region_bytes(region, self.machine.device)
             here = torch.empty(nbytes, dtype=torch.uint8, device=self.machine.device)
-            for case, same in itertools.groupby(jobs, key=lambda job: job.case):
-                scene = Scene(self.machine, there, here, case, locality)
+            for (case, in_order), same in itertools.groupby(jobs, key=lambda job: (job.case, job.in_order)):
+                scene = Scene(self.machine, there, here, case, locality, region.copying_gpu, in_order)
                 for job, following in _with_next(list(same)):
                     self._measure(job, scene)
                     if job.tuning == "candidate" and not _same_search(job, following):
@@ -287,10 +304,24 @@ class Runner:
             region.release()
             self.progress.engine_done()
 
-    def _allocate(self, tier: str, memory: str, nbytes: int) -> Any:
+    def _allocate(self, tier: str, memory: str, nbytes: int, by_peer: bool) -> Region:
+        """The memory of some jobs.
+
+        Args:
+            by_peer: the peer has to copy.
+
+        Raises:
+            ConfigError, TierUnavailable: it cannot be had, or the peer cannot copy.
+        """
         if tier == "peer" and self.peer is None:
             raise TierUnavailable("this machine has one GPU, and a peer is another one")
-        return copy_memory.allocate(tier, memory, self.gpu, self.peer, nbytes)
+        region = copy_memory.allocate(tier, memory, self.gpu, self.peer, nbytes)
+        if by_peer and region.copying_gpu is None:
+            region.release()
+            assert self.peer is not None
+            assert self.gpu is not None
+            raise TierUnavailable(copy_memory.why_not_by(self.peer, self.gpu))
+        return region
 
     def _fitted(self, tier: str, jobs: Sequence[Job]) -> list[Job]:
         """Jobs with their cases cut to the memory that is free on both sides; rows say how large they were."""
@@ -333,8 +364,8 @@ class Runner:
             and (row["path"], row["memory"], row["case"]) == (last.path, last.memory, last.case.label)
         ]
         for row in copy_jobs.by_speed(mine):
-            aim = copy_jobs.target(last.path, last.number, row["ctas"])
-            best = dataclasses.replace(last, tuning="best", changes=row["changes"], target=aim)
+            best = dataclasses.replace(last, tuning="best", changes=row["changes"])
+            best = copy_jobs.aimed(best, row["ctas"])
             if all(found.get("verified") for found in self._measure(best, scene)):
                 return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]
 
@@ -15,6 +15,8 @@ PATHS = ("peer_load", "peer_store", "peer_both", "peer_matmul", "peer_enqueue", 
 CPU_PATHS = ("host_load", "host_store")
 #: How peer memory is mapped: as the tier does it, cuMemCreate and cuMemMap, or cuMemAlloc in a context of the peer.
 MEMORIES = ("tier", "vmm", "context")
+#: Which GPU runs the copies: the one that the tier takes by itself, the rank's own, or the peer and no other.
+By = Literal["tier", "rank", "peer"]
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,9 @@ def link_settings(path: str, case: int) -> Changes:
     return register(64, 512, 8) if case == FEW else register(132, 512, 16)
 
 
-#: Kernels that may run beside a forward pass; each with ever more blocks, until a load alone has 90 % of the link.
-MATMUL_KERNELS: tuple[tuple[str, Changes], ...] = (("shipped", {}), ("register", register(8, 512, 16)))
+#: Kernels of the rank's GPU that may run beside a forward pass, by what rows call them; each with ever more blocks,
+#: until a load alone has 90 % of the link.
+MATMUL_KERNELS: Mapping[str, Changes] = {"rank": {}, "register": register(8, 512, 16)}
 MATMUL_CTAS = (8, 10, 12, 16, 24, 32, 64)
 
 #: What --tune tries: kernels, times numbers of blocks.
@@ -118,6 +121,8 @@ TUNE_KERNELS: tuple[Changes, ...] = (
     bulk(1, 2, 3, 32768, 1),
 )
 TUNE_CTAS = {"peer": (8, 16, 32, 64, 132), "host": (2, 4, 8, 16)}
+#: The same where the peer copies, which has nothing else to do.
+TUNE_CTAS_BY_PEER = (16, 32, 64, 132)
 #: Of settings that are this close to the fastest, --tune takes the one with the fewest blocks.
 TUNE_TOLERANCE = 0.02
 
@@ -131,9 +136,12 @@ class Job:
         number: of the case in CASES.
         case: what is copied, cut to what fits.
         kernel: name of the copier.
-        tuning: what its settings are called in rows: `shipped` is the tier's own, `link` is for the link's sake alone.
+        tuning: what its settings are called in rows: `shipped` is what the tier does by default, `rank` its settings
+            for copies by the rank's GPU, `link` is for the link's sake alone, `in order` the same as `link`.
         changes: to the tier's own settings.
         target: see `reached`; None without one.
+        by: which GPU runs the copies.
+        in_order: pages follow each other on both sides, in place of scattered ones.
     """
 
     path: str
@@ -144,6 +152,8 @@ class Job:
     tuning: str = "shipped"
     changes: Changes = field(default_factory=dict)
     target: float | None = None
+    by: By = "rank"
+    in_order: bool = False
 
     @property
     def tier(self) -> str:
@@ -153,7 +163,7 @@ class Job:
     def key(self) -> str:
         """Unique in a run."""
         settings = " ".join(f"{name}={value}" for name, value in self.changes.items())
-        return "/".join([self.path, self.memory, self.case.label, self.kernel, self.tuning, settings])
+        return "/".join([self.path, self.memory, self.case.label, self.kernel, self.tuning, self.by, settings])
 
     def __str__(self) -> str:
         return f"{self.path}, {self.case.label}, {self.tuning if self.kernel == 'cuda' else self.kernel}"
@@ -175,7 +185,11 @@ def target(path: str, number: int, ctas: int | None = None) -> float | None:
 
 
 def gpu_jobs(
-    paths: Sequence[str], numbers: Sequence[int] | None, memories: Sequence[str] | None, quick: bool
+    paths: Sequence[str],
+    numbers: Sequence[int] | None,
+    memories: Sequence[str] | None,
+    quick: bool,
+    copies_on: Literal["rank", "peer"] | None = None,
 ) -> list[Job]:
     """The jobs of a run on a GPU with the settings that come with this package.
 
@@ -184,6 +198,7 @@ def gpu_jobs(
         numbers: places in CASES; None is all over a peer, and over host links the first ones, for the time they take.
         memories: of peer memory; None measures all over the tier's, and the main case once over each other mapping.
         quick: the least that still runs every path.
+        copies_on: the GPU that runs a peer's copies; None is as the tier does, and by the rank beside it.
     """
     jobs = [
         job
@@ -200,21 +215,41 @@ def gpu_jobs(
             for path in ("peer_load", "peer_store"):
                 if path in paths:
                     jobs.append(_job(path, MAIN, memory, quick, "link", link_settings(path, MAIN)))
-    return jobs
+    return [chosen for job in jobs for chosen in _as_asked(job, copies_on)]
+
+
+def _as_asked(job: Job, copies_on: Literal["rank", "peer"] | None) -> Iterator[Job]:
+    """A job as --copies-on has it, if at all. The tier chooses over its own memory alone; the host does not copy."""
+    if job.tier == "host" or (job.by == "rank" and copies_on != "peer"):
+        yield job
+    elif job.by == "tier" and job.memory == "tier" and copies_on != "rank":
+        yield job if copies_on is None else dataclasses.replace(job, by=copies_on)
 
 
 def _jobs_of(path: str, number: int, memory: str, quick: bool) -> Iterator[Job]:
-    if path.endswith(("matmul", "enqueue")):
-        if number == MAIN:
-            yield _job(path, number, memory, quick, "shipped", {})
-        return
-    if path.endswith("both"):
-        if number == MAIN:
-            yield _job(path, number, memory, quick, "shipped", {}, targeted=False)
+    if path.endswith(("both", "matmul", "enqueue")):
+        if number != MAIN:
+            return
+        yield _job(path, number, memory, quick, "shipped", {}, by="tier")
+        if path.endswith("both"):
+            yield _job(path, number, memory, quick, "rank", {}, targeted=False)
             yield _job(path, number, memory, quick, "link", link_settings(path, number))
+        elif path.endswith("matmul"):
+            for tuning, changes in MATMUL_KERNELS.items():
+                yield _job(path, number, memory, quick, tuning, changes)
+        else:
+            yield _job(path, number, memory, quick, "rank", {})
         return
-    yield _job(path, number, memory, quick, "shipped", {}, targeted=False)
-    yield _job(path, number, memory, quick, "link", link_settings(path, number))
+    if path.startswith("peer"):
+        yield _job(path, number, memory, quick, "shipped", {}, by="tier")
+        yield _job(path, number, memory, quick, "rank", {}, targeted=False)
+    else:
+        yield _job(path, number, memory, quick, "shipped", {}, targeted=False)
+    link = _job(path, number, memory, quick, "link", link_settings(path, number))
+    yield link
+    if number == MAIN:
+        # What multiprocessors reach at all. Scattered pages at the same rate cost nothing.
+        yield dataclasses.replace(link, tuning="in order", target=None, in_order=True)
     if number == MAIN and path.startswith("peer"):
         settings = register(FEW_CTAS, 512, 16)
         yield _job(path, number, memory, quick, f"at most {FEW_CTAS} blocks", settings, ctas=FEW_CTAS)
@@ -233,6 +268,7 @@ def _job(
     *,
     ctas: int | None = None,
     targeted: bool = True,
+    by: By = "rank",
 ) -> Job:
     case = CASES[number]
     if quick:
@@ -240,13 +276,19 @@ def _job(
     elif path.startswith("host"):
         case = case.limited(HOST_BYTES)
     aim = target(path, number, ctas) if targeted and not quick else None
-    return Job(path, memory, number, case, "cuda", tuning, dict(changes), aim)
+    return Job(path, memory, number, case, "cuda", tuning, dict(changes), aim, by)
 
 
-def given_jobs(jobs: Sequence[Job], tunings: Sequence[Changes], limits: Sequence[int]) -> list[Job]:
+def given_jobs(
+    jobs: Sequence[Job],
+    tunings: Sequence[Changes],
+    limits: Sequence[int],
+    copies_on: Literal["rank", "peer"] = "rank",
+) -> list[Job]:
     """`jobs` with the user's settings in place of this package's: each tuning with each number of blocks (0: its own).
 
-    A matrix product tries the tunings in turn on its own.
+    Args:
+        copies_on: the GPU that runs a peer's copies, which the settings are for.
     """
     once: dict[tuple[str, str, int], Job] = {}
     for job in jobs:
@@ -256,15 +298,28 @@ def given_jobs(jobs: Sequence[Job], tunings: Sequence[Changes], limits: Sequence
         for tuning in tunings:
             for ctas in limits:
                 changes = {**tuning, **({"ctas": ctas} if ctas else {})}
-                aim = target(job.path, job.number, changes.get("ctas")) if any(j.target for j in jobs) else None
-                result.append(
-                    dataclasses.replace(job, kernel="cuda", tuning="given", changes=changes, target=aim),
-                )
+                by = _runner(job.tier, copies_on)
+                new = dataclasses.replace(job, kernel="cuda", tuning="given", changes=changes, by=by, target=None)
+                result.append(aimed(new, changes.get("ctas")) if any(j.target for j in jobs) else new)
     return result
 
 
+def _runner(tier: str, copies_on: Literal["rank", "peer"]) -> By:
+    return copies_on if tier == "peer" else "rank"
+
+
+def aimed(job: Job, ctas: int | None) -> Job:
+    """A job with settings of its own and its target; few blocks are an excuse where they are the rank's GPU's."""
+    return dataclasses.replace(job, target=target(job.path, job.number, ctas if job.by == "rank" else None))
+
+
 def tune_jobs(
-    paths: Sequence[str], numbers: Sequence[int], memories: Sequence[str] | None, quick: bool, limits: Sequence[int]
+    paths: Sequence[str],
+    numbers: Sequence[int],
+    memories: Sequence[str] | None,
+    quick: bool,
+    limits: Sequence[int],
+    copies_on: Literal["rank", "peer"] = "rank",
 ) -> list[Job]:
     """Every kernel of TUNE_KERNELS with every number of blocks (`limits`, or TUNE_CTAS), for each path and case."""
     kernels = TUNE_KERNELS[1::5] if quick else TUNE_KERNELS
@@ -273,13 +328,15 @@ def tune_jobs(
         if not path.endswith(("load", "store")):
             continue
         tier = path.partition("_")[0]
+        by = _runner(tier, copies_on)
+        counts = TUNE_CTAS_BY_PEER if by == "peer" else TUNE_CTAS[tier]
         for memory in (memories or ("tier",)) if tier == "peer" else ("tier",):
             for number in numbers:
                 case = CASES[number].limited(QUICK_BYTES if quick else TUNE_BYTES[tier])
                 for kernel in kernels:
-                    for ctas in limits or (TUNE_CTAS[tier][1:2] if quick else TUNE_CTAS[tier]):
+                    for ctas in limits or (counts[1:2] if quick else counts):
                         changes = {**kernel, "ctas": ctas}
-                        jobs.append(Job(path, memory, number, case, "cuda", "candidate", changes))
+                        jobs.append(Job(path, memory, number, case, "cuda", "candidate", changes, by=by))
     return jobs
 
 
@@ -304,15 +361,21 @@ def by_speed(rows: Iterable[Row]) -> list[Row]:
 
 
 def tuned_configs(rows: Iterable[Row]) -> list[tuple[str, dict[str, Any]]]:
-    """What --tune found, as (what it is for, a value for --hicache-xmem-config), from its `best` rows."""
+    """What --tune found, as (what it is for, a value for --hicache-xmem-config), from its `best` rows.
+
+    A peer's says who copies, for settings of one GPU are not the other one's.
+    """
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
         if row.get("tuning") == "best" and row.get("verified"):
             tier, _, direction = row["path"].partition("_")
-            found.setdefault((tier, row["memory"], row["case"]), {})[direction] = row["changes"]
+            config = found.setdefault((tier, row["memory"], row["case"]), {})
+            if tier == "peer":
+                config["peer"] = {"copy_on": row.get("runs_on", "rank")}  # rows of before are the rank's
+            config.setdefault("copy", {})[direction] = row["changes"]
     return [
-        (f"{'peer' if tier == 'peer' else 'dram'}{'' if memory == 'tier' else f' ({memory})'}, {case}", {"copy": copy})
-        for (tier, memory, case), copy in found.items()
+        (f"{'peer' if tier == 'peer' else 'dram'}{'' if memory == 'tier' else f' ({memory})'}, {case}", config)
+        for (tier, memory, case), config in found.items()
     ]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -32,8 +32,10 @@ from sglang_xmem.bench.copy_jobs import (
 from sglang_xmem.copies import make_copier
 from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
 from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.errors import CopyError
 
 Call = Callable[[], None]
+RunsOn = Literal["peer", "rank"]
 
 #: Side of the square bf16 matrices whose product runs beside a load, and how many products a round takes.
 MATMUL_SIDE, MATMUL_CALLS, MATMUL_ROUNDS = 8192, 15, 3
@@ -199,10 +201,21 @@ class Scene:
     Args:
         tier, device: bytes on either side, at least `Scene.nbytes(case)`.
         locality: of the tier, `host` or `device`.
+        copying_gpu: the peer that runs the copies where the tier chooses; None: the rank's own GPU.
+        in_order: pages follow each other instead, on both sides.
     """
 
-    def __init__(self, machine: Machine, tier: torch.Tensor, device: torch.Tensor, case: Case, locality: str) -> None:
-        self.machine, self.case, self.locality = machine, case, locality
+    def __init__(
+        self,
+        machine: Machine,
+        tier: torch.Tensor,
+        device: torch.Tensor,
+        case: Case,
+        locality: str,
+        copying_gpu: int | None = None,
+        in_order: bool = False,
+    ) -> None:
+        self.machine, self.case, self.locality, self.copying_gpu = machine, case, locality, copying_gpu
         self.tier, self.device = tier, device
         self.rows_per_page = case.page_bytes // case.row_bytes
         tokens = 2 * case.pages * self.rows_per_page
@@ -210,8 +223,10 @@ class Scene:
         self.tier_planes = list(tier[: self.nbytes(case)].view(shape))
         self.device_planes = list(device[: self.nbytes(case)].view(shape))
         generator = torch.Generator().manual_seed(case.pages)
+        count = 2 * case.pages
         self.tier_pages, self.device_pages = (
-            torch.randperm(2 * case.pages, generator=generator).to(machine.device) for _ in range(2)
+            (torch.arange(count) if in_order else torch.randperm(count, generator=generator)).to(machine.device)
+            for _ in range(2)
         )
         self.tier_rows, self.device_rows = self.tier_pages * self.rows_per_page, self.device_pages * self.rows_per_page
         n = case.pages
@@ -224,10 +239,15 @@ class Scene:
         """On either side: twice the pages, so that random ones are scattered."""
         return 2 * case.nbytes
 
-    def copier(self, job: Job, changes: dict[str, Any] | None = None) -> PageCopier:
-        """The page copier of a job, or with other changes to the tier's own settings."""
+    def copier(self, job: Job, changes: dict[str, Any] | None = None) -> tuple[PageCopier, RunsOn | None]:
+        """The page copier of a job, or with other changes to the tier's own settings, and which GPU it runs on.
+
+        Raises:
+            CopyError: it cannot run there.
+        """
         settings = dict(job.changes) if changes is None else changes
-        return make_copier(
+        make = partial(
+            make_copier,
             job.kernel,  # type: ignore[arg-type]
             self.tier_planes,
             self.device_planes,
@@ -236,6 +256,14 @@ class Scene:
             load=settings,
             store=settings,
         )
+        if job.by != "rank" and self.copying_gpu is not None:
+            try:
+                return make(runs_on=self.copying_gpu), "peer"
+            except CopyError:
+                if job.by == "peer":
+                    raise
+                # The tier's choice, which then is the rank's own GPU.
+        return make(), "rank" if self.machine.is_gpu else None
 
     def copy(self, copier: PageCopier, load: bool, planes: range | None = None) -> None:
         """Enqueue one direction."""
@@ -311,7 +339,7 @@ def measure(job: Job, scene: Scene, repetitions: int) -> list[Row]:
     if kind == "both":
         rows = _both(job, scene)
     elif kind == "matmul":
-        rows = _matmul(job, scene, repetitions)
+        rows = [_matmul(job, scene, repetitions)]
     elif kind == "enqueue":
         rows = [_enqueue(job, scene)]
     else:
@@ -338,14 +366,17 @@ def describe(job: Job, machine: Machine) -> Row:
     }
 
 
-def _settings(job: Job, copier: PageCopier, load: bool, changes: dict[str, Any] | None = None) -> Row:
-    """What ran, which is not what was asked for where the GPU cannot do that."""
+def _settings(
+    job: Job, copier: PageCopier, runs_on: RunsOn | None, load: bool, changes: dict[str, Any] | None = None
+) -> Row:
+    """What ran and where, which is not what was asked for where the GPU cannot do that."""
     used = getattr(copier, "load_tuning" if load else "store_tuning", None)
     changes = dict(job.changes) if changes is None else changes
     ctas = getattr(used, "ctas", changes.get("ctas"))
     kernel = str(used) if used is not None else f"{job.kernel}{f', {ctas} CTAs' if ctas else ''}"
     settings = dataclasses.asdict(used) if dataclasses.is_dataclass(used) and not isinstance(used, type) else {}
-    return {"ctas": ctas, "kernel": kernel, "changes": changes, "settings": settings}
+    where = {} if runs_on is None else {"runs_on": runs_on}
+    return {**where, "ctas": ctas, "kernel": kernel, "changes": changes, "settings": settings}
 
 
 def times_ms(machine: Machine, calls: Sequence[Call], repetitions: int, warm_up: int = 2) -> list[list[float]]:
@@ -368,7 +399,7 @@ def _rate(nbytes: float, times: Sequence[float]) -> float:
 
 
 def _one_way(job: Job, scene: Scene, repetitions: int, *, load: bool) -> Row:
-    copier = scene.copier(job)
+    copier, runs_on = scene.copier(job)
     if job.case.nbytes < SHORT_BYTES and repetitions > 2:
         repetitions = max(repetitions, SHORT_REPETITIONS)
     copy = partial(scene.copy, copier, load)
@@ -376,7 +407,7 @@ def _one_way(job: Job, scene: Scene, repetitions: int, *, load: bool) -> Row:
     contiguous, pages = times_ms(scene.machine, calls, repetitions)
     row = {
         **describe(job, scene.machine),
-        **_settings(job, copier, load),
+        **_settings(job, copier, runs_on, load),
         **_compared(job.case.nbytes, pages, contiguous),
         "times_ms": [round(ms, 4) for ms in pages],
     }
@@ -427,7 +458,7 @@ def at_once(machine: Machine, sides: Sequence[Sequence[Call]]) -> list[list[floa
 
 def _both(job: Job, scene: Scene) -> list[Row]:
     machine, parts = scene.machine, scene.parts()
-    copier = scene.copier(job)
+    copier, runs_on = scene.copier(job)
     rounds = [parts[index % len(parts)] for index in range(CALLS_AT_ONCE)]
     times: dict[str, list[list[float]]] = {}
     for name, copy in (("contiguous", scene.contiguous), ("pages", partial(scene.copy, copier))):
@@ -444,7 +475,7 @@ def _both(job: Job, scene: Scene) -> list[Row]:
         {
             **describe(job, machine),
             "path": f"{job.path}_{name}",
-            **_settings(job, copier, load),
+            **_settings(job, copier, runs_on, load),
             **_compared(nbytes, times["pages"][side], times["contiguous"][side]),
             "times_ms": [round(ms, 4) for ms in times["pages"][side]],
             "verified": verified,
@@ -453,49 +484,42 @@ def _both(job: Job, scene: Scene) -> list[Row]:
     ]
 
 
-def _matmul(job: Job, scene: Scene, repetitions: int) -> list[Row]:
-    """A row for each kernel that loads at 90 % of the link, with as few blocks as that takes."""
+def _matmul(job: Job, scene: Scene, repetitions: int) -> Row:
+    """A load beside products; a kernel of MATMUL_KERNELS with as few blocks as load at 90 % of the link alone."""
     machine, part = scene.machine, scene.parts()[0]
     nbytes = job.case.page_bytes * job.case.pages * len(part)
-    if job.tuning == "given":
-        tries = [[dict(job.changes)]]
-    else:
-        tries = [[{**changes, "ctas": ctas} for ctas in MATMUL_CTAS] for _, changes in MATMUL_KERNELS]
+    attempts = [dict(job.changes)]
+    if job.tuning in MATMUL_KERNELS:
+        attempts = [{**job.changes, "ctas": ctas} for ctas in MATMUL_CTAS]
+    for changes in attempts:
+        copier, runs_on = scene.copier(job, changes)
+        load = partial(scene.copy, copier, True, part)
+        contiguous, pages = times_ms(machine, (partial(scene.contiguous, True, part), load), repetitions)
+        compared = _compared(nbytes, pages, contiguous)
+        if compared["ratio"] >= MATMUL_LINK_SHARE:
+            break
     side = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=machine.device).to(torch.bfloat16)
     other, product = side.t().contiguous(), torch.empty_like(side)
-    rows = []
-    for number, attempts in enumerate(tries):
-        for changes in attempts:
-            copier = scene.copier(job, changes)
-            load = partial(scene.copy, copier, True, part)
-            contiguous, pages = times_ms(machine, (partial(scene.contiguous, True, part), load), repetitions)
-            compared = _compared(nbytes, pages, contiguous)
-            if compared["ratio"] >= MATMUL_LINK_SHARE:
-                break
-        alone, beside, loads = _beside(
-            machine,
-            partial(torch.matmul, side, other, out=product),
-            load,
-            statistics.median(pages),
-        )
-        before, after = statistics.median(alone), statistics.median(beside)
-        rows.append(
-            {
-                **describe(job, machine),
-                "tuning": job.tuning if job.tuning == "given" else MATMUL_KERNELS[number][0],
-                **_settings(job, copier, True, changes),
-                **compared,
-                "gbps_beside": round(_rate(nbytes, loads), 2),
-                "matmul_side": MATMUL_SIDE,
-                "matmul_ms": round(before, 4),
-                "matmul_beside_ms": round(after, 4),
-                "matmul_tflops": round(2 * MATMUL_SIDE**3 / before / 1e9, 1),
-                "slowdown": round(after / before - 1, 4),
-                "times_ms": [round(ms, 4) for ms in pages],
-                "verified": scene.right(load=partial(scene.copy, copier, True)),
-            }
-        )
-    return rows
+    alone, beside, loads = _beside(
+        machine,
+        partial(torch.matmul, side, other, out=product),
+        load,
+        statistics.median(pages),
+    )
+    before, after = statistics.median(alone), statistics.median(beside)
+    return {
+        **describe(job, machine),
+        **_settings(job, copier, runs_on, True, changes),
+        **compared,
+        "gbps_beside": round(_rate(nbytes, loads), 2),
+        "matmul_side": MATMUL_SIDE,
+        "matmul_ms": round(before, 4),
+        "matmul_beside_ms": round(after, 4),
+        "matmul_tflops": round(2 * MATMUL_SIDE**3 / before / 1e9, 1),
+        "slowdown": round(after / before - 1, 4),
+        "times_ms": [round(ms, 4) for ms in pages],
+        "verified": scene.right(load=partial(scene.copy, copier, True)),
+    }
 
 
 def _beside(
@@ -581,7 +605,7 @@ def enqueue_load(
 
 def _enqueue(job: Job, scene: Scene) -> Row:
     machine = scene.machine
-    copier = scene.copier(job)
+    copier, runs_on = scene.copier(job)
     stream = machine.stream(priority=-1)
     first = range(0, len(scene.planes) // PLANES_PER_LAYER * PLANES_PER_LAYER, PLANES_PER_LAYER)
     parts = [range(plane, plane + PLANES_PER_LAYER) for plane in first]
@@ -612,7 +636,7 @@ def _enqueue(job: Job, scene: Scene) -> Row:
         **describe(job, machine),
         "pages": most,
         "layers": len(parts),
-        **_settings(job, copier, True),
+        **_settings(job, copier, runs_on, True),
         "us": max(times[most].values()),
         **{f"us_{state}_{pages}_pages": us for pages, states in times.items() for state, us in states.items()},
         "verified": scene.right(load=partial(enqueue_load, copier, scene.to_load, parts, signals, events, stream)),

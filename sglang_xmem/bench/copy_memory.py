@@ -1,6 +1,7 @@
 """Memory that `sglang-xmem bench copy` copies to: a tier's, or a peer's mapped in one way or the other.
 
 How a peer's memory is mapped changes what the link carries, so both ways can be measured beside what the tier does.
+The tier also says which GPU copies; over the other mappings that is the rank's own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
     Args:
         tier: `peer` or `host`.
         memory: for a peer one of copy_jobs.MEMORIES.
-        gpu: that copies; None without one.
+        gpu: the rank's; None without one.
         peer: whose memory it is, for a peer.
 
     Raises:
@@ -28,7 +29,7 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
         assert gpu is not None
         assert peer is not None
         return _of_a_context(gpu, peer, nbytes)
-    # `vmm` is what tier `peer` does.
+    # `vmm` is what tier `peer` does where the rank's own GPU copies.
     from sglang_xmem.config import parse_options
     from sglang_xmem.plan import Placement, make_plan
     from sglang_xmem.tiers import Ranks
@@ -36,9 +37,17 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
     def unlimited(nbytes: int) -> int:
         return 1 << 60
 
-    name, config = ("peer", {"peer": {"gpus": [peer]}}) if tier == "peer" else ("dram", None)
+    name, config = "dram", None
+    if tier == "peer":
+        name, config = "peer", {"peer": {"gpus": [peer], **({"copy_on": "rank"} if memory == "vmm" else {})}}
     plan = make_plan(parse_options(name, config), Ranks(gpus=(gpu,)), nbytes, unlimited)
     return Placement(plan, 0, unlimited).allocate(nbytes)[1]
+
+
+def why_not_by(peer: int, gpu: int) -> str:
+    """A clause that says why tier `peer` does not have the peer copy for `gpu`. To be asked without memory there."""
+    use = gpus.foreign_use(peer)
+    return f"{use}, and only an idle peer copies" if use else f"GPU {peer} has no peer access to GPU {gpu}"
 
 
 def _of_a_context(gpu: int, peer: int, nbytes: int) -> Region:

@@ -358,7 +358,7 @@ def _copy_table(rows: list[Row]) -> Table:
                 row["path"] if memory == "tier" else f"{row['path']}, {memory}",
                 row["case"],
                 str(row["pages"]),
-                row.get("tuning", "-"),
+                _copy_tuning(row) or "-",
                 row["kernel"],
                 f"{row['gbps']:.1f}" if "gbps" in row else "-",
                 f"{row['contiguous_gbps']:.1f}" if "contiguous_gbps" in row else "-",
@@ -379,6 +379,13 @@ def _copy_table(rows: list[Row]) -> Table:
     return f"Page copies, {rows[0].get('device', 'run ' + str(rows[0].get('run')))}", header, lines, notes
 
 
+def _copy_tuning(row: Row) -> str:
+    """What a row's settings are called, and who copied where that was another GPU than the rank's; rows of before say
+    neither."""
+    by = "by the peer" if row.get("runs_on") == "peer" else ""
+    return ", ".join(text for text in (row.get("tuning"), by) if text)
+
+
 def _copy_result(row: Row) -> tuple[str, str]:
     """What a row found and what it was to reach, as text."""
     aim = row.get("target")
@@ -396,7 +403,8 @@ def copy_line(row: Row) -> str:
         return f"{what}  {'WAIVED' if 'waived' in row else 'ERROR'}: {row.get('waived', row.get('error'))}"
     rates = f"{row['gbps']:.1f} GB/s of {row['contiguous_gbps']:.1f}" if "gbps" in row else ""
     checked = {True: "bytes right", False: "bytes WRONG", None: ""}[row.get("verified")]
-    return "  ".join(text for text in (what, rates, _copy_result(row)[0], checked, row["kernel"]) if text)
+    texts = (what, rates, _copy_result(row)[0], checked, _copy_tuning(row), row["kernel"])
+    return "  ".join(text for text in texts if text)
 
 
 def tokens_label(tokens: float) -> str:
@@ -609,7 +617,7 @@ def _plot_copy(rows: list[Row]) -> Any:
                 ends = [place - 0.42, place + 0.42]
                 axis.plot([100 * row["target"]] * 2, ends, color=colour, linewidth=width, solid_capstyle="butt")
         memory = "" if row.get("memory", "tier") == "tier" else f", {row['memory']}"
-        tuning = f", {row['tuning']}" if row.get("tuning") else ""
+        tuning = f", {_copy_tuning(row)}" if _copy_tuning(row) else ""
         labels.append(f"{row['path']}{memory}: {row['case']}{tuning}")
     axis.axvline(100, color="black", linewidth=1, linestyle="--")
     axis.set_yticks(range(len(bars)), labels, fontsize=7)

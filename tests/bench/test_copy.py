@@ -17,10 +17,11 @@ import torch
 
 from sglang_xmem import cli, gpus
 from sglang_xmem.bench import copy, copy_jobs, copy_measure, copy_memory
+from sglang_xmem.config import Options, parse_options
 from sglang_xmem.copies import PageCopier
 from sglang_xmem.copies.torch import TorchPageCopier
-from sglang_xmem.copies.tuning import DEFAULT_TUNING
-from sglang_xmem.errors import TierUnavailable
+from sglang_xmem.copies.tuning import DEFAULT_TUNING, Locality
+from sglang_xmem.errors import CopyError, TierUnavailable
 from sglang_xmem.tiers import Region
 
 Rows = list[dict[str, Any]]
@@ -52,6 +53,7 @@ def test_host_copies_without_a_gpu(run_copy: RunCopy, capsys: pytest.CaptureFixt
         (path, "cpu", True, None) for path in ("host_load", "host_store")
     }
     for row in rows:
+        assert "runs_on" not in row
         assert {"bench", "run", "page_bytes", "pages", "ctas", "gbps", "contiguous_gbps", "ratio"} <= set(row)
         assert row["ratio"] == pytest.approx(row["gbps"] / row["contiguous_gbps"], rel=0.3)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -75,6 +77,8 @@ def test_host_copies_without_a_gpu(run_copy: RunCopy, capsys: pytest.CaptureFixt
         (("--ctas", "-1"), "not a list of numbers"),
         (("--repetitions", "0"), "give at least 1"),
         (("--memory", "cxl"), "choose from tier, vmm, context"),
+        (("--copies-on", "host"), "choose from rank, peer"),
+        (("--copies-on", "peer", "--memory", "tier,vmm"), "leave --memory out"),
         (("--tunings", "{}"), "not a JSON list"),
         (("--tunings", "[{"), "not a JSON list"),
         (("--tunings", '[{"blocks": 1}]'), "known keys: variant, ctas"),
@@ -110,6 +114,9 @@ class FakeGpu(copy_measure.Cpu):
     is_gpu = True
     name = "fake GPU"
     link_gbps = 400.0
+    #: The peer as far as it copies for this GPU, and whether it turns out that it cannot.
+    copying_gpu: int | None = 1
+    refuses_peer = False
 
     def __init__(self) -> None:
         self.streams = [Stream(0.0)]
@@ -154,20 +161,26 @@ class FakeGpu(copy_measure.Cpu):
 
 
 class FakeCopier(TorchPageCopier):
-    """Each thread block moves 40 GB/s, up to 97.5 % of the link; `broken` gives it a fault."""
+    """Each thread block moves 40 GB/s, up to 97.5 % of the link, a peer's up to 98.5 %; `broken` gives it a fault."""
 
     name = "cuda"
     machine: FakeGpu
     broken = ""
+    runs_on: int | None = None
 
-    def settings(self, name: str, load: dict[str, Any], store: dict[str, Any]) -> None:
+    def settings(self, name: str, load: dict[str, Any], store: dict[str, Any], runs_on: int | None) -> None:
+        self.runs_on = runs_on
+        locality: Locality = "device" if runs_on is None else "copier"
         if name == "cuda":
-            self.load_tuning = dataclasses.replace(DEFAULT_TUNING["load", "device"], **load)
-            self.store_tuning = dataclasses.replace(DEFAULT_TUNING["store", "device"], **store)
+            self.load_tuning = dataclasses.replace(DEFAULT_TUNING["load", locality], **load)
+            self.store_tuning = dataclasses.replace(DEFAULT_TUNING["store", locality], **store)
 
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
         ctas = self.load_tuning.ctas if hasattr(self, "load_tuning") else 32
-        self.machine.hold(len(planes) * tier_rows.numel() * self.page_bytes / min(40.0 * ctas, 390.0) / 1e6)
+        most = 390.0 if self.runs_on is None else 394.0
+        self.machine.hold(len(planes) * tier_rows.numel() * self.page_bytes / min(40.0 * ctas, most) / 1e6)
+        if self.broken == "in order" and _follow(tier_rows):
+            return
         if self.broken == "raises" and not load:
             raise RuntimeError("an illegal\nmemory access")
         if self.broken == "direction":
@@ -179,6 +192,10 @@ class FakeCopier(TorchPageCopier):
         super()._copy(tier_rows, device_rows, planes, load=load)
 
 
+def _follow(rows: torch.Tensor) -> bool:
+    return bool((rows.diff() == rows[1] - rows[0]).all())
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Have the benchmark find a GPU and a peer."""
@@ -186,12 +203,16 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
     def make(name: str, tier: Sequence[Any], device: Sequence[Any], page_size: int, **how: Any) -> PageCopier:
         copier = FakeCopier(tier, device, page_size)
-        copier.settings(name, how["load"], how["store"])
+        runs_on = how.get("runs_on")
+        if runs_on is not None and machine.refuses_peer:
+            raise CopyError("GPU 1 cannot reach memory that cuda:0 has mapped for itself.")
+        copier.settings(name, how["load"], how["store"], runs_on)
         return copier
 
     def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: int) -> Region:
         assert (gpu, peer) == (0, 1)
-        return Region(0, nbytes, "fake", lambda: None, bytearray(nbytes))
+        copying = machine.copying_gpu if (tier, memory) == ("peer", "tier") else None
+        return Region(0, nbytes, "fake", lambda: None, bytearray(nbytes), copying_gpu=copying)
 
     def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         beside = any(stream.clock > machine.current.clock + 1e-9 for stream in machine.streams)
@@ -217,9 +238,28 @@ def test_gpu_run(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFix
     found = {(row["path"], row["case"], row["tuning"], row["memory"]): row for row in rows}
     assert len(found) == len(rows)
     main = copy_jobs.CASES[0].label
-    shipped = found["peer_load", main, "shipped", "tier"]
-    assert (shipped["gbps"], shipped["contiguous_gbps"], shipped["ratio"]) == (320.0, 400.0, 0.8)
-    assert (shipped["ctas"], shipped["target"], shipped["reached"]) == (8, None, None)
+    rank = found["peer_load", main, "rank", "tier"]
+    assert (rank["gbps"], rank["contiguous_gbps"], rank["ratio"]) == (320.0, 400.0, 0.8)
+    assert (rank["ctas"], rank["target"], rank["reached"]) == (8, None, None)
+    for number, size in enumerate(copy_jobs.CASES):
+        for path, ctas in (("peer_load", 132), ("peer_store", 64)):
+            row = found[path, size.label, "shipped", "tier"]
+            assert (row["runs_on"], row["ctas"]) == ("peer", ctas)
+            assert row["ratio"] == pytest.approx(0.985, abs=0.001)
+            assert row["target"] == copy_jobs.TARGETS[number]
+            assert row["reached"] is True
+    # The peer runs what the tier would have it run, and nothing else.
+    assert {row["tuning"] for row in rows if row["runs_on"] == "peer"} == {"shipped"}
+    assert {row["path"] for row in rows if row["tuning"] == "shipped" and row["runs_on"] == "rank"} == {
+        "host_load",
+        "host_store",
+    }
+    ordered = [row for row in rows if row["tuning"] == "in order"]
+    assert [(row["path"], row["case"], row["target"]) for row in ordered] == [
+        (path, main, None) for path in ("peer_load", "peer_store", "host_load", "host_store")
+    ]
+    for row in ordered:
+        assert row["settings"] == found[row["path"], main, "link", "tier"]["settings"]
     targets = {
         ("peer_load", main, "link"): 0.97,
         ("peer_store", main, "link"): 0.97,
@@ -240,20 +280,32 @@ def test_gpu_run(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFix
     assert {memory for path, _, _, memory in found if path == "peer_load"} == {"tier", "vmm", "context"}
     assert ("peer_store", "page size 1", "triton", "tier") in found
     # 8 blocks do not load at 90 % of the link, 10 do.
-    matmul = found["peer_matmul", main, "shipped", "tier"]
+    matmul = found["peer_matmul", main, "rank", "tier"]
     assert (matmul["ctas"], matmul["ratio"], matmul["gbps_beside"]) == (10, 0.975, 390.0)
     assert (matmul["matmul_ms"], matmul["matmul_beside_ms"], matmul["slowdown"]) == (0.02, 0.0206, 0.03)
     assert matmul["reached"]
-    enqueue = found["peer_enqueue", main, "shipped", "tier"]
-    assert enqueue["layers"] == 48
-    assert enqueue["us"] > 0
-    assert enqueue["target"] == 300
+    assert [row["tuning"] for row in rows if row["path"] == "peer_matmul"] == ["shipped", "rank", "register"]
+    matmul = found["peer_matmul", main, "shipped", "tier"]
+    assert (matmul["runs_on"], matmul["ctas"], matmul["ratio"]) == ("peer", 132, 0.985)
+    for name in ("load", "store"):
+        both = found[f"peer_both_{name}", main, "shipped", "tier"]
+        assert (both["runs_on"], both["target"], both["reached"]) == ("peer", 0.90, True)
+        both = found[f"peer_both_{name}", main, "rank", "tier"]
+        assert (both["runs_on"], both["target"], both["ratio"]) == ("rank", None, 0.8)
+    for tuning in ("shipped", "rank"):
+        enqueue = found["peer_enqueue", main, tuning, "tier"]
+        assert enqueue["layers"] == 48
+        assert enqueue["us"] > 0
+        assert enqueue["target"] == 300
     out = capsys.readouterr().out
     assert "Page copies, fake GPU" in out
     assert "<= 300 us" in out
     assert "+3.0%" in out
     before = (tmp_path / "copy.svg").read_text()
     assert "peer_both_load: bf16 pages of 64 tokens, link" in before
+    assert "peer_both_load: bf16 pages of 64 tokens, shipped, by the peer" in before
+    assert "shipped, by the peer" in out
+    assert "rank, by the peer" not in out
     assert cli.main(["bench", "report", str(tmp_path / "copy.jsonl")]) == 0
     assert capsys.readouterr().out == out
     assert (tmp_path / "copy.svg").read_text() == before
@@ -297,6 +349,129 @@ def test_given_settings(run_copy: RunCopy, fake_gpu: FakeGpu) -> None:
     ]
     # A load below 90 % of the link does not count, however little it takes of the matrix product.
     assert [row["ratio"] for row in rows[-2:]] == [0.4, 0.975]
+    assert {row["runs_on"] for row in rows} == {"rank"}
+    status, rows = run_copy(*arguments, "--tunings", "[{}]", "--ctas", "4,32", "--copies-on", "peer")
+    assert [(row["path"], row["ctas"], row["ratio"], row["runs_on"]) for row in rows[8:]] == [
+        (path, ctas, ratio, "peer") for path in ("peer_load", "peer_matmul") for ctas, ratio in ((4, 0.4), (32, 0.985))
+    ]
+
+
+def test_given_settings_have_targets(run_copy: RunCopy, fake_gpu: FakeGpu) -> None:
+    arguments = ("--no-plots", "--paths", "peer_load,host_load", "--cases", "0", "--ctas", "32,64")
+    assert [row["target"] for row in run_copy(*arguments)[1]] == [0.94, 0.97, 0.98, 0.98]
+    # Blocks of a peer are nobody else's, so few of them have to reach no less.
+    rows = run_copy(*arguments, "--copies-on", "peer")[1][4:]
+    assert [row["target"] for row in rows] == [0.97, 0.97, 0.98, 0.98]
+    assert [row["runs_on"] for row in rows] == ["peer", "peer", "rank", "rank"]
+
+
+def jobs_of(copies_on: Any, memories: tuple[str, ...] | None = None) -> list[copy_jobs.Job]:
+    return copy_jobs.gpu_jobs(copy_jobs.PATHS, None, memories, quick=False, copies_on=copies_on)
+
+
+def test_which_gpu_copies() -> None:
+    """All jobs of a run have keys of their own, and --copies-on leaves out those of the other GPU."""
+    for jobs in (jobs_of(None), jobs_of("rank"), jobs_of("peer"), jobs_of(None, ("vmm", "tier", "context"))):
+        assert len({job.key for job in jobs}) == len(jobs)
+    over_peer = {copies_on: [job for job in jobs_of(copies_on) if job.tier == "peer"] for copies_on in (None, "rank")}
+    by_peer = [job for job in jobs_of("peer") if job.tier == "peer"]
+    assert {job.by for job in over_peer["rank"]} == {"rank"}
+    assert {job.by for job in by_peer} == {"peer"}
+    assert over_peer["rank"] == [job for job in over_peer[None] if job.by == "rank"]
+    assert by_peer == [dataclasses.replace(job, by="peer") for job in over_peer[None] if job.by == "tier"]
+    assert {job.path for job in by_peer} == {path for path in copy_jobs.PATHS if path.startswith("peer")}
+    hosts = [[job for job in jobs_of(copies_on) if job.tier == "host"] for copies_on in (None, "rank", "peer")]
+    assert hosts[0] == hosts[1] == hosts[2]
+    assert {job.by for job in hosts[0]} == {"rank"}
+    assert {job.by for job in jobs_of(None, ("vmm", "context"))} == {"rank"}, "the tier's choice is over its own memory"
+
+
+def test_keys_tell_who_copies() -> None:
+    job = jobs_of(None)[0]
+    choices: tuple[copy_jobs.By, ...] = ("tier", "rank", "peer")
+    assert len({dataclasses.replace(job, by=by).key for by in choices}) == 3
+
+
+def test_a_peer_in_use_leaves_the_copies_to_the_rank(run_copy: RunCopy, fake_gpu: FakeGpu) -> None:
+    fake_gpu.copying_gpu = None
+    arguments = ("--quick", "--no-plots", "--cases", "0", "--paths", "peer_load")
+    status, rows = run_copy(*arguments)
+    assert status == 0
+    shipped = next(row for row in rows if row["tuning"] == "shipped")
+    assert (shipped["runs_on"], shipped["ctas"], shipped["ratio"]) == ("rank", 8, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("use", "reason"),
+    [
+        ("GPU 1 is in use by process 7", "GPU 1 is in use by process 7, and only an idle peer copies"),
+        (None, "GPU 1 has no peer access to GPU 0"),
+    ],
+)
+@pytest.mark.parametrize("what", [(), ("--tune",), ("--ctas", "8")])
+def test_a_peer_that_cannot_copy_is_waived(
+    run_copy: RunCopy,
+    fake_gpu: FakeGpu,
+    monkeypatch: pytest.MonkeyPatch,
+    use: str | None,
+    reason: str,
+    what: tuple[str, ...],
+) -> None:
+    fake_gpu.copying_gpu = None
+    monkeypatch.setattr(gpus, "foreign_use", lambda gpu: use)
+    arguments = ("--quick", "--no-plots", "--cases", "0", "--copies-on", "peer", "--paths", "peer_load,host_load")
+    status, rows = run_copy(*arguments, *what)
+    assert status == 0
+    assert [row["waived"] for row in rows if row["path"] == "peer_load"] == [reason]
+    assert all(row["verified"] for row in rows if row["path"] == "host_load" and row["tuning"] != "candidate")
+    assert any(row["path"] == "host_load" for row in rows)
+
+
+def test_a_copier_that_cannot_run_on_the_peer(run_copy: RunCopy, fake_gpu: FakeGpu) -> None:
+    """The tier falls back to the rank's GPU. Who asks for the peer is told."""
+    fake_gpu.refuses_peer = True
+    arguments = ("--quick", "--no-plots", "--cases", "0", "--paths", "peer_load")
+    status, rows = run_copy(*arguments)
+    assert status == 0
+    assert {row["runs_on"] for row in rows} == {"rank"}
+    status, more = run_copy(*arguments, "--copies-on", "peer")
+    assert status == 1
+    assert ["mapped for itself" in row["error"] for row in more[len(rows) :]] == [True]
+
+
+@pytest.mark.parametrize(("memory", "copy_on"), [("tier", "auto"), ("vmm", "rank")])
+def test_memory_is_mapped_for_whoever_copies(monkeypatch: pytest.MonkeyPatch, memory: str, copy_on: str) -> None:
+    def make_plan(options: Options, *arguments: Any) -> Any:
+        assert options.tiers["peer"].gpus == (3,)
+        raise TierUnavailable(options.tiers["peer"].copy_on)
+
+    monkeypatch.setattr("sglang_xmem.plan.make_plan", make_plan)
+    with pytest.raises(TierUnavailable, match=f"^{copy_on}$"):
+        copy_memory.allocate("peer", memory, 0, 3, 1 << 20)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_pages_of_a_scene(in_order: bool) -> None:
+    """Half of them to load and the other half to store, on both sides; scattered unless they are to be in order."""
+    case = copy_jobs.CASES[copy_jobs.FEW].limited(4e6)
+    tier, device = (torch.empty(copy_measure.Scene.nbytes(case), dtype=torch.uint8) for _ in range(2))
+    scene = copy_measure.Scene(copy_measure.Cpu(), tier, device, case, "host", in_order=in_order)
+    for loaded, stored in zip(scene.to_load, scene.to_store, strict=True):
+        step = case.page_bytes // case.row_bytes
+        assert sorted(torch.cat((loaded, stored)).tolist()) == list(range(0, 2 * case.pages * step, step))
+        assert (_follow(loaded), _follow(stored)) == (in_order, in_order)
+    assert torch.equal(*scene.to_load) is in_order
+
+
+def test_wrong_bytes_of_pages_in_order_are_found(
+    run_copy: RunCopy, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeCopier, "broken", "in order")
+    paths = "peer_load,peer_store,host_load,host_store"
+    status, rows = run_copy("--quick", "--no-plots", "--cases", "0", "--paths", paths)
+    assert status == 1
+    assert {row["path"] for row in rows if not row["verified"]} == set(paths.split(","))
+    assert {row["tuning"] for row in rows if not row["verified"]} == {"in order"}
 
 
 @pytest.mark.parametrize("broken", ["direction", "page", "plane"])
@@ -374,13 +549,55 @@ def test_tune(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFixtur
     assert all(row["verified"] for row in best)
     candidates = [row for row in rows if row["tuning"] == "candidate"]
     assert len(candidates) == 4 * len(copy_jobs.TUNE_KERNELS) * len(copy_jobs.TUNE_CTAS["peer"])
+    assert {row["runs_on"] for row in rows} == {"rank"}
     out = capsys.readouterr().out
     config = json.loads(out.split("16 pages: --hicache-xmem-config '")[1].split("'")[0])
     assert set(config["copy"]) == {"load", "store"}
     assert config["copy"]["load"]["ctas"] == 16
-    from sglang_xmem.config import parse_options
+    found = parse_options("peer", config)
+    assert found.copy.load == config["copy"]["load"]
+    # By default the tier would run settings of one GPU on the other.
+    assert found.tiers["peer"].copy_on == "rank"
 
-    assert parse_options("peer", config).copy.load == config["copy"]["load"]
+
+def test_tune_copies_by_the_peer(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--tune", "--cases", "1", "--paths", "peer_load,host_load", "--repetitions", "1", "--no-plots")
+    status, rows = run_copy(*arguments, "--copies-on", "peer")
+    assert status == 0
+    tried = {
+        (row["path"], row["runs_on"], row["ctas"], row["changes"]["variant"])
+        for row in rows
+        if row["tuning"] == "candidate"
+    }
+    assert tried == {
+        *(("peer_load", "peer", ctas, variant) for ctas in (16, 32, 64, 132) for variant in ("bulk", "register")),
+        *(("host_load", "rank", ctas, variant) for ctas in (2, 4, 8, 16) for variant in ("bulk", "register")),
+    }
+    best = [row for row in rows if row["tuning"] == "best"]
+    assert [(row["path"], row["runs_on"], row["ctas"]) for row in best] == [
+        ("peer_load", "peer", 16),
+        ("host_load", "rank", 16),
+    ]
+    out = capsys.readouterr().out
+    config = json.loads(out.split("peer, 16 pages: --hicache-xmem-config '")[1].split("'")[0])
+    assert parse_options("peer", config).tiers["peer"].copy_on == "peer"
+    assert json.loads(out.split("dram, 16 pages: --hicache-xmem-config '")[1].split("'")[0]).keys() == {"copy"}
+
+
+def test_settings_found_before_rows_said_who_copies() -> None:
+    old = {
+        "tuning": "best",
+        "verified": True,
+        "path": "peer_load",
+        "memory": "tier",
+        "case": "x",
+        "changes": {"ctas": 8},
+    }
+    new = {**old, "runs_on": "peer", "case": "y"}
+    assert copy_jobs.tuned_configs([old, new]) == [
+        ("peer, x", {"peer": {"copy_on": "rank"}, "copy": {"load": {"ctas": 8}}}),
+        ("peer, y", {"peer": {"copy_on": "peer"}, "copy": {"load": {"ctas": 8}}}),
+    ]
 
 
 def test_tune_passes_over_settings_that_copy_wrong(
