@@ -47,7 +47,7 @@ def make_copier(
     """
     if runs_on is not None and name not in ("auto", "cuda"):
         raise CopyError(
-            f"the copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or leave out peer.copy_on."
+            f"the copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or peer.copy_on to rank."
         )
     if name not in _NAMES:
         raise ValueError(f"unknown copier {name!r}; known are {', '.join(_NAMES)}")

@@ -57,7 +57,7 @@ def give_access(gpu: int, rank: torch.device, memory: Sequence[torch.Tensor]) ->
             (status,) = driver.cuCtxEnablePeerAccess(context, 0)
         if status.value and status.name != "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED":
             raise CopyError(
-                f"GPU {gpu} cannot be given access to the memory of {rank} ({status.name}); leave out peer.copy_on or set it to rank."
+                f"GPU {gpu} cannot be given access to the memory of {rank} ({status.name}); set peer.copy_on to rank."
             )
     # Memory of cuMemMap is mapped for a GPU at a time; the attribute tells it from memory of cuMemAlloc.
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
@@ -65,6 +65,6 @@ def give_access(gpu: int, rank: torch.device, memory: Sequence[torch.Tensor]) ->
         status, plain = driver.cuPointerGetAttribute(attribute, tensor.data_ptr())
         if status.value or not plain:
             raise CopyError(
-                f"GPU {gpu} cannot reach memory that {rank} has mapped for itself; leave out peer.copy_on, or "
-                "expandable_segments in PYTORCH_CUDA_ALLOC_CONF and --enable-memory-saver."
+                f"GPU {gpu} cannot reach memory that {rank} has mapped for itself; set peer.copy_on to rank, or leave "
+                "out expandable_segments in PYTORCH_CUDA_ALLOC_CONF and --enable-memory-saver."
             )

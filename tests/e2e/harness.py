@@ -46,8 +46,8 @@ Step = tuple[Any, ...]
 
 #: Found in the environment of every process of one run, and of nothing else.
 MARKER = "SGLANG_XMEM_TEST_RUN"
-#: Not in whole pages: the radix tree keeps whole ones, and once a request's prefill is done, a page that it computed again
-#: gives way to the tree's. A hit in the tier has no such page in the device pool, so its bits would differ.
+#: Not in whole pages: the radix tree keeps whole ones, and once a request's prefill is done, a page that it computed
+#: again gives way to the tree's. A hit in the tier finds no such page in the device pool, so its bits would differ.
 PROMPT_TOKENS = 398
 #: Holds two prompts of the pool below, and not three.
 DEVICE_POOL_TOKENS = 1024
