@@ -25,7 +25,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "TiB": 1 << 40,
 }
 
-#: Left free on a GPU whose bank has no size of its own: for page tables and whoever starts a context there.
+#: Left free on a GPU: for page tables, and for the service's context there, about 0.5 GB, which comes with the bank's
+#: first allocation.
 GPU_RESERVE_BYTES = 1 << 30
 
 
@@ -118,7 +119,7 @@ def _parse_bank(text: str) -> _Bank:
 
 
 def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:
-    """Bytes of a bank on a GPU: those that are wanted, or all that is free less the reserve.
+    """Bytes of a bank on a GPU: those that are wanted, at most and otherwise all that is free less the reserve.
 
     Others may use the GPU too: who names it knows. Nothing here makes a CUDA context.
     """
@@ -132,10 +133,11 @@ def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:
         free, _ = gpus.memory_bytes(gpu)
     except TierUnavailable as error:
         raise ValueError(f"--bank {text}: {error}; give host:SIZE for a bank of host memory.") from None
-    nbytes = free - GPU_RESERVE_BYTES if wanted is None else wanted
-    if nbytes <= 0 or nbytes > free:
+    most = free - GPU_RESERVE_BYTES
+    nbytes = most if wanted is None else wanted
+    if nbytes <= 0 or nbytes > most:
         raise ValueError(
             f"--bank {text}: GPU {gpu} has {free / 1e9:.2f} GB free, of which {GPU_RESERVE_BYTES / 1e9:.2f} GB stay so "
-            "where no size is given; give less, or free memory there."
+            "for the service's CUDA context; give less, or free memory there."
         )
     return nbytes

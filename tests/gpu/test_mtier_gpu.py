@@ -40,6 +40,8 @@ pytestmark = [
 GIB = 1 << 30
 #: What a GPU's used memory may differ by without anything being left there.
 SLACK = 64 * MIB
+#: Most that the service's context takes of a GPU, with the driver's page tables.
+CONTEXT = 700 * 10**6
 
 StartService = Callable[..., Daemon]
 
@@ -60,6 +62,11 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
 
 def used(gpu: int) -> int:
     return gpus.memory_bytes(gpu)[1]
+
+
+def is_named(daemon: Daemon, gpu: int) -> bool:
+    """Whether NVML names the service on a GPU: it has a context there."""
+    return daemon.process.pid in gpus.processes(gpu)
 
 
 def run(script: str, daemon: Daemon, *arguments: str) -> str:
@@ -193,6 +200,7 @@ def test_sdk_round_trips(start_service: StartService) -> None:
     daemon = start_service(f"gpu:1:{4 * GIB}")
     assert run(SDK, daemon) == "done"
     assert daemon.available() == 4 * GIB
+    wait_until(lambda: not is_named(daemon, 1), 10)
 
 
 # ---- tier mtier ----
@@ -259,8 +267,11 @@ device = torch.device("cuda:0")
 local = torch.empty(nbytes, dtype=torch.uint8, device=device).view(planes, tokens, row)
 local.view(torch.int64).random_()
 rows = [(torch.randperm(2 * pages)[:pages] * page).to(device) for _ in range(2)]
-copiers, regions, locality = {}, [], {}
-for name, config in (("mtier", None), ("peer", {"peer": {"gpus": [1]}})):
+copiers, regions = {}, []
+# A GPU without a context serves its memory more slowly. The service has one there while its memory is out; this one is
+# for the other tier, whatever it does itself.
+awake = torch.empty(1, device="cuda:1")
+for name, config in (("mtier", None), ("peer", {"peer": {"gpus": [1], "copy_on": "rank"}})):
     tier, region = tiers.placement(name, config).allocate(nbytes)
     regions.append(region)
     tier_planes = region_bytes(region, device).view(planes, tokens, row)
@@ -290,7 +301,7 @@ def test_copy_rate_is_that_of_tier_peer(start_service: StartService) -> None:
     gbps = json.loads(run(RATES, daemon))
     ratios = {what: round(gbps[f"mtier {what}"] / gbps[f"peer {what}"], 4) for what in ("load", "store")}
     record("mtier_copy", gbps=gbps, mtier_over_peer=ratios)
-    assert min(ratios.values()) >= 0.9, gbps
+    assert min(ratios.values()) >= 0.98, gbps
 
 
 # ---- deaths ----
@@ -353,10 +364,12 @@ def test_a_killed_client_s_memory_is_back(start_service: StartService) -> None:
     """At once in the bank, a moment later with the driver; another client's bytes stay as they are."""
     before = used(1)
     daemon = start_service(f"gpu:1:{8 * GIB}")
-    assert used(1) - before < 2 * SLACK, "the service has no context on the GPU"
+    assert used(1) - before < 2 * SLACK, "a bank that is not used has no context on the GPU"
+    assert not is_named(daemon, 1)
     with Client(daemon, 0, 1, 3 * GIB) as one, Client(daemon, 0, 2, 3 * GIB) as two:
         assert one.ask("take") == two.ask("take") == "taken"
-        assert 6 * GIB <= used(1) - before < 6 * GIB + 600 * MIB, "the memory, and no context to speak of"
+        assert 6 * GIB <= used(1) - before < 6 * GIB + CONTEXT, "the memory, and one context"
+        assert is_named(daemon, 1), "the service keeps the GPU awake"
         assert one.ask("check") == two.ask("check") == "True"
         held = used(1)
         one.process.send_signal(signal.SIGKILL)
@@ -371,6 +384,7 @@ def test_a_killed_client_s_memory_is_back(start_service: StartService) -> None:
             assert two.ask("check") == three.ask("check") == "True"
     wait_until(lambda: daemon.available() == 8 * GIB, 1)
     wait_until(lambda: used(1) - before < 2 * SLACK, 30)
+    wait_until(lambda: not is_named(daemon, 1), 10)
     record("mtier_killed_client", bank_available_s=round(account_s, 3), memory_free_s=round(memory_s, 3))
 
 

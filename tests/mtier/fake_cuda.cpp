@@ -3,6 +3,8 @@
 //
 // FAKE_CUDA_GPUS, FAKE_CUDA_MEMORY: GPUs (2) and bytes of each (256 MiB), of which one process can create so many.
 // FAKE_CUDA_CONTEXT: ordinal of the GPU whose context is current in every thread at first; none without it.
+// FAKE_CUDA_CALLS: a file that receives a line, such as "retain 1", where a GPU's primary context is retained or released
+// and where a piece of its memory is created or destroyed. It outlives the process.
 // FAKE_CUDA_FAULT: a file; while it holds "CALL CODE", such as "cuMemMap 999", that call fails with that code.
 
 #include <sys/mman.h>
@@ -57,6 +59,7 @@ unsigned long long next_handle = 0x1000;
 std::map<unsigned long long, Memory> memories;
 std::map<std::uint64_t, Reservation> reservations;
 std::map<std::uint64_t, Mapped> mappings;
+std::map<int, int> retained;
 
 std::uint64_t number(const char *name, std::uint64_t otherwise) {
     const char *text = std::getenv(name);
@@ -78,6 +81,14 @@ int fault(const char *call) {
     bool hit = std::fscanf(file, "%63s %d", name, &code) == 2 && std::strcmp(name, call) == 0;
     std::fclose(file);
     return hit ? code : kOk;
+}
+
+void record(const char *what, int gpu) {
+    const char *path = std::getenv("FAKE_CUDA_CALLS");
+    std::FILE *file = path == nullptr ? nullptr : std::fopen(path, "a");
+    if (file == nullptr) return;
+    std::fprintf(file, "%s %d\n", what, gpu);
+    std::fclose(file);
 }
 
 // 0 where the call may go on.
@@ -154,6 +165,23 @@ FAKE cuDeviceTotalMem_v2(std::size_t *bytes, int) {
     return kOk;
 }
 
+FAKE cuDevicePrimaryCtxRetain(void **context, int device) {
+    ENTER("cuDevicePrimaryCtxRetain");
+    if (device < 0 || device >= gpus()) return kInvalidDevice;
+    *context = reinterpret_cast<void *>(static_cast<std::uintptr_t>(device + 1));
+    ++retained[device];
+    record("retain", device);
+    return kOk;
+}
+
+FAKE cuDevicePrimaryCtxRelease_v2(int device) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (retained[device] == 0) return kInvalidContext;
+    --retained[device];
+    record("release", device);
+    return fault("cuDevicePrimaryCtxRelease");
+}
+
 FAKE cuCtxGetCurrent(void **context) {
     ENTER("cuCtxGetCurrent");
     *context = contexts.empty() ? nullptr : reinterpret_cast<void *>(contexts.back());
@@ -205,6 +233,7 @@ FAKE cuMemCreate(unsigned long long *handle, std::size_t size, const Properties 
     if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(size)) != 0) return kOutOfMemory;
     *handle = ++next_handle;
     memories[*handle] = {fd, size, p->location.id};
+    record("create", p->location.id);
     return kOk;
 }
 
@@ -213,6 +242,7 @@ FAKE cuMemRelease(unsigned long long handle) {
     auto found = memories.find(handle);
     if (found == memories.end()) return kInvalidHandle;
     ::close(found->second.fd);
+    if (found->second.gpu >= 0) record("destroy", found->second.gpu);
     memories.erase(found);
     return fault("cuMemRelease");
 }

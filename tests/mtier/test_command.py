@@ -34,13 +34,13 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("four_gpus")
 def test_banks_of_hosts_and_gpus() -> None:
-    words = arguments("--bank", "host:512MiB", "--bank", "gpu:3", "--bank", "gpu:2:1.5GB", "--quota", "1")
+    words = arguments("--bank", "host:512MiB", "--bank", "gpu:3", "--bank", "gpu:2:0.5GB", "--quota", "1")
     assert words == [
-        *("--bank", f"host:{512 * MIB}", "--bank", f"gpu:3:{2 * GIB}", "--bank", "gpu:2:1500000000"),
+        *("--bank", f"host:{512 * MIB}", "--bank", f"gpu:3:{2 * GIB}", "--bank", "gpu:2:500000000"),
         *("--quota", "1000000000", "--granularity", str(2 * MIB)),
     ]
     assert arguments()[1].startswith("host:")
-    assert arguments("--bank", "gpu:1:1GiB")[1] == f"gpu:1:{GIB}"  # a size given may take the reserve
+    assert arguments("--bank", "gpu:3:2GiB")[1] == f"gpu:3:{2 * GIB}"
 
 
 @pytest.mark.usefixtures("four_gpus")
@@ -51,6 +51,7 @@ def test_banks_of_hosts_and_gpus() -> None:
         (["gpu:1"], "--bank gpu:1: GPU 1 has 1.07 GB free, of which 1.07 GB stay so"),
         (["gpu:0:1GB"], "--bank gpu:0:1GB: GPU 0 has 0.00 GB free"),
         (["gpu:3:4GiB"], "give less, or free memory there"),
+        (["gpu:3:2049MiB"], "GPU 3 has 3.22 GB free, of which 1.07 GB stay so for the service's CUDA context"),
         (["gpu:3:1MiB"], "--bank gpu:3:1MiB is smaller than the --granularity of 2 MiB; give more"),
         (["host:1MiB"], "--bank host:1MiB is smaller than the --granularity of 2 MiB; give more"),
         (["gpu:2", "gpu:2:1GB"], "--bank names GPU 2 twice; give one bank a GPU"),

@@ -136,7 +136,7 @@ class Fuzzer:
 
 
 #: Calls of the driver that come while the service runs.
-SERVING_CALLS = ("cuMemCreate", "cuMemExportToShareableHandle", "cuMemRelease")
+SERVING_CALLS = ("cuMemCreate", "cuMemExportToShareableHandle", "cuMemRelease", "cuDevicePrimaryCtxRetain")
 
 
 @pytest.mark.parametrize("kinds", [("host", "host"), ("gpu:0", "gpu:1")])
@@ -147,7 +147,8 @@ def test_service_survives_hostile_messages(
     banks = ["--bank", f"{kinds[0]}:{64 * MIB}", "--bank", f"{kinds[1]}:{32 * MIB}", "--quota", str(80 * MIB)]
     fault = tmp_path / "fault"
     driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_FAULT": str(fault), "FAKE_CUDA_CONTEXT": "0"}
-    daemon = start_daemon(*banks, binaries=sanitized, environment=driver)
+    calls = tmp_path / "calls"
+    daemon = start_daemon(*banks, binaries=sanitized, environment={**driver, "FAKE_CUDA_CALLS": str(calls)})
     descriptors = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
     fuzzer = Fuzzer(daemon.socket_path, SEED)
     r = random.Random(SEED)
@@ -168,6 +169,11 @@ def test_service_survives_hostile_messages(
     # What the sanitizers find, leaks included, ends the process with another status.
     assert daemon.stop() == 0, daemon.log()[-4000:]
     assert "ERROR" not in daemon.log()
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    assert bool(lines) == kinds[0].startswith("gpu")
+    for gpu in (0, 1):
+        assert lines.count(f"retain {gpu}") == lines.count(f"release {gpu}")
+        assert lines.count(f"create {gpu}") == lines.count(f"destroy {gpu}")
 
 
 LIBRARY_CALLS = """

@@ -43,10 +43,12 @@ class Machine:
         self.driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda)}
         self._start_daemon = start_daemon
         self._faults = {"client": directory / "client.fault", "service": directory / "service.fault"}
+        self._calls = directory / "service.calls"
 
     def start(self, *banks: str, **more: str) -> Daemon:
         arguments = [word for bank in banks or (f"gpu:1:{64 * MIB}",) for word in ("--bank", bank)]
         environment = {**self.driver, "FAKE_CUDA_FAULT": str(self._faults["service"]), **more}
+        environment["FAKE_CUDA_CALLS"] = str(self._calls)
         self.daemon = self._start_daemon(*arguments, environment=environment)
         return self.daemon
 
@@ -62,6 +64,15 @@ class Machine:
     def heal(self) -> None:
         for path in self._faults.values():
             path.unlink(missing_ok=True)
+
+    def calls(self) -> list[str]:
+        """What the service has had of the driver, in order: contexts and memory, each with its GPU."""
+        return self._calls.read_text().splitlines() if self._calls.exists() else []
+
+    def contexts(self, gpu: int) -> int:
+        """How often the service holds a GPU's primary context; all services of the test together."""
+        calls = self.calls()
+        return calls.count(f"retain {gpu}") - calls.count(f"release {gpu}")
 
     def handles(self) -> int:
         """Pieces of GPU memory that the service holds: each is a file of the fake driver's."""
@@ -271,6 +282,101 @@ def test_a_service_that_ends_gives_errors_and_no_hang(machine: Machine, number: 
         assert client.ask(LIVE) == [0, 0, 0]  # and goes all the same
         machine.start()
         assert client.ask(KEEP.format(bank=0, nbytes=64 * MIB)) == SUCCESS
+
+
+# ---- the context that keeps a bank's GPU awake ----
+
+
+def test_a_context_is_held_while_memory_is_out(machine: Machine) -> None:
+    daemon = machine.start(f"gpu:0:{64 * MIB}", f"gpu:1:{64 * MIB}")
+    with machine.client() as one, machine.client() as two:
+        for client in (one, two):
+            assert client.ask("lib.bank(1)[1].available_memory") == 64 * MIB
+        assert machine.calls() == [], "a bank that is not used leaves its GPU alone"
+        assert one.ask(KEEP.format(bank=1, nbytes=MIB)) == SUCCESS
+        assert machine.calls() == ["retain 1", "create 1"]
+        assert one.ask("lib.malloc(1, 1)[0]") == two.ask(KEEP.format(bank=1, nbytes=MIB)) == SUCCESS
+        assert machine.calls() == ["retain 1", *["create 1"] * 3]
+        assert one.ask("lib.free(lib.p[1])") == SUCCESS
+        assert one.close() == 0
+        wait_until(lambda: daemon.available(1) == 62 * MIB, 1)
+        assert machine.contexts(1) == 1
+        assert two.ask("lib.free(lib.p[1])") == SUCCESS
+        assert machine.calls() == ["retain 1", *["create 1"] * 3, *["destroy 1"] * 3, "release 1"]
+        # And again, on each GPU by itself.
+        assert two.ask(KEEP.format(bank=0, nbytes=MIB)) == SUCCESS
+        assert (machine.contexts(0), machine.contexts(1)) == (1, 0)
+        assert two.ask(f"lib.malloc(1, {MIB})[0]") == SUCCESS
+        assert (machine.contexts(0), machine.contexts(1)) == (1, 1)
+        assert two.ask("lib.reset_all()") == SUCCESS
+        assert (machine.contexts(0), machine.contexts(1)) == (0, 0)
+        # An allocation that fails leaves none, and what is refused has not even asked for one.
+        before = machine.calls()
+        assert two.ask(f"lib.malloc(1, {65 * MIB})[0]") == OUT_OF_MEMORY
+        assert machine.calls() == before
+        machine.fail("service", "cuMemCreate", 999)
+        assert two.ask("lib.malloc(1, 1)[0]") == MALLOC_ERROR
+        machine.fail("service", "cuMemExportToShareableHandle", 999)
+        assert two.ask("lib.malloc(1, 1)[0]") == MALLOC_ERROR
+        assert machine.calls()[len(before) :] == [
+            "retain 1",
+            "release 1",
+            "retain 1",
+            "create 1",
+            "destroy 1",
+            "release 1",
+        ]
+
+
+def test_banks_of_one_gpu_hold_its_context_until_the_last_is_empty(machine: Machine) -> None:
+    machine.start(f"gpu:1:{32 * MIB}", f"gpu:1:{32 * MIB}")
+    with machine.client() as client:
+        client.ask("setattr(lib, 'all', [lib.malloc(bank, 1)[1] for bank in (0, 1, 0)])")
+        assert machine.contexts(1) == 2, "one a bank; the driver counts"
+        assert client.ask("[lib.free(p) for p in lib.all[::2]]") == [SUCCESS] * 2
+        assert machine.contexts(1) == 1
+        assert client.ask("lib.free(lib.all[1])") == SUCCESS
+        assert machine.contexts(1) == 0
+
+
+def test_no_context_stays_after_a_killed_client_or_the_service(machine: Machine) -> None:
+    daemon = machine.start()
+    with machine.client() as one, machine.client() as two:
+        for client in (one, two):
+            assert client.ask(KEEP.format(bank=0, nbytes=MIB)) == SUCCESS
+        one.kill()
+        wait_until(lambda: machine.handles() == 1, 1)
+        assert machine.contexts(1) == 1
+        two.kill()
+        wait_until(lambda: machine.contexts(1) == 0, 1)
+    with machine.client() as client:
+        for _ in range(3):
+            assert client.ask("lib.malloc(0, 1)[0]") == SUCCESS
+        assert machine.contexts(1) == 1
+        assert daemon.stop(signal.SIGTERM) == 0
+        assert machine.calls()[-4:] == [*["destroy 1"] * 3, "release 1"]
+        assert machine.contexts(1) == 0
+
+
+def test_memory_without_a_context(machine: Machine) -> None:
+    daemon = machine.start()
+    words = "bank 0: copies may be slower, since GPU 1 rests where no process has a CUDA context: "
+    with machine.client() as client:
+        machine.fail("service", "cuDevicePrimaryCtxRetain", 2)
+        for _ in range(2):
+            assert client.ask(KEEP.format(bank=0, nbytes=MIB)) == SUCCESS
+            assert client.ask("lib.malloc(0, 1)[0]") == SUCCESS
+            assert client.ask("lib.reset_all()") == SUCCESS
+        assert machine.calls() == [*["create 1"] * 2, *["destroy 1"] * 2] * 2
+        assert words + "cuDevicePrimaryCtxRetain failed with CUDA error 2: out of memory" in daemon.log()
+        assert daemon.log().count("copies may be slower") == 1
+        machine.heal()
+        assert client.ask(KEEP.format(bank=0, nbytes=MIB)) == SUCCESS
+        assert machine.contexts(1) == 1
+        # One that cannot be let go of is no error of the client's.
+        machine.fail("service", "cuDevicePrimaryCtxRelease", 999)
+        assert client.ask("lib.free(lib.p[1])") == SUCCESS
+        assert machine.contexts(1) == 0
 
 
 def test_reset_all_and_forks(machine: Machine) -> None:

@@ -23,6 +23,7 @@ struct Grant {
     int fd = -1;           // for the client, to be closed once it is sent; -1: `why` says what is wrong
     std::string why;       // a clause
     bool may_pass = false; // the same call may succeed in a moment
+    std::string note;      // for the log, granted or not; mostly empty
 };
 
 class Bank {
@@ -58,6 +59,7 @@ class Bank {
             grant = create(bytes, id);
         } catch (...) {
             sizes_.erase(id);
+            destroy(id);
             throw;
         }
         if (grant.fd >= 0) {
@@ -79,6 +81,7 @@ class Bank {
 
   protected:
     virtual Grant create(std::uint64_t bytes, std::uint64_t id) = 0;
+    // Also of what create() could not make, and of names that it does not know.
     virtual void destroy(std::uint64_t id) = 0;
 
   private:
@@ -101,24 +104,27 @@ class HostBank : public Bank {
   protected:
     Grant create(std::uint64_t bytes, std::uint64_t) override {
         int fd = ::memfd_create("mtier", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        if (fd < 0) return {-1, words_of(errno), false};
+        if (fd < 0) return {-1, words_of(errno), false, ""};
         // Of fixed size: a client cannot take more than was granted, nor lose what it maps.
         if (::ftruncate(fd, static_cast<off_t>(bytes)) != 0 ||
             ::fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
             int error = errno;
             ::close(fd);
-            return {-1, words_of(error), false};
+            return {-1, words_of(error), false, ""};
         }
-        return {fd, "", false};
+        return {fd, "", false, ""};
     }
 
     void destroy(std::uint64_t) override {}
 };
 
 // HBM of one GPU, one piece of CUDA virtual memory management's physical memory an allocation, handed out as a file
-// descriptor. That needs no CUDA context here or on that GPU, so nothing but the allocations is taken from it. Physical
-// memory is put together from granules, so there are no holes that could fragment the bank, and one allocation is one
-// descriptor however large it is.
+// descriptor. Physical memory is put together from granules, so there are no holes that could fragment the bank, and
+// one allocation is one descriptor however large it is.
+//
+// None of this needs a CUDA context, but a GPU on which no process has one rests and serves its memory to others at a
+// lower rate. So the bank holds the GPU's primary context while any of its memory is out, and only then: a GPU whose
+// bank is not used looks idle to others. Nothing is done in the context, and it is current in no thread.
 //
 // The driver has the memory back when the service has released it and no client maps it any more: a client that dies
 // loses its own mappings with its process, and the service releases when the connection ends.
@@ -183,11 +189,12 @@ class GpuBank : public Bank {
                    std::to_string(granularity) + "; give a size in between";
             return nullptr;
         }
-        return std::unique_ptr<GpuBank>(new GpuBank(*driver, gpu, pci, bytes, granularity));
+        return std::unique_ptr<GpuBank>(new GpuBank(*driver, gpu, device, pci, bytes, granularity));
     }
 
     ~GpuBank() override {
         for (const auto &[id, handle] : handles_) driver_.MemRelease(handle);
+        rest();
     }
 
     MemoryKind kind() const override { return MemoryKind::kGpuMemory; }
@@ -199,39 +206,67 @@ class GpuBank : public Bank {
   protected:
     Grant create(std::uint64_t bytes, std::uint64_t id) override {
         cuda::AllocationProperties wanted = cuda::properties(gpu_);
-        // Reserved first, so that nothing can fail once there is a handle to lose.
+        // Reserved first, so that nothing can fail once there is a handle or a context to lose.
         auto entry = handles_.emplace(id, 0).first;
-        cuda::Result result = driver_.MemCreate(&entry->second, bytes, &wanted, 0);
+        Grant grant;
+        // Before the memory, which could leave the context no room. Asked for once, not with each allocation: where it
+        // cannot be had, asking may take as long as making it.
+        if (handles_.size() == 1) grant.note = wake();
+        cuda::Handle handle = 0;
+        cuda::Result result = driver_.MemCreate(&handle, bytes, &wanted, 0);
         if (result != cuda::kOk) {
-            handles_.erase(entry);
             // The memory of a client that has just died is the driver's again a moment after its connection ends.
-            return {-1, driver_.failed("cuMemCreate", result), result == cuda::kErrorOutOfMemory};
+            grant.may_pass = result == cuda::kErrorOutOfMemory;
+            grant.why = driver_.failed("cuMemCreate", result);
+        } else {
+            entry->second = handle;
+            result = driver_.MemExportToShareableHandle(&grant.fd, handle, cuda::kFileDescriptor, 0);
+            if (result != cuda::kOk || grant.fd < 0) {
+                grant.fd = -1;
+                grant.why = driver_.failed("cuMemExportToShareableHandle", result);
+            }
         }
-        int fd = -1;
-        result = driver_.MemExportToShareableHandle(&fd, entry->second, cuda::kFileDescriptor, 0);
-        if (result != cuda::kOk || fd < 0) {
-            driver_.MemRelease(entry->second);
-            handles_.erase(entry);
-            return {-1, driver_.failed("cuMemExportToShareableHandle", result), false};
-        }
-        return {fd, "", false};
+        if (grant.fd < 0) destroy(id);
+        return grant;
     }
 
     void destroy(std::uint64_t id) override {
         auto found = handles_.find(id);
         if (found == handles_.end()) return;
-        driver_.MemRelease(found->second);
+        if (found->second != 0) driver_.MemRelease(found->second);
         handles_.erase(found);
+        if (handles_.empty()) rest();
     }
 
   private:
-    GpuBank(const cuda::Driver &driver, int gpu, std::string pci, std::uint64_t total, std::uint64_t granularity)
-        : Bank(total, granularity), driver_(driver), gpu_(gpu), pci_(std::move(pci)) {}
+    GpuBank(const cuda::Driver &driver, int gpu, cuda::Device device, std::string pci, std::uint64_t total,
+            std::uint64_t granularity)
+        : Bank(total, granularity), driver_(driver), gpu_(gpu), device_(device), pci_(std::move(pci)) {}
+
+    // Holds the GPU's primary context; the driver counts holders, such as another bank of this GPU. Returns words for
+    // the log where that fails for the first time: the memory is as good, only slower to reach.
+    std::string wake() {
+        cuda::Context context = nullptr;
+        cuda::Result result = driver_.DevicePrimaryCtxRetain(&context, device_);
+        awake_ = result == cuda::kOk;
+        if (awake_ || told_) return "";
+        told_ = true;
+        return "copies may be slower, since GPU " + std::to_string(gpu_) + " rests where no process has a CUDA " +
+               "context: " + driver_.failed("cuDevicePrimaryCtxRetain", result);
+    }
+
+    void rest() {
+        if (awake_) driver_.DevicePrimaryCtxRelease(device_);
+        awake_ = false;
+    }
 
     const cuda::Driver &driver_;
     const int gpu_;
+    const cuda::Device device_;
     const std::string pci_;
     std::unordered_map<std::uint64_t, cuda::Handle> handles_;
+    bool awake_ = false;  // the context is held
+    bool told_ = false;
 };
 
 }  // namespace mtier

@@ -85,6 +85,8 @@ class Driver {
     Result (*DeviceGetAttribute)(int *, int, Device) = nullptr;
     Result (*DeviceGetPCIBusId)(char *, int, Device) = nullptr;
     Result (*DeviceTotalMem)(std::size_t *, Device) = nullptr;
+    Result (*DevicePrimaryCtxRetain)(Context *, Device) = nullptr;
+    Result (*DevicePrimaryCtxRelease)(Device) = nullptr;
     Result (*CtxGetCurrent)(Context *) = nullptr;
     Result (*CtxGetDevice)(Device *) = nullptr;
     Result (*CtxPushCurrent)(Context) = nullptr;
@@ -125,6 +127,8 @@ class Driver {
         find(&DeviceGetAttribute, "cuDeviceGetAttribute");
         find(&DeviceGetPCIBusId, "cuDeviceGetPCIBusId");
         find(&DeviceTotalMem, "cuDeviceTotalMem_v2");
+        find(&DevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain");
+        find(&DevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2");
         find(&CtxGetCurrent, "cuCtxGetCurrent");
         find(&CtxGetDevice, "cuCtxGetDevice");
         find(&CtxPushCurrent, "cuCtxPushCurrent_v2");

@@ -373,6 +373,7 @@ class Service {
             client->allocations.erase(entry);
             throw;
         }
+        if (!grant.note.empty()) log_.line("bank %d: %s", request.bank, grant.note.c_str());
         if (grant.fd < 0) {
             client->allocations.erase(entry);
             append(&words, "bank %d could not make %" PRIu64 " bytes: %s", request.bank, size, grant.why.c_str());
