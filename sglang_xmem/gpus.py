@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -73,6 +74,20 @@ def attribute(gpu: int, name: str) -> int:
     d = driver()
     key = getattr(d.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
     return int(checked(d.cuDeviceGetAttribute(key, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), name))
+
+
+def hold_context(gpu: int) -> Callable[[], None]:
+    """Keep a CUDA context on a GPU until the returned function is called; it becomes current nowhere.
+
+    A GPU without any context rests, and other GPUs reach its memory at a lower rate (docs/performance.md).
+
+    Raises:
+        TierUnavailable: the GPU gives none.
+    """
+    d = driver()
+    device = checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")
+    checked(d.cuDevicePrimaryCtxRetain(device), f"making a CUDA context on GPU {gpu}")
+    return functools.partial(d.cuDevicePrimaryCtxRelease, device)
 
 
 @functools.cache

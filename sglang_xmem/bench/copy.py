@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         default=None,
-        help="how peer memory is mapped, comma-separated: tier (as the tier does), vmm (cuMemMap), context (cuMemAlloc "
-        "in a context of the peer); default: tier, and the main case once over the others",
+        help="peer memory, comma-separated: tier (as the tier has it), asleep (the same without a context on the "
+        "peer), context (cuMemAlloc in one); default: tier, and the main case once over the others",
     )
     parser.add_argument(
         "--copies-on",

@@ -13,8 +13,9 @@ Row = dict[str, Any]
 #: the time that a load takes of the calling thread.
 PATHS = ("peer_load", "peer_store", "peer_both", "peer_matmul", "peer_enqueue", "host_load", "host_store")
 CPU_PATHS = ("host_load", "host_store")
-#: How peer memory is mapped: as the tier does it, cuMemCreate and cuMemMap, or cuMemAlloc in a context of the peer.
-MEMORIES = ("tier", "vmm", "context")
+#: Peer memory: the tier's; the same without a context on the peer, which then rests; of cuMemAlloc in such a context.
+#: `asleep` can only be measured before anything makes a context there.
+MEMORIES = ("asleep", "tier", "context")
 #: Which GPU runs the copies: the one that the tier takes by itself, the rank's own, or the peer and no other.
 By = Literal["tier", "rank", "peer"]
 
@@ -93,13 +94,20 @@ def link_settings(path: str, case: int) -> Changes:
 
     The tier's own settings leave most of the GPU to the forward pass, and are measured beside these.
     """
-    if path.startswith("host"):
-        return bulk(16, 8, 4, 4096, 1)
-    if path.endswith("both"):
-        return register(64, 512, 16)  # two of these fit beside each other
-    if path.endswith("load"):
-        return bulk(32, 2, 3, 32768, 1) if case == FEW else register(64, 512, 16)
-    return register(64, 512, 8) if case == FEW else register(132, 512, 16)
+    tier, _, kind = path.partition("_")
+    few = LINK_SETTINGS.get(f"{tier} {kind} of few pages") if case == FEW else None
+    return few or LINK_SETTINGS[f"{tier} {kind}"]
+
+
+LINK_SETTINGS: dict[str, Changes] = {
+    "peer load": register(64, 512, 16),
+    "peer load of few pages": bulk(32, 2, 3, 32768, 1),
+    "peer store": register(132, 512, 16),
+    "peer store of few pages": register(64, 512, 8),
+    "peer both": register(64, 512, 16),  # two of these fit beside each other
+    "host load": bulk(16, 8, 4, 4096, 1),
+    "host store": bulk(16, 8, 4, 4096, 1),
+}
 
 
 #: Kernels of the rank's GPU that may run beside a forward pass, by what rows call them; each with ever more blocks,
@@ -135,7 +143,7 @@ class Job:
         path, memory: members of PATHS and MEMORIES.
         number: of the case in CASES.
         case: what is copied, cut to what fits.
-        kernel: name of the copier.
+        kernel: name of the copier, or `engine`: the copy engine, page by page.
         tuning: what its settings are called in rows: `shipped` is what the tier does by default, `rank` its settings
             for copies by the rank's GPU, `link` is for the link's sake alone, `in order` the same as `link`.
         changes: to the tier's own settings.
@@ -196,13 +204,23 @@ def gpu_jobs(
     Args:
         paths: members of PATHS.
         numbers: places in CASES; None is all over a peer, and over host links the first ones, for the time they take.
-        memories: of peer memory; None measures all over the tier's, and the main case once over each other mapping.
+        memories: of peer memory; None measures all over the tier's, and the main case once over each other.
         quick: the least that still runs every path.
         copies_on: the GPU that runs a peer's copies; None is as the tier does, and by the rank beside it.
     """
-    jobs = [
+    once = [] if memories is not None or (numbers is not None and MAIN not in numbers) else ["asleep", "context"]
+    others = {
+        memory: [
+            _job(path, MAIN, memory, quick, "link", link_settings(path, MAIN))
+            for path in ("peer_load", "peer_store")
+            if path in paths
+        ]
+        for memory in once
+    }
+    jobs = others.get("asleep", [])  # first, for what follows wakes the peer
+    jobs += [
         job
-        for memory in memories or ("tier",)
+        for memory in sorted(memories or ("tier",), key=MEMORIES.index)
         for number in (range(len(CASES)) if numbers is None else numbers)
         for path in paths
         if path.startswith("peer")
@@ -210,11 +228,7 @@ def gpu_jobs(
     ]
     for number in range(ROWS + 1) if numbers is None else numbers:
         jobs += [job for path in paths if path.startswith("host") for job in _jobs_of(path, number, "tier", quick)]
-    if memories is None and (numbers is None or MAIN in numbers):
-        for memory in MEMORIES[1:]:
-            for path in ("peer_load", "peer_store"):
-                if path in paths:
-                    jobs.append(_job(path, MAIN, memory, quick, "link", link_settings(path, MAIN)))
+    jobs += others.get("context", [])
     return [chosen for job in jobs for chosen in _as_asked(job, copies_on)]
 
 
@@ -250,6 +264,8 @@ def _jobs_of(path: str, number: int, memory: str, quick: bool) -> Iterator[Job]:
     if number == MAIN:
         # What multiprocessors reach at all. Scattered pages at the same rate cost nothing.
         yield dataclasses.replace(link, tuning="in order", target=None, in_order=True)
+        engine = _job(path, number, memory, quick, "a batch of pages", {}, targeted=False)
+        yield dataclasses.replace(engine, kernel="engine", case=engine.case.limited(HOST_BYTES))
     if number == MAIN and path.startswith("peer"):
         settings = register(FEW_CTAS, 512, 16)
         yield _job(path, number, memory, quick, f"at most {FEW_CTAS} blocks", settings, ctas=FEW_CTAS)

@@ -1,7 +1,7 @@
-"""Memory that `sglang-xmem bench copy` copies to: a tier's, or a peer's mapped in one way or the other.
+"""Memory that `sglang-xmem bench copy` copies to: a tier's, or a peer's in another way.
 
-How a peer's memory is mapped changes what the link carries, so both ways can be measured beside what the tier does.
-The tier also says which GPU copies; over the other mappings that is the rank's own.
+Whether the peer is awake changes what the link carries, how its memory is mapped does not; both can be measured beside
+what the tier does. The tier also says which GPU copies; over the others that is the rank's own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_xmem import gpus
 from sglang_xmem.tiers import Region
+from sglang_xmem.tiers.peer import PeerSeat, PeerSettings, PeerTier
 
 
 def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: int) -> Region:
@@ -29,7 +30,11 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
         assert gpu is not None
         assert peer is not None
         return _of_a_context(gpu, peer, nbytes)
-    # `vmm` is what tier `peer` does where the rank's own GPU copies.
+    if tier == "peer" and memory == "asleep":
+        assert peer is not None
+        return _Asleep(PeerSettings(gpus=(peer,), copy_on="rank"), PeerSeat(gpus=(peer,), named=True), gpu).allocate(
+            nbytes
+        )
     from sglang_xmem.config import parse_options
     from sglang_xmem.plan import Placement, make_plan
     from sglang_xmem.tiers import Ranks
@@ -37,11 +42,16 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
     def unlimited(nbytes: int) -> int:
         return 1 << 60
 
-    name, config = "dram", None
-    if tier == "peer":
-        name, config = "peer", {"peer": {"gpus": [peer], **({"copy_on": "rank"} if memory == "vmm" else {})}}
+    name, config = ("peer", {"peer": {"gpus": [peer]}}) if tier == "peer" else ("dram", None)
     plan = make_plan(parse_options(name, config), Ranks(gpus=(gpu,)), nbytes, unlimited)
     return Placement(plan, 0, unlimited).allocate(nbytes)[1]
+
+
+class _Asleep(PeerTier):
+    """Tier `peer` without a context on the peer, unless another process has one there."""
+
+    def _wake(self, peers: tuple[int, ...], undo: ExitStack) -> None:
+        pass
 
 
 def why_not_by(peer: int, gpu: int) -> str:

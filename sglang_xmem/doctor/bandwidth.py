@@ -1,7 +1,7 @@
 """A quick measurement of the links between GPUs, and of each GPU's to host memory, in a child process on a clock.
 
-What the tiers do at their best: the copy engine on contiguous memory, the peer's memory as tier `peer` maps it. One
-context at a time, none on peers; GPUs that others use are left alone.
+What the tiers do at their best: the copy engine on contiguous memory, the peer's memory as tier `peer` maps it, all
+GPUs awake; those that others use are left alone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,17 @@ def measure(deadline: float) -> Iterator[Json]:
     busy = {gpu: gpus.foreign_use(gpu) for gpu in visible}
     peers = {gpu: [peer for peer in visible if peer != gpu and gpus.can_access_peer(gpu, peer)] for gpu in visible}
     left = sum(1 + len(peers[gpu]) for gpu in visible)
+    with ExitStack() as awake:
+        for gpu in visible:  # once, since making a context takes longer than measuring a link
+            with suppress(TierUnavailable):  # told where it is missed
+                if busy[gpu] is None and time.monotonic() < deadline:
+                    awake.callback(gpus.hold_context(gpu))
+        yield from _rows(visible, peers, busy, left, deadline)
+
+
+def _rows(
+    visible: list[int], peers: dict[int, list[int]], busy: dict[int, str | None], left: int, deadline: float
+) -> Iterator[Json]:
     for gpu in visible:
         rows: list[Json] = [{"gpu": gpu, "peer": peer} for peer in [None, *peers[gpu]]]
         with ExitStack() as stack:
@@ -122,7 +133,7 @@ class _Bench:
 
     def peer(self, peer: int, share_s: float) -> Json:
         """Both directions between a peer's memory and the GPU."""
-        tier = PeerTier(PeerSettings(gpus=(peer,)), PeerSeat(gpus=(peer,), named=True), self._gpu)
+        tier = PeerTier(PeerSettings(gpus=(peer,), copy_on="rank"), PeerSeat(gpus=(peer,), named=True), self._gpu)
         region = tier.allocate(COPY_BYTES)
         try:
             read = self._gbps(self._buffer, region.address, share_s / 2)

@@ -1,8 +1,8 @@
 """Tier `peer`: HBM of other GPUs of this host, over NVLink where there is one.
 
 Memory comes from CUDA's virtual memory management: physical memory created on the peer and mapped into this process.
-The driver gives it back when the process ends, however it ends. An idle peer also runs the copies, which takes a CUDA
-context there; where the rank's own GPU runs them, nothing but the pool itself is taken from the peer.
+The driver gives it back when the process ends, however it ends. A CUDA context on the peer (about 0.5 GB) keeps it
+awake, since a resting GPU serves its memory more slowly, and lets an idle peer run the copies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sglang_xmem import gpus
 from sglang_xmem.errors import ConfigError, TierUnavailable
 from sglang_xmem.tiers.base import Locality, MemoryTier, Ranks, Region
 
-#: Left free on each peer: for the driver's own page tables and whoever starts a context there.
+#: Left free on each peer: for this process's context there and the driver's page tables.
 RESERVE_BYTES = 1 << 30
 
 
@@ -30,8 +30,7 @@ class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             pool.
         stripe_mib: where a rank has several peers, bytes (in MiB, 2^20) on one before the next one's turn.
         copy_on: which GPU runs the copies: the rank's own, or `peer`, a rank's first peer, which has to be idle. That
-            spares the rank's GPU the multiprocessors, and takes a CUDA context on the peer. `auto` is `peer` where that
-            can be.
+            spares the rank's GPU the multiprocessors. `auto` is `peer` where that can be.
     """
 
     gpus: tuple[int, ...] | None = None
@@ -157,6 +156,7 @@ class PeerTier(MemoryTier):
         what = f"allocating {nbytes / 1e9:.2f} GB on GPU {', '.join(map(str, peers))}"
         undo = ExitStack()
         with undo:
+            self._wake(peers, undo)
             base = int(gpus.checked(d.cuMemAddressReserve(total, granularity, 0, 0), "reserving addresses"))
             undo.callback(d.cuMemAddressFree, base, total)
             for number, offset in enumerate(range(0, total, stripe)):
@@ -181,6 +181,11 @@ class PeerTier(MemoryTier):
             copying_gpu=copying,
             copying_required=self.settings.copy_on == "peer",
         )
+
+    def _wake(self, peers: tuple[int, ...], undo: ExitStack) -> None:
+        """Keep peers from resting until `undo`."""
+        for gpu in peers:
+            undo.callback(gpus.hold_context(gpu))
 
     def _copying(self, peers: tuple[int, ...]) -> int | None:
         """Which peer runs the copies, None for the rank's own GPU."""

@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sglang_xmem.copies.torch import TorchPageCopier
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, Locality
 from sglang_xmem.errors import CopyError, TierUnavailable
 from sglang_xmem.tiers import Region
+from sglang_xmem.tiers.peer import PeerTier
 
 Rows = list[dict[str, Any]]
 RunCopy = Callable[..., tuple[int, Rows]]
@@ -76,9 +77,9 @@ def test_host_copies_without_a_gpu(run_copy: RunCopy, capsys: pytest.CaptureFixt
         (("--cases", "one"), "not a list of numbers"),
         (("--ctas", "-1"), "not a list of numbers"),
         (("--repetitions", "0"), "give at least 1"),
-        (("--memory", "cxl"), "choose from tier, vmm, context"),
+        (("--memory", "cxl"), "choose from asleep, tier, context"),
         (("--copies-on", "host"), "choose from rank, peer"),
-        (("--copies-on", "peer", "--memory", "tier,vmm"), "leave --memory out"),
+        (("--copies-on", "peer", "--memory", "tier,asleep"), "leave --memory out"),
         (("--tunings", "{}"), "not a JSON list"),
         (("--tunings", "[{"), "not a JSON list"),
         (("--tunings", '[{"blocks": 1}]'), "known keys: variant, ctas"),
@@ -117,6 +118,7 @@ class FakeGpu(copy_measure.Cpu):
     #: The peer as far as it copies for this GPU, and whether it turns out that it cannot.
     copying_gpu: int | None = 1
     refuses_peer = False
+    engine_forgets = False
 
     def __init__(self) -> None:
         self.streams = [Stream(0.0)]
@@ -155,6 +157,12 @@ class FakeGpu(copy_measure.Cpu):
     def memcpy(self, target: torch.Tensor, source: torch.Tensor, nbytes: int) -> None:
         super().memcpy(target, source, nbytes)
         self.hold(nbytes / self.link_gbps / 1e6)
+
+    def memcpy_pages(self, targets: list[int], sources: list[int], nbytes: int) -> None:
+        if self.engine_forgets:
+            targets, sources = targets[1:], sources[1:]
+        super().memcpy_pages(targets, sources, nbytes)
+        self.hold(len(targets) * nbytes / 0.5 / self.link_gbps / 1e6)
 
     def room(self) -> int:
         return 2_000_000
@@ -277,7 +285,11 @@ def test_gpu_run(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFix
         assert row["ratio"] == pytest.approx(0.975, abs=0.001)
         assert row["target"] == target
         assert row["reached"] is (target <= 0.975)
-    assert {memory for path, _, _, memory in found if path == "peer_load"} == {"tier", "vmm", "context"}
+    assert {memory for path, _, _, memory in found if path == "peer_load"} == {"tier", "asleep", "context"}
+    assert [row["memory"] for row in rows[:2]] == ["asleep"] * 2, "before anything wakes the peer"
+    for path in ("peer_load", "peer_store", "host_load", "host_store"):
+        engine = found[path, main, "a batch of pages", "tier"]
+        assert (engine["ratio"], engine["target"], engine["enqueue_us_per_page"] > 0) == (0.5, None, True)
     assert ("peer_store", "page size 1", "triton", "tier") in found
     # 8 blocks do not load at 90 % of the link, 10 do.
     matmul = found["peer_matmul", main, "rank", "tier"]
@@ -371,7 +383,7 @@ def jobs_of(copies_on: Any, memories: tuple[str, ...] | None = None) -> list[cop
 
 def test_which_gpu_copies() -> None:
     """All jobs of a run have keys of their own, and --copies-on leaves out those of the other GPU."""
-    for jobs in (jobs_of(None), jobs_of("rank"), jobs_of("peer"), jobs_of(None, ("vmm", "tier", "context"))):
+    for jobs in (jobs_of(None), jobs_of("rank"), jobs_of("peer"), jobs_of(None, ("asleep", "tier", "context"))):
         assert len({job.key for job in jobs}) == len(jobs)
     over_peer = {copies_on: [job for job in jobs_of(copies_on) if job.tier == "peer"] for copies_on in (None, "rank")}
     by_peer = [job for job in jobs_of("peer") if job.tier == "peer"]
@@ -383,7 +395,9 @@ def test_which_gpu_copies() -> None:
     hosts = [[job for job in jobs_of(copies_on) if job.tier == "host"] for copies_on in (None, "rank", "peer")]
     assert hosts[0] == hosts[1] == hosts[2]
     assert {job.by for job in hosts[0]} == {"rank"}
-    assert {job.by for job in jobs_of(None, ("vmm", "context"))} == {"rank"}, "the tier's choice is over its own memory"
+    assert {job.by for job in jobs_of(None, ("asleep", "context"))} == {"rank"}, (
+        "the tier's choice is over its own memory"
+    )
 
 
 def test_keys_tell_who_copies() -> None:
@@ -439,15 +453,34 @@ def test_a_copier_that_cannot_run_on_the_peer(run_copy: RunCopy, fake_gpu: FakeG
     assert ["mapped for itself" in row["error"] for row in more[len(rows) :]] == [True]
 
 
-@pytest.mark.parametrize(("memory", "copy_on"), [("tier", "auto"), ("vmm", "rank")])
-def test_memory_is_mapped_for_whoever_copies(monkeypatch: pytest.MonkeyPatch, memory: str, copy_on: str) -> None:
+def test_memory_of_a_peer_that_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tier has it for copies by the rank, and nothing on the peer."""
+    seen: list[Any] = []
+
+    def allocate(self: PeerTier, nbytes: int) -> Region:
+        with ExitStack() as undo:
+            self._wake(self.seat.gpus, undo)
+        seen.append((self.settings.copy_on, self.seat.gpus, self.gpu, nbytes))
+        return Region(0, nbytes, "fake", lambda: None)
+
+    monkeypatch.setattr(PeerTier, "allocate", allocate)
+    woken: list[int] = []
+    monkeypatch.setattr(gpus, "hold_context", lambda gpu: lambda: woken.append(gpu))
+    copy_memory.allocate("peer", "asleep", 0, 3, 1 << 20)
+    assert (seen, woken) == ([("rank", (3,), 0, 1 << 20)], [])
+    monkeypatch.setattr(copy_memory._Asleep, "_wake", PeerTier._wake)
+    copy_memory.allocate("peer", "asleep", 0, 3, 1 << 20)
+    assert woken == [3], "otherwise the tier wakes it"
+
+
+def test_memory_is_mapped_for_whoever_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     def make_plan(options: Options, *arguments: Any) -> Any:
         assert options.tiers["peer"].gpus == (3,)
         raise TierUnavailable(options.tiers["peer"].copy_on)
 
     monkeypatch.setattr("sglang_xmem.plan.make_plan", make_plan)
-    with pytest.raises(TierUnavailable, match=f"^{copy_on}$"):
-        copy_memory.allocate("peer", memory, 0, 3, 1 << 20)
+    with pytest.raises(TierUnavailable, match="^auto$"):
+        copy_memory.allocate("peer", "tier", 0, 3, 1 << 20)
 
 
 @pytest.mark.parametrize("in_order", [False, True])
@@ -489,7 +522,15 @@ def test_wrong_bytes_are_found(
         "peer_both_store",
         "host_load",
     }
-    assert not any(row["verified"] for row in rows)
+    assert {row["kernel"] for row in rows if row["verified"]} == {"copy engine"}
+
+
+def test_wrong_bytes_of_the_copy_engine_are_found(run_copy: RunCopy, fake_gpu: FakeGpu) -> None:
+    fake_gpu.engine_forgets = True
+    status, rows = run_copy("--quick", "--no-plots", "--cases", "0", "--paths", "peer_load,host_store")
+    assert status == 1
+    wrong = [(row["path"], row["kernel"]) for row in rows if not row["verified"]]
+    assert wrong == [("peer_load", "copy engine"), ("host_store", "copy engine")]
 
 
 def test_one_failure_leaves_the_others(
@@ -521,9 +562,9 @@ def test_memory_that_cannot_be_had_is_waived(
     status, rows = run_copy("--quick", "--paths", "peer_load,peer_both")
     assert status == 0
     assert [(row["path"], row["memory"]) for row in rows] == [
+        ("peer_load", "asleep"),
         ("peer_load", "tier"),
         ("peer_both", "tier"),
-        ("peer_load", "vmm"),
         ("peer_load", "context"),
     ]
     assert "WAIVED: GPU 0 has no peer access to GPU 1" in capsys.readouterr().out

@@ -56,7 +56,7 @@ def test_all_paths(tmp_path: Path) -> None:
         "host_load",
         "host_store",
     }
-    assert {row["memory"] for row in rows if row["path"] == "peer_load"} == {"tier", "vmm", "context"}
+    assert {row["memory"] for row in rows if row["path"] == "peer_load"} == {"tier", "asleep", "context"}
     assert all(row["gbps"] > 1 for row in rows if "gbps" in row)
     shipped = [row for row in rows if row["tuning"] == "shipped" and row["path"].startswith("peer")]
     assert {row["runs_on"] for row in shipped} == {by}

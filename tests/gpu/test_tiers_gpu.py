@@ -96,7 +96,7 @@ def test_peer_memory_is_on_the_peer_and_returns() -> None:
     during_free, _ = gpus.memory_bytes(1)
     region.release()
     after_free, _ = gpus.memory_bytes(1)
-    assert 4 * GB <= start_free - during_free < 4 * GB + (600 << 20), "the pool, and no context to speak of"
+    assert 4 * GB <= start_free - during_free < 4 * GB + (1 << 30), "the pool and a context"
     assert start_free - after_free < 64 << 20
     assert tier.name == "peer"
 
@@ -166,6 +166,7 @@ from sglang_xmem.pool import TierPool
 from sglang_xmem.tiers import Ranks
 budget = lambda nbytes: 1 << 50
 config = {{"peer": {{"gpus": [1], "copy_on": "{copy_on}"}}}}
+gpus.foreign_use = lambda gpu: None  # the test's own process may have a context there
 where = Placement(make_plan(parse_options("peer", config), Ranks(gpus=(0,)), None, budget), 0, budget)
 device = torch.device("cuda:0")
 shape = dict(num_layers=4, num_tokens=1 << 18, page_size=64, row_bytes=1024)
@@ -178,8 +179,8 @@ print("RESULT", json.dumps([os.getpid() in held, held.get(os.getpid()), gpus.mem
 
 
 @pytest.mark.parametrize("copy_on", ["auto", "rank"])
-def test_a_peer_that_copies_names_this_process(copy_on: str) -> None:
-    """Under the process that NVML names on the peer is the pool; where the rank copies, NVML names none."""
+def test_a_peers_memory_shows_under_this_process(copy_on: str) -> None:
+    """NVML names it on the peer, with the pool's bytes where it tells any."""
     need_gpus(2)
     code = textwrap.dedent(SHOW).format(path=sys.path, copy_on=copy_on)
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
@@ -187,8 +188,8 @@ def test_a_peer_that_copies_names_this_process(copy_on: str) -> None:
     named, nbytes, used = json.loads(line.removeprefix("RESULT "))
     print("NVML:", copy_on, named, nbytes, used)
     assert used >= 2 << 30
-    assert named == (copy_on == "auto")
-    if named and nbytes is not None:
+    assert named
+    if nbytes is not None:
         assert nbytes >= 2 << 30
 
 
@@ -213,8 +214,7 @@ def test_auto_passes_over_a_peer_that_another_process_uses() -> None:
     need_gpus(2)
     process = hold(2 * GB)
     try:
-        # The holder has no context on GPU 1, so NVML does not name it.
-        assert "GPU 1 has 2.0" in str(gpus.foreign_use(1))
+        assert f"GPU 1 is in use by process {process.pid}" in str(gpus.foreign_use(1))
         where = placement("auto")
         assert where.plan.candidates[0].tier == ("peer" if torch.cuda.device_count() > 2 else "dram")
         if torch.cuda.device_count() == 2:

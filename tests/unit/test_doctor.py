@@ -50,39 +50,29 @@ class FakeCuda(FakeDriver):
         super().__init__(free)
         self.seen: set[int] = set()
         self.corrupt = False
-        self.context: int | None = None
-        self.current = False
+        self.context: int | None = None  # the GPU whose context is current
         self.live: dict[int, Any] = {}
         self.objects: set[int] = set()
         self.backing: dict[int, Any] = {}
         self.clock_ms = 0.0
 
-    def cuDeviceGet(self, gpu: int) -> tuple[Any, int]:
-        return SUCCESS, gpu
-
-    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, int]:
-        assert self.context is None, "two contexts at a time"
-        if self._fails("context"):
-            return FAILURE, 0
-        self.context = device
-        self.seen.add(device)
-        return SUCCESS, device + 1
-
-    def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Any]:
-        assert self.context == device
-        self.context = None
-        return (SUCCESS,)
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, Any]:
+        status, _ = super().cuDevicePrimaryCtxRetain(device)
+        if status == SUCCESS:
+            self.seen.add(device)
+        return status, device + 1
 
     def cuCtxSetCurrent(self, context: Any) -> tuple[Any]:
-        self.current = int(context) != 0
+        self.context = int(context) - 1 if int(context) else None
+        assert self.context is None or self.context in self.contexts
         return (SUCCESS,)
 
     def cuCtxSynchronize(self) -> tuple[Any]:
-        assert self.current
+        assert self.context is not None
         return (SUCCESS,)
 
     def _object(self, name: str) -> tuple[Any, int]:
-        assert self.current
+        assert self.context is not None
         if self._fails(name):
             return FAILURE, 0
         number = next(self._numbers)
@@ -102,7 +92,7 @@ class FakeCuda(FakeDriver):
     cuStreamDestroy = cuEventDestroy = _gone
 
     def _memory(self, name: str, size: int) -> tuple[Any, int]:
-        assert self.current
+        assert self.context is not None
         if self._fails(name):
             return FAILURE, 0
         memory = ctypes.create_string_buffer(size)
@@ -182,7 +172,7 @@ class GpuMachine:
 
     def check_untouched(self) -> None:
         cuda = self.cuda
-        assert (cuda.context, cuda.current, cuda.live, cuda.objects) == (None, False, {}, set())
+        assert (cuda.context, cuda.contexts, cuda.live, cuda.objects) == (None, [], {}, set())
         assert (cuda.ranges, cuda.mapped, cuda.handles, cuda.free) == ({}, {}, {}, self.start)
 
 

@@ -52,6 +52,7 @@ class FakeDriver:
         self.handles: dict[int, Block] = {}
         self.mapped: dict[int, Block] = {}
         self.readers: dict[int, tuple[int, ...]] = {}
+        self.contexts: list[int] = []
         self._acquired = 0
         self._numbers = iter(range(1, 1 << 20))
 
@@ -59,6 +60,21 @@ class FakeDriver:
         self.calls.append(name)
         self._acquired += 1
         return self._acquired - 1 == self.fail_at
+
+    def cuDeviceGet(self, gpu: int) -> tuple[Any, int]:
+        return SUCCESS, gpu
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, Any]:
+        if self._fails("retain"):
+            return FAILURE, None
+        self.contexts.append(device)
+        return SUCCESS, object()
+
+    def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Any]:
+        self.calls.append("release context")
+        self.contexts.remove(device)
+        assert not any(block.gpu == device for block in self.mapped.values()), "asleep with memory in use"
+        return (SUCCESS,)
 
     def cuMemGetAllocationGranularity(self, prop: Any, flags: Any) -> tuple[Any, int]:
         return (FAILURE, 0) if self._fails("granularity") else (SUCCESS, GRANULARITY)
@@ -150,6 +166,7 @@ class Machine:
         assert self.driver.ranges == {}
         assert self.driver.mapped == {}
         assert self.driver.handles == {}
+        assert self.driver.contexts == []
         assert self.driver.free == self.start
 
 
@@ -395,6 +412,7 @@ def test_one_peer_gives_one_block() -> None:
         assert machine.driver.mapped == {region.address: Block(1, 34 * MIB)}
         assert machine.driver.readers == {region.address: (34 * MIB, 0, 1)}, "the rank's GPU and the one that copies"
         assert machine.driver.handles == {}, "the mapping alone keeps the memory"
+        assert machine.driver.contexts == [1], "the peer is kept awake"
         assert "GPU 1" in region.summary
         region.release()
         machine.check_untouched()
@@ -426,6 +444,7 @@ def test_stripes_cover_the_range_in_turn(
         assert at == region.address + mib * MIB
         assert used(machine) == expected
         assert machine.driver.readers == {region.address: (mib * MIB, 0, peers[0])}
+        assert sorted(machine.driver.contexts) == sorted(peers)
         region.release()
         machine.check_untouched()
 
@@ -464,8 +483,8 @@ def test_release_is_idempotent_and_frees_its_own_alone() -> None:
         machine.check_untouched()
 
 
-#: Two granularities, a reservation, three stripes created and mapped, access.
-CALLS = 2 + 1 + 3 * 2 + 1
+#: Two granularities, two contexts, a reservation, three stripes created and mapped, access.
+CALLS = 2 + 2 + 1 + 3 * 2 + 1
 
 
 @pytest.mark.parametrize("failing", range(CALLS))
