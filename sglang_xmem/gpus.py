@@ -122,6 +122,14 @@ def memory_bytes(gpu: int) -> tuple[int, int]:
     return int(info.free), int(info.used)
 
 
+def sm_clock_mhz(gpu: int) -> int | None:
+    """The clock of a GPU's multiprocessors now; None where the driver does not tell."""
+    nvml = _nvml()
+    with suppress(nvml.NVMLError):
+        return int(nvml.nvmlDeviceGetClockInfo(_nvml_handle(gpu), nvml.NVML_CLOCK_SM))
+    return None
+
+
 def total_bytes(gpu: int) -> int:
     """Bytes of a GPU's memory."""
     d = driver()

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang_xmem.copies import CopierName, PageCopier, make_copier
-from sglang_xmem.copies.cuda import DEFAULT_TUNING, CudaTuning, fit_tuning
 from sglang_xmem.copies.torch import TorchPageCopier
+from sglang_xmem.copies.tuning import DEFAULT_TUNING, SMALL_PAGE_TUNING, CudaTuning, default_tuning, fit_tuning
 
 POISON = 0xA5
 ROW_BYTES = (1, 16, 24, 64, 72, 80, 144, 256, 656, 1024, 1152)
@@ -292,7 +292,17 @@ def test_tiles_cover_the_work() -> None:
     bulk = CudaTuning(variant="bulk", stage_bytes=16384)
     assert bulk.tiles_per_plane(17, 1024, 16) == 2
     assert bulk.tiles_per_plane(2, 65552, 16) == 10
-    assert all(tuning.ctas <= 32 for (_, where), tuning in DEFAULT_TUNING.items() if where != "copier")
+    for table in (DEFAULT_TUNING, SMALL_PAGE_TUNING):
+        assert all(tuning.ctas <= 32 for (_, where), tuning in table.items() if where != "copier")
+
+
+def test_small_pages_have_settings_of_their_own() -> None:
+    """By the device's side alone: host links are slow enough, and a GPU that copies for another one takes all blocks."""
+    for direction in ("load", "store"):
+        small, large = (default_tuning(direction, "device", nbytes) for nbytes in (1024, 2048))
+        assert (small.variant, large) == ("register", DEFAULT_TUNING[direction, "device"])
+        for where in ("host", "copier"):
+            assert default_tuning(direction, where, 1024) == DEFAULT_TUNING[direction, where]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sglang_xmem.copies import nvrtc
-from sglang_xmem.copies.cuda import DEFAULT_TUNING, CudaTuning
+from sglang_xmem.copies.tuning import DEFAULT_TUNING, SMALL_PAGE_TUNING, CudaTuning
 from sglang_xmem.errors import CopyError
 from sglang_xmem.kernels import source
 
@@ -26,6 +26,7 @@ TUNINGS = {
     "bulk": BULK,
     "bulk2": CudaTuning(variant="bulk", rings=2, stages=7, pending_stores=3),
     **{f"default_{a}_{b}": tuning for (a, b), tuning in DEFAULT_TUNING.items()},
+    **{f"small_pages_{a}_{b}": tuning for (a, b), tuning in SMALL_PAGE_TUNING.items()},
 }
 #: (tuning, bytes a vector, architecture)
 BUILDS = [

@@ -370,6 +370,12 @@ class Runner:
                 return
 
     def _write(self, job: Job, rows: list[Row]) -> None:
+        if job.tier == "peer" and self.peer is not None:
+            from sglang_xmem import gpus
+
+            # Whether the peer was awake: its clock says it right after a copy as well as during one.
+            clock = gpus.sm_clock_mhz(self.peer)
+            rows = [{**row, "peer_sm_mhz": clock} for row in rows]
         complete = not any("error" in row for row in rows)
         self.results.write(rows, job.key, 0, complete)
         for row in rows:

@@ -100,10 +100,10 @@ def link_settings(path: str, case: int) -> Changes:
 
 
 LINK_SETTINGS: dict[str, Changes] = {
-    "peer load": register(64, 512, 16),
-    "peer load of few pages": bulk(32, 2, 3, 32768, 1),
-    "peer store": register(132, 512, 16),
-    "peer store of few pages": register(64, 512, 8),
+    "peer load": register(132, 256, 16),
+    "peer store": bulk(132, 2, 3, 32768, 1),
+    "peer store of few pages": register(132, 512, 8),
+    "peer few blocks": bulk(32, 2, 3, 32768, 1),
     "peer both": register(64, 512, 16),  # two of these fit beside each other
     "host load": bulk(16, 8, 4, 4096, 1),
     "host store": bulk(16, 8, 4, 4096, 1),
@@ -267,8 +267,9 @@ def _jobs_of(path: str, number: int, memory: str, quick: bool) -> Iterator[Job]:
         engine = _job(path, number, memory, quick, "a batch of pages", {}, targeted=False)
         yield dataclasses.replace(engine, kernel="engine", case=engine.case.limited(HOST_BYTES))
     if number == MAIN and path.startswith("peer"):
-        settings = register(FEW_CTAS, 512, 16)
-        yield _job(path, number, memory, quick, f"at most {FEW_CTAS} blocks", settings, ctas=FEW_CTAS)
+        few, settings = f"at most {FEW_CTAS} blocks", LINK_SETTINGS["peer few blocks"]
+        yield _job(path, number, memory, quick, few, settings, ctas=FEW_CTAS, by="tier")
+        yield _job(path, number, memory, quick, f"rank, {few}", settings, ctas=FEW_CTAS)
     if number in (MAIN, ROWS) and not quick:
         job = _job(path, number, memory, quick, "triton", {"ctas": FEW_CTAS}, targeted=False)
         yield dataclasses.replace(job, kernel="triton")

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_xmem.copies.base import PageCopier
-from sglang_xmem.copies.tuning import DEFAULT_TUNING, Locality
+from sglang_xmem.copies.tuning import Locality, default_tuning
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
@@ -66,12 +66,13 @@ def make_copier(
     from sglang_xmem.copies.cuda import CudaPageCopier
 
     locality: Locality = tier_locality if runs_on is None else "copier"
+    page_bytes = page_size * tier_planes[0].shape[-1]
     return CudaPageCopier(
         tier_planes,
         device_planes,
         page_size,
         tier_locality=tier_locality,
-        load_tuning=dataclasses.replace(DEFAULT_TUNING["load", locality], **load),
-        store_tuning=dataclasses.replace(DEFAULT_TUNING["store", locality], **store),
+        load_tuning=dataclasses.replace(default_tuning("load", locality, page_bytes), **load),
+        store_tuning=dataclasses.replace(default_tuning("store", locality, page_bytes), **store),
         runs_on=runs_on,
     )

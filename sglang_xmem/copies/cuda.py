@@ -7,7 +7,7 @@ import math
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from sglang_xmem.copies.base import PageCopier
 from sglang_xmem.copies.remote import CopyingGpu, give_access
 from sglang_xmem.copies.signals import LoadSignals
 from sglang_xmem.copies.signals import supported as signals_supported
-from sglang_xmem.copies.tuning import DEFAULT_TUNING, VECTOR_BYTES, CudaTuning, Locality, fit_tuning
+from sglang_xmem.copies.tuning import VECTOR_BYTES, CudaTuning, Direction, Locality, default_tuning, fit_tuning
 from sglang_xmem.errors import CopyError
 from sglang_xmem.kernels import source
 
@@ -76,9 +76,9 @@ class CudaPageCopier(PageCopier):
 
         alignment = math.gcd(VECTOR_BYTES, self.row_bytes, *tier, *device)
 
-        def fitted(chosen: CudaTuning | None, direction: Literal["load", "store"]) -> CudaTuning:
+        def fitted(chosen: CudaTuning | None, direction: Direction) -> CudaTuning:
             return fit_tuning(
-                chosen or DEFAULT_TUNING[direction, tier_locality if runs_on is None else "copier"],
+                chosen or default_tuning(direction, tier_locality if runs_on is None else "copier", self.page_bytes),
                 capability=capability,
                 max_shared_bytes=properties.shared_memory_per_block_optin,
                 alignment=alignment,

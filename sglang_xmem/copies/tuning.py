@@ -113,18 +113,35 @@ class CudaTuning:
 #: block of attention (64 KiB) or of a MoE product (68 KiB) still fits beside it, and few registers.
 _FRUGAL: Final = CudaTuning(variant="bulk", ctas=8, rings=8, stages=4, stage_bytes=4096, pending_stores=1)
 
+Direction = Literal["load", "store"]
+
 #: By (direction, locality of the tier); docs/performance.md has the measurements behind them. More blocks would fill
 #: the link, but a load runs beside the forward pass, and attention kernels plan one wave over all multiprocessors:
 #: blocks that take places from that wave double attention's time.
-DEFAULT_TUNING: Final[Mapping[tuple[Literal["load", "store"], Locality], CudaTuning]] = {
+DEFAULT_TUNING: Final[Mapping[tuple[Direction, Locality], CudaTuning]] = {
     ("load", "device"): _FRUGAL,
     ("store", "device"): _FRUGAL,
     ("load", "host"): _FRUGAL,
     ("store", "host"): _FRUGAL,
     # Nobody else computes on a GPU that runs copies for another one.
-    ("load", "copier"): CudaTuning(ctas=132, threads=512, unroll=16),
-    ("store", "copier"): CudaTuning(ctas=64, threads=512, unroll=16),
+    ("load", "copier"): CudaTuning(ctas=132, threads=256, unroll=16),
+    ("store", "copier"): CudaTuning(ctas=132, threads=512, unroll=8),
 }
+
+#: Pages below this many bytes are a bulk copy each, and a multiprocessor issues too few of them: at 1 KiB (page size 1)
+#: eight blocks reach 46 % of an NVLink that sixteen of the register variant fill (docs/results/copy_sweep.jsonl). Host
+#: links are slow enough.
+SMALL_PAGE_BYTES: Final = 2048
+SMALL_PAGE_TUNING: Final[Mapping[tuple[Direction, Locality], CudaTuning]] = {
+    ("load", "device"): CudaTuning(ctas=16, threads=512, unroll=16),
+    ("store", "device"): CudaTuning(ctas=16, threads=512, unroll=16),
+}
+
+
+def default_tuning(direction: Direction, locality: Locality, page_bytes: int) -> CudaTuning:
+    """The measured choice for pages of so many bytes."""
+    small = SMALL_PAGE_TUNING.get((direction, locality)) if page_bytes < SMALL_PAGE_BYTES else None
+    return small or DEFAULT_TUNING[direction, locality]
 
 
 def fit_tuning(tuning: CudaTuning, *, capability: tuple[int, int], max_shared_bytes: int, alignment: int) -> CudaTuning:

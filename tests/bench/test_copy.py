@@ -20,7 +20,7 @@ from sglang_xmem.bench import copy, copy_jobs, copy_measure, copy_memory
 from sglang_xmem.config import Options, parse_options
 from sglang_xmem.copies import PageCopier
 from sglang_xmem.copies.torch import TorchPageCopier
-from sglang_xmem.copies.tuning import DEFAULT_TUNING, Locality
+from sglang_xmem.copies.tuning import Locality, default_tuning
 from sglang_xmem.errors import CopyError, TierUnavailable
 from sglang_xmem.tiers import Region
 from sglang_xmem.tiers.peer import PeerTier
@@ -158,11 +158,16 @@ class FakeGpu(copy_measure.Cpu):
         super().memcpy(target, source, nbytes)
         self.hold(nbytes / self.link_gbps / 1e6)
 
-    def memcpy_pages(self, targets: list[int], sources: list[int], nbytes: int) -> None:
+    def copying_pages(self, targets: list[int], sources: list[int], nbytes: int) -> Callable[[], None]:
         if self.engine_forgets:
             targets, sources = targets[1:], sources[1:]
-        super().memcpy_pages(targets, sources, nbytes)
-        self.hold(len(targets) * nbytes / 0.5 / self.link_gbps / 1e6)
+        copy = super().copying_pages(targets, sources, nbytes)
+
+        def call() -> None:
+            copy()
+            self.hold(len(targets) * nbytes / 0.5 / self.link_gbps / 1e6)
+
+        return call
 
     def room(self) -> int:
         return 2_000_000
@@ -180,8 +185,8 @@ class FakeCopier(TorchPageCopier):
         self.runs_on = runs_on
         locality: Locality = "device" if runs_on is None else "copier"
         if name == "cuda":
-            self.load_tuning = dataclasses.replace(DEFAULT_TUNING["load", locality], **load)
-            self.store_tuning = dataclasses.replace(DEFAULT_TUNING["store", locality], **store)
+            self.load_tuning = dataclasses.replace(default_tuning("load", locality, self.page_bytes), **load)
+            self.store_tuning = dataclasses.replace(default_tuning("store", locality, self.page_bytes), **store)
 
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
         ctas = self.load_tuning.ctas if hasattr(self, "load_tuning") else 32
@@ -232,6 +237,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(copy, "find_machine", lambda gpu: machine)
     monkeypatch.setattr(copy, "find_peer", lambda gpu, peer: 1)
     monkeypatch.setattr(gpus, "memory_bytes", lambda gpu: (1 << 40, 0))
+    monkeypatch.setattr(gpus, "sm_clock_mhz", lambda gpu: 345 if gpu == 1 else None)
     monkeypatch.setattr(torch, "matmul", product)
     for name, value in (("MATMUL_SIDE", 32), ("MATMUL_CALLS", 4), ("ENQUEUE_REPETITIONS", 1)):
         monkeypatch.setattr(copy_measure, name, value)
@@ -250,14 +256,14 @@ def test_gpu_run(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFix
     assert (rank["gbps"], rank["contiguous_gbps"], rank["ratio"]) == (320.0, 400.0, 0.8)
     assert (rank["ctas"], rank["target"], rank["reached"]) == (8, None, None)
     for number, size in enumerate(copy_jobs.CASES):
-        for path, ctas in (("peer_load", 132), ("peer_store", 64)):
+        for path, ctas in (("peer_load", 132), ("peer_store", 132)):
             row = found[path, size.label, "shipped", "tier"]
             assert (row["runs_on"], row["ctas"]) == ("peer", ctas)
             assert row["ratio"] == pytest.approx(0.985, abs=0.001)
             assert row["target"] == copy_jobs.TARGETS[number]
             assert row["reached"] is True
     # The peer runs what the tier would have it run, and nothing else.
-    assert {row["tuning"] for row in rows if row["runs_on"] == "peer"} == {"shipped"}
+    assert {row["tuning"] for row in rows if row["runs_on"] == "peer"} == {"shipped", "at most 32 blocks"}
     assert {row["path"] for row in rows if row["tuning"] == "shipped" and row["runs_on"] == "rank"} == {
         "host_load",
         "host_store",
@@ -271,7 +277,7 @@ def test_gpu_run(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFix
     targets = {
         ("peer_load", main, "link"): 0.97,
         ("peer_store", main, "link"): 0.97,
-        ("peer_load", main, "at most 32 blocks"): 0.94,
+        ("peer_load", main, "rank, at most 32 blocks"): 0.94,
         ("peer_store", "16 pages", "link"): 0.97,
         ("peer_load", "page size 1", "link"): 0.85,
         ("peer_store", "fp8 pages of 64 tokens", "link"): 0.94,
@@ -287,6 +293,7 @@ def test_gpu_run(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFix
         assert row["reached"] is (target <= 0.975)
     assert {memory for path, _, _, memory in found if path == "peer_load"} == {"tier", "asleep", "context"}
     assert [row["memory"] for row in rows[:2]] == ["asleep"] * 2, "before anything wakes the peer"
+    assert all(row.get("peer_sm_mhz") == (345 if row["path"].startswith("peer") else None) for row in rows)
     for path in ("peer_load", "peer_store", "host_load", "host_store"):
         engine = found[path, main, "a batch of pages", "tier"]
         assert (engine["ratio"], engine["target"], engine["enqueue_us_per_page"] > 0) == (0.5, None, True)
@@ -450,7 +457,7 @@ def test_a_copier_that_cannot_run_on_the_peer(run_copy: RunCopy, fake_gpu: FakeG
     assert {row["runs_on"] for row in rows} == {"rank"}
     status, more = run_copy(*arguments, "--copies-on", "peer")
     assert status == 1
-    assert ["mapped for itself" in row["error"] for row in more[len(rows) :]] == [True]
+    assert ["mapped for itself" in row["error"] for row in more[len(rows) :]] == [True, True]
 
 
 def test_memory_of_a_peer_that_rests(monkeypatch: pytest.MonkeyPatch) -> None:
