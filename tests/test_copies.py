@@ -297,7 +297,7 @@ def test_tiles_cover_the_work() -> None:
 
 
 def test_small_pages_have_settings_of_their_own() -> None:
-    """By the device's side alone: host links are slow enough, and a GPU that copies for another one takes all blocks."""
+    """Over NVLink by the rank alone: host links are slow enough, and a peer that copies takes all blocks."""
     for direction in ("load", "store"):
         small, large = (default_tuning(direction, "device", nbytes) for nbytes in (1024, 2048))
         assert (small.variant, large) == ("register", DEFAULT_TUNING[direction, "device"])
