@@ -528,6 +528,8 @@ def _plot_ttft(rows: list[Row]) -> Any:
 
 
 def _plot_throughput(rows: list[Row]) -> Any:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     rows = [row for row in rows if row["tokens_per_s"] is not None]
     levels = sorted({row["concurrency"] for row in rows})
     figure, axes = _figure(max(5.0, 3.6 * len(levels)), 4.2, len(levels))
@@ -536,6 +538,7 @@ def _plot_throughput(rows: list[Row]) -> Any:
         for backend in _backends(here):
             mine = sorted((row for row in here if row["backend"] == backend), key=lambda row: row["hit_ratio"])
             style = _style(backend)
+            style["label"] = str(style["label"]).partition(" (")[0]  # floor and ceiling are those of TTFT
             if backend == "recompute":
                 axis.axhline(mine[0]["tokens_per_s"], color=style["color"], linestyle="--", label=style["label"])
                 continue
@@ -546,7 +549,10 @@ def _plot_throughput(rows: list[Row]) -> Any:
         axis.set_title(f"{concurrency} at once", fontsize=11)
         axis.set_xlabel("share of the prompt that hits, %")
         axis.set_xticks(sorted({100 * row["hit_ratio"] for row in here}))
-        axis.set_ylim(bottom=0)
+        axis.set_yscale("log")  # all but the last few percent of hits are nearly the same to the eye otherwise
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("tokens/s, prompt and output")
     axes[0].legend(frameon=False)
     figure.suptitle(
