@@ -26,6 +26,7 @@ from sglang_xmem.bench import environment, report, shapes, sizing
 from sglang_xmem.bench.engine import EngineGone, EngineProcess, RequestFailed
 from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.sizing import KVShape
+from sglang_xmem.doctor import tiers
 from sglang_xmem.errors import ConfigError, TierUnavailable
 from sglang_xmem.tiers import Locality, tier_classes
 
@@ -200,7 +201,7 @@ def fitting_options(
     hicache_gb: int,
     running: int,
 ) -> dict[str, Any]:
-    """`engine_options`, after `sizing.check_fits` has refused what cannot fit.
+    """`engine_options`, after what cannot fit has been refused: by `sizing.check_fits`, and by the tier itself.
 
     Args:
         prompt_tokens, output_tokens: of the largest request.
@@ -218,6 +219,8 @@ def fitting_options(
         in_host_memory=in_host_memory(backend),
         gpu_bytes=gpu_bytes() if args.on_gpu else None,
     )
+    if has_pool(backend) and not in_host_memory(backend):
+        check_tier(args, backend, hicache_gb)
     return engine_options(
         args,
         backend,
@@ -226,6 +229,21 @@ def fitting_options(
         hicache_gb=hicache_gb,
         running=running,
     )
+
+
+def check_tier(args: argparse.Namespace, backend: str, hicache_gb: int) -> None:
+    """Ask a tier that is no host memory whether it is there and has the room, as SGLang's launcher would.
+
+    An engine would take a minute to say so, and others may be before it.
+
+    Raises:
+        ConfigError: it cannot hold the pool.
+    """
+    engine = tiers.engine_gpus(args.tp_size, int(args.engine_options.get("base_gpu_id", 0)))
+    answer, _ = tiers.verdict(backend, args.xmem_config, engine, hicache_gb * 10**9)
+    if answer["takes"] is None:
+        reasons = "; ".join(f"{found['tier']}: {found['reason']}" for found in answer["found"])
+        raise ConfigError(f"--backends {backend} cannot be used with --hicache-size {hicache_gb}: {reasons}.")
 
 
 def engine_options(

@@ -173,6 +173,7 @@ def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arg
     ("arguments", "sentence"),
     [
         (("ttft", "--backends", "dram", "--sizes", "80K"), "longer than the model's context of 16384"),
+        (("ttft", "--backends", "dram,peer"), "peer cannot be used with --hicache-size 1: peer: it needs GPUs"),
         (("ttft", "--backends", "nvme"), "choose from hbm, "),
         (("ttft", "--backends", ""), "empty"),
         (("ttft", "--sizes", "none"), "not a number of tokens"),
@@ -198,6 +199,28 @@ def test_refused_before_it_runs(
     assert sentence in err
     assert len(err.splitlines()) == 1
     assert err.endswith(".")
+
+
+def test_a_tier_is_asked_for_its_room(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def verdict(tier: str, config: str | None, gpus: list[int | None], pool_bytes: int) -> Any:
+        asked.append((tier, config, gpus, pool_bytes))
+        reason = "there is room for 60.00 GB" if len(asked) > 1 else None
+        found = [{"tier": tier, "reason": reason}]
+        return {"takes": None if reason else tier, "found": found}, {}
+
+    monkeypatch.setattr(runs.tiers, "engine_gpus", lambda tp_size, base: [base + rank for rank in range(tp_size)])
+    monkeypatch.setattr(runs.tiers, "verdict", verdict)
+    arguments = ("--backends", "peer,mtier", "--hicache-size", "100", "--xmem-config", "{}", "--tp-size", "2")
+    status, rows = bench(*TTFT, *arguments, "--engine-args", '{"base_gpu_id": 4}')
+    assert (status, rows) == (2, [])
+    assert "--backends mtier cannot be used with --hicache-size 100: mtier: there is room for 60.00 GB." in (
+        capsys.readouterr().err
+    )
+    assert asked == [(name, "{}", [4, 5], 100 * 10**9) for name in ("peer", "mtier")]
 
 
 def test_shape_without_gpu_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
