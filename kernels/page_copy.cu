@@ -241,14 +241,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
             } else {
                 // Tiny pages: every lane fetches the rows of its own vectors, a batch of them before the first use.
-#pragma unroll
-                for (u32 batch = 0; batch < UNROLL; batch += BATCH) {
-                    u64 row[BATCH];
+                auto fetch_rows = [&](const s64 *rows, const s64 rows_stride, const u32 batch, u64(&row)[BATCH]) {
 #pragma unroll
                     for (u32 b = 0; b < BATCH; ++b) {
                         const u32 nth = by_page(min(mine + (batch + b) * 32, last));
-                        row[b] = load_index(src_rows + (page + nth) * src_rows_stride);
+                        row[b] = load_index(rows + (page + nth) * rows_stride);
                     }
+                };
+#pragma unroll
+                for (u32 batch = 0; batch < UNROLL; batch += BATCH) {
+                    u64 row[BATCH];
+                    fetch_rows(src_rows, src_rows_stride, batch, row);
 #pragma unroll
                     for (u32 b = 0; b < BATCH; ++b) {
                         const u32 n = min(mine + (batch + b) * 32, last), nth = by_page(n);
@@ -260,11 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (u32 batch = 0; batch < UNROLL; batch += BATCH) {
                     u64 row[BATCH];
-#pragma unroll
-                    for (u32 b = 0; b < BATCH; ++b) {
-                        const u32 nth = by_page(min(mine + (batch + b) * 32, last));
-                        row[b] = load_index(dst_rows + (page + nth) * dst_rows_stride);
-                    }
+                    fetch_rows(dst_rows, dst_rows_stride, batch, row);
 #pragma unroll
                     for (u32 b = 0; b < BATCH; ++b) {
                         const u32 n = min(mine + (batch + b) * 32, last), nth = by_page(n);

@@ -492,6 +492,15 @@ def _compared(nbytes: float, pages: Sequence[float], contiguous: Sequence[float]
     return {"gbps": round(rate, 2), "contiguous_gbps": round(link, 2), "ratio": round(rate / link, 4)}
 
 
+def _gate(machine: Machine) -> Any:
+    """A mark that the machine passes a moment after all that is enqueued meanwhile."""
+    gate = machine.stream()
+    machine.synchronize()
+    with machine.on(gate):
+        machine.hold(2.0)
+        return machine.mark()
+
+
 def at_once(machine: Machine, sides: Sequence[Sequence[Call]]) -> list[list[float]]:
     """Milliseconds of calls of each side, a stream a side, where all sides were at work.
 
@@ -500,12 +509,7 @@ def at_once(machine: Machine, sides: Sequence[Sequence[Call]]) -> list[list[floa
     Raises:
         MeasurementFailed: the sides hardly ran at the same time.
     """
-    streams = [machine.stream() for _ in sides]
-    gate = machine.stream()
-    machine.synchronize()
-    with machine.on(gate):
-        machine.hold(2.0)
-        start = machine.mark()
+    streams, start = [machine.stream() for _ in sides], _gate(machine)
     marks: list[list[Any]] = []
     for stream, calls in zip(streams, sides, strict=True):
         with machine.on(stream):
@@ -529,12 +533,7 @@ def at_once(machine: Machine, sides: Sequence[Sequence[Call]]) -> list[list[floa
 
 def span_ms(machine: Machine, sides: Sequence[Sequence[Call]]) -> float:
     """Milliseconds from the first call's begin to the last one's end, a stream a side."""
-    streams = [machine.stream() for _ in sides]
-    gate = machine.stream()
-    machine.synchronize()
-    with machine.on(gate):
-        machine.hold(2.0)
-        start = machine.mark()
+    streams, start = [machine.stream() for _ in sides], _gate(machine)
     ends = []
     for stream, calls in zip(streams, sides, strict=True):
         with machine.on(stream):
