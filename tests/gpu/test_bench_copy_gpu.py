@@ -1,4 +1,4 @@
-"""`sglang-xmem bench copy` on GPUs: every path runs, every byte is right, and both mappings of peer memory work."""
+"""`sglang-xmem bench copy` on GPUs: every path runs, every byte is right, over each kind of peer memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_host_paths(tmp_path: Path) -> None:
     rows = bench_copy(tmp_path, "--quick", "--paths", "host_load,host_store")
     assert {row["path"] for row in rows} == {"host_load", "host_store"}
     assert all(0.2 < row["ratio"] < 1.2 for row in rows if row["tuning"] in ("link", "in order"))
-    assert {row["tuning"] for row in rows} == {"shipped", "link", "in order"}
+    assert {row["tuning"] for row in rows} == {"shipped", "link", "in order", "a batch of pages"}
     assert {row["runs_on"] for row in rows} == {"rank"}
     assert (tmp_path / "copy.png").stat().st_size > 1000
 
@@ -61,7 +61,15 @@ def test_all_paths(tmp_path: Path) -> None:
     shipped = [row for row in rows if row["tuning"] == "shipped" and row["path"].startswith("peer")]
     assert {row["runs_on"] for row in shipped} == {by}
     assert len({row["path"] for row in shipped}) == 6
-    assert all(row["runs_on"] == "rank" for row in rows if row not in shipped)
+    few = [row for row in rows if row["tuning"] == "at most 32 blocks"]
+    assert {row["runs_on"] for row in few} == {by}
+    assert all(row["runs_on"] == "rank" for row in rows if row not in shipped and row not in few)
+    if by == "peer":  # else somebody keeps it awake
+        asleep, awake = (
+            next(row for row in rows if (row["path"], row["tuning"], row["memory"]) == ("peer_store", "link", memory))
+            for memory in ("asleep", "tier")
+        )
+        assert asleep["peer_sm_mhz"] < awake["peer_sm_mhz"]
 
 
 @pytest.mark.gpus(2)
