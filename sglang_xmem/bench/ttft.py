@@ -119,14 +119,15 @@ class Workload:
         return sum(sizing.pages_up(tokens, self.page) for tokens in kept)
 
     @property
-    def generous_tokens(self) -> int:
-        """The pool's default size before it is half as much again."""
-        return sum(self.sizes) + 2 * self.device_tokens + 4 * self.filler_tokens
+    def seen_tokens(self) -> int:
+        """All that the pool comes to hold: what is asked again, and the prompts of the warm-up."""
+        return self.pool_tokens + self.warm_ups * sizing.pages_up(3 * self.page + self.filler_tokens, self.page)
 
 
 def _engine(args: argparse.Namespace, workload: Workload, backend: str) -> dict[str, Any]:
     """Keywords of sgl.Engine; refuses what cannot fit."""
-    size_gb = args.hicache_size or max(1, -(-workload.generous_tokens * args.kv.rank_bytes * 3 // (2 * 10**9)))
+    # No larger than that takes: pinning host memory is what an engine's start waits for.
+    size_gb = args.hicache_size or sizing.hicache_gb(workload.seen_tokens * 5 // 4, args.kv)
     return runs.fitting_options(
         args,
         backend,
