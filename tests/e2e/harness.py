@@ -77,6 +77,9 @@ XMEM_DRAM: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "dra
 #: What stock HiCache can do with sglang_cpu's copies.
 STOCK: dict[str, Any] = {"hicache_mem_layout": "layer_first", "hicache_io_backend": "kernel"}
 
+#: Variable of SGLang's storage backend `file`.
+STORAGE_DIRECTORY = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
+
 #: Asked twice from the device pool, because write_through_selective stores at the second use.
 EVICT_AND_ASK_AGAIN: tuple[Step, ...] = (
     ("ask", "cold", "A"),

@@ -14,11 +14,20 @@ from typing import Any
 
 import harness
 import pytest
-from harness import EVICT_AND_ASK_AGAIN, PROMPT_TOKENS, STOCK, XMEM_DRAM, Result, Spec, Step, run
+from harness import (
+    EVICT_AND_ASK_AGAIN,
+    PROMPT_TOKENS,
+    STOCK,
+    STORAGE_DIRECTORY,
+    XMEM_DRAM,
+    Result,
+    Spec,
+    Step,
+    run,
+)
 
 pytestmark = pytest.mark.cpu_engine
 
-STORAGE_DIRECTORY = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
 SWAP_KV_ON_LOAD = {"SGLANG_CPU_SWAP_KV_ON_LOAD": "1"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
-from harness import GPU_OPTIONS, PROMPT_TOKENS, Result, Spec, run
+from harness import EVICT_AND_ASK_AGAIN, GPU_OPTIONS, PROMPT_TOKENS, STORAGE_DIRECTORY, Result, Spec, Step, run
 
 pytestmark = pytest.mark.gpu
 
@@ -43,9 +44,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def serve(model: Path, tier: str, **environment: str) -> Result:
-    options: dict[str, Any] = {**GPU_OPTIONS, "hicache_use_xmem": True, **TIERS[tier]}
-    return run(Spec("launch_server", str(model), options, environment=environment, start_timeout_s=400))
+def serve(model: Path, tier: str, steps: Sequence[Step] = EVICT_AND_ASK_AGAIN, **more: Any) -> Result:
+    """Take a server of a tier through `steps`; `more` are its environment's variables in upper case, else options."""
+    environment = {name: value for name, value in more.items() if name.isupper()}
+    options = {name: value for name, value in more.items() if not name.isupper()}
+    options = {**GPU_OPTIONS, "hicache_use_xmem": True, **TIERS[tier], **options}
+    return run(Spec("launch_server", str(model), options, steps, environment, start_timeout_s=400))
 
 
 def check(result: Result) -> None:
@@ -69,6 +73,26 @@ def test_a_tier_hit_gives_what_a_device_hit_gives(model: Path, tier: str) -> Non
     assert result.tier == tier.removesuffix("_copies")
     check(result)
     assert result.survivors == []
+
+
+@pytest.mark.parametrize("tier", TIER_NAMES)
+def test_pages_come_back_from_storage_through_the_tier(model: Path, tier: str, tmp_path: Path) -> None:
+    """Those that another server stored in files."""
+    storage = {
+        "hicache_storage_backend": "file",
+        # Else the prompt may be computed before its pages have been read.
+        "hicache_storage_prefetch_policy": "wait_complete",
+        STORAGE_DIRECTORY: str(tmp_path),
+    }
+    serve(model, tier, [("ask", "cold", "A"), ("await_files", str(tmp_path))], **storage)
+    answers = serve(model, tier, [("ask", name, "A") for name in ("stored", "device_hit", "again")], **storage).answers
+    stored, hit, again = (answers[name] for name in ("stored", "device_hit", "again"))
+    assert stored.cached.get("device", 0) == 0
+    assert stored.cached.get("host", 0) + stored.cached.get("storage", 0) == WHOLE
+    assert hit.cached["device"] == WHOLE
+    assert stored.output_ids == hit.output_ids
+    if hit.logprobs == again.logprobs:
+        assert stored.logprobs == hit.logprobs
 
 
 def test_a_load_that_is_left_out_is_noticed(model: Path) -> None:
