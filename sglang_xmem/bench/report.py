@@ -172,8 +172,13 @@ Table = tuple[str, list[str], list[list[str]], list[str]]
 
 
 def _order(backend: str) -> tuple[int, str]:
-    names = list(COLOURS)
-    return (names.index(backend) if backend in names else len(names) - 1, backend)
+    names, tier = list(COLOURS), _tier_of(backend)
+    return (names.index(tier) if tier in names else len(names) - 1, backend)
+
+
+def _tier_of(backend: str) -> str:
+    """A backend without its variant."""
+    return backend.partition("+")[0]
 
 
 def _ms(value: float | None) -> str:
@@ -478,13 +483,16 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any
 
 def _style(backend: str) -> dict[str, Any]:
     dashed = backend in FLOOR_AND_CEILING
+    tier = _tier_of(backend)
+    colour = COLOURS.get(tier, "#666666")
+    hollow = backend == "stock" or backend != tier
     label = {"hbm": "HBM hit (floor)", "recompute": "computed again (ceiling)", "stock": "stock HiCache"}
     return {
-        "color": COLOURS.get(backend, "#666666"),
-        "linestyle": "--" if dashed else "-",
-        "marker": None if dashed else MARKERS.get(backend, "o"),
-        "markersize": 6 if backend == "stock" else 5,
-        "markerfacecolor": "none" if backend == "stock" else COLOURS.get(backend, "#666666"),
+        "color": colour,
+        "linestyle": "--" if dashed else "-" if backend == tier else ":",
+        "marker": None if dashed else MARKERS.get(tier, "o"),
+        "markersize": 6 if hollow else 5,
+        "markerfacecolor": "none" if hollow else colour,
         "label": label.get(backend, backend),
     }
 

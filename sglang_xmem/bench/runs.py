@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from sglang_xmem.bench import environment, report, shapes, sizing
 from sglang_xmem.bench.engine import EngineGone, EngineProcess, RequestFailed
 from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.sizing import KVShape
+from sglang_xmem.config import parse_options
 from sglang_xmem.doctor import tiers
 from sglang_xmem.errors import ConfigError, TierUnavailable
 from sglang_xmem.tiers import Locality, tier_classes
@@ -58,16 +59,30 @@ def parse_tokens(text: str) -> int:
     return value
 
 
-def parse_backends(text: str) -> list[str]:
+def tier_of(backend: str) -> str:
+    """A backend's name without its variant."""
+    return backend.partition("+")[0]
+
+
+def parse_backends(text: str, variants: Collection[str] = ()) -> list[str]:
     """The names in a comma-separated list.
+
+    Args:
+        variants: names that a tier's may have behind a plus sign.
 
     Raises:
         ConfigError: an unknown name.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in backend_names():
+        tier, plus, variant = name.partition("+")
+        if tier not in backend_names():
             raise ConfigError(f"--backends {name}: choose from {', '.join(backend_names())}.")
+        if plus and tier in (HBM, RECOMPUTE, STOCK):
+            raise ConfigError(f"--backends {name}: {tier} has no tier to configure; leave +{variant} out.")
+        if plus and variant not in variants:
+            known = ", ".join(variants) or "none"
+            raise ConfigError(f"--backends {name}: give its configuration as --variant {variant}=JSON (now: {known}).")
     if not names:
         raise ConfigError(f"--backends is empty; choose from {', '.join(backend_names())}.")
     return list(dict.fromkeys(names))
@@ -103,6 +118,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str) -> None
     parser.add_argument("--stock-layout", default="layer_first", choices=["layer_first", "page_first"])
     parser.add_argument("--attention-backend", default=None)
     parser.add_argument("--xmem-config", default=None, help="--hicache-xmem-config of the tier engines")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="another --hicache-xmem-config for backends that are called TIER+NAME, such as peer+rank; may be repeated",
+    )
+    parser.set_defaults(variants={})  # `settle` reads --variant; a server that runs already has none
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sgl.Engine keywords")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=900, help="seconds an engine may take")
@@ -126,7 +149,8 @@ def settle(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: one sentence.
     """
-    args.names = parse_backends(args.backends)
+    args.variants = dict(parse_variant(text) for text in args.variant)
+    args.names = parse_backends(args.backends, args.variants)
     args.on_gpu = has_gpu()
     args.scratch = tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_")  # lives as long as args
     tiny = args.model is None and args.shape == "tiny"
@@ -142,6 +166,26 @@ def settle(args: argparse.Namespace) -> None:
         raise ConfigError(f"--engine-args {args.engine_args!r} is not a JSON object; give one of keywords.") from None
     args.config = shapes.SHAPES[args.shape] if args.model is None else _model_config(Path(args.model))
     args.kv = KVShape.of(args.config, args.tp_size, str(args.engine_options.get("kv_cache_dtype", "auto")))
+
+
+def parse_variant(text: str) -> tuple[str, str]:
+    """Name and configuration of `NAME=JSON`.
+
+    Raises:
+        ConfigError: not that.
+    """
+    name, equals, config = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ConfigError(f"--variant {text} is not NAME=JSON; give one such as rank='{{\"peer\": ...}}'.")
+    parse_options(AUTO, config)
+    return name, config
+
+
+def config_of(args: argparse.Namespace, backend: str) -> str | None:
+    """--hicache-xmem-config of a backend."""
+    variant = backend.partition("+")[2]
+    config: str | None = args.variants[variant] if variant else args.xmem_config
+    return config
 
 
 def _model_config(path: Path) -> dict[str, Any]:
@@ -162,6 +206,7 @@ def parameters(args: argparse.Namespace, **own: Any) -> dict[str, Any]:
         "stock_layout": args.stock_layout,
         "attention_backend": args.attention_backend,
         "xmem_config": args.xmem_config,
+        **({"variants": args.variants} if args.variants else {}),
         "engine_args": args.engine_options,
         "seed": args.seed,
         "quick": args.quick,
@@ -240,7 +285,7 @@ def check_tier(args: argparse.Namespace, backend: str, hicache_gb: int) -> None:
         ConfigError: it cannot hold the pool.
     """
     engine = tiers.engine_gpus(args.tp_size, int(args.engine_options.get("base_gpu_id", 0)))
-    answer, _ = tiers.verdict(backend, args.xmem_config, engine, hicache_gb * 10**9)
+    answer, _ = tiers.verdict(tier_of(backend), config_of(args, backend), engine, hicache_gb * 10**9)
     if answer["takes"] is None:
         reasons = "; ".join(f"{found['tier']}: {found['reason']}" for found in answer["found"])
         raise ConfigError(f"--backends {backend} cannot be used with --hicache-size {hicache_gb}: {reasons}.")
@@ -299,15 +344,16 @@ def engine_options(
         if backend == STOCK:
             engine["hicache_mem_layout"] = args.stock_layout
         else:
-            engine.update(hicache_use_xmem=True, hicache_xmem_tier=backend, hicache_mem_layout="layer_first")
-            if args.xmem_config:
-                engine["hicache_xmem_config"] = args.xmem_config
+            tier, config = tier_of(backend), config_of(args, backend)
+            engine.update(hicache_use_xmem=True, hicache_xmem_tier=tier, hicache_mem_layout="layer_first")
+            if config:
+                engine["hicache_xmem_config"] = config
     return {**engine, **args.engine_options}
 
 
 def in_host_memory(backend: str) -> bool:
     """Whether a backend's pool lies in host memory, where SGLang's limits apply."""
-    tier = tier_classes().get(backend)
+    tier = tier_classes().get(tier_of(backend))
     return backend == STOCK or (tier is not None and tier.locality is Locality.HOST)
 
 
@@ -442,8 +488,8 @@ def run_engines(
                             args.verbose,
                         ) as engine:
                             engine.wait_ready()
-                            if plan.backend == AUTO:
-                                name = engine.tier or AUTO
+                            if tier_of(plan.backend) == AUTO and engine.tier:
+                                name = plan.backend.replace(AUTO, engine.tier, 1)
                             progress.started()
                             measure(engine, plan, measurement)
                 except EngineGone as error:

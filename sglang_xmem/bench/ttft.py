@@ -217,7 +217,7 @@ def summarize(samples: list[Sample], backend: str, token_bytes: int, links: dict
             if kind == HBM and times:
                 hbm_ms[size] = stats.percentile(times, 50)
             if kind == "tier" and times:
-                row.update(_transfer(row, token_bytes, links.get(label), hbm_ms.get(size)))
+                row.update(_transfer(row, token_bytes, links.get(runs.tier_of(label)), hbm_ms.get(size)))
             rows.append(row)
     return rows
 

@@ -43,7 +43,7 @@ class FakeEngine:
             print(f"sglang_xmem: tier={tier} pool=1.00 GB", file=sys.stderr, flush=True)
         if "starts" in HOW.get("log", {}):
             with open(HOW["log"]["starts"], "a", encoding="utf-8") as file:
-                file.write(f"{self.name}\n")
+                file.write(self.name + options.get("hicache_xmem_config", "").replace(" ", "") + "\n")
 
     def shutdown(self) -> None:
         self.loop.close()

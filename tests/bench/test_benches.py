@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -176,6 +178,10 @@ def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arg
         (("ttft", "--backends", "dram,peer"), "peer cannot be used with --hicache-size 1: peer: it needs GPUs"),
         (("ttft", "--backends", "nvme"), "choose from hbm, "),
         (("ttft", "--backends", ""), "empty"),
+        (("ttft", "--backends", "dram+two"), "give its configuration as --variant two=JSON (now: none)"),
+        (("ttft", "--backends", "stock+two", "--variant", "two={}"), "stock has no tier to configure"),
+        (("ttft", "--backends", "dram", "--variant", "two"), "is not NAME=JSON"),
+        (("ttft", "--backends", "dram", "--variant", 'two={"dram": {"thread": 1}}'), "unknown key 'thread'"),
         (("ttft", "--sizes", "none"), "not a number of tokens"),
         (("ttft", "--engine-args", "[]"), "not a JSON object"),
         (("ttft", "--link-gbps", "dram=fast"), "not a list of rates"),
@@ -199,6 +205,31 @@ def test_refused_before_it_runs(
     assert sentence in err
     assert len(err.splitlines()) == 1
     assert err.endswith(".")
+
+
+def test_variants_of_a_tier(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As documented: one tier with two configurations in one run, in tables and plots beside each other."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text()
+    (command,) = re.findall(r"^sglang-xmem bench (ttft .*--variant .*)$", text, re.MULTILINE)
+    arguments = [*shlex.split(command), "--xmem-config", '{"dram": {"threads": 1}}', "--link-gbps", "dram=10"]
+    status, rows = bench(*arguments, how={"log": {"starts": str(tmp_path / "starts")}})
+    assert status == 0
+    hits = {row["backend"]: row for row in rows if row["backend"] not in ("hbm", "recompute")}
+    assert set(hits) == {"dram", "dram+two"}
+    assert all(0 <= row["transfer_hidden"] <= 1 for row in hits.values())
+    assert (tmp_path / "starts").read_text().split() == ['dram{"dram":{"threads":1}}', 'dram{"dram":{"threads":2}}']
+    out = capsys.readouterr().out
+    assert out.index(" dram  ") < out.index(" dram+two  ")
+    assert "dram+two" in (tmp_path / "rows.svg").read_text()
+    settings = json.loads((tmp_path / "rows.runs.jsonl").read_text())["settings"]
+    assert settings["variants"] == {"two": '{"dram": {"threads": 2}}'}
+
+
+def test_auto_and_its_variant_are_called_by_the_tier(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.tiers, "verdict", lambda tier, *_: ({"takes": "dram", "found": []}, {}))
+    status, rows = bench(*TTFT, "--backends", "auto,auto+two", "--variant", "two={}")
+    assert status == 0
+    assert {row["backend"] for row in rows} == {"hbm", "recompute", "dram", "dram+two"}
 
 
 def test_a_tier_is_asked_for_its_room(
