@@ -116,7 +116,12 @@ class TierPool:
             self._copier = make()
         made = (self._copier.make_signals(self.num_layers) for _ in range(LOADS_IN_FLIGHT))
         self._signals = [signals for signals in made if signals is not None]
-        logger.info("sglang_xmem: pages of %d B copied by %s", self._copier.page_bytes, self._copier.describe())
+        told = "no signals of layers" if not self._signals else "layers told by counters"
+        if self._signals and self._signals[0].flushes:
+            told += ", waits for them flush"
+        logger.info(
+            "sglang_xmem: pages of %d B copied by %s; %s", self._copier.page_bytes, self._copier.describe(), told
+        )
 
     @property
     def copier(self) -> PageCopier:

@@ -43,7 +43,9 @@ class LoadSignals:
         self._wait: Any = driver.cuStreamWaitValue32
         flags = driver.CUstreamWaitValue_flags
         self._flags = int(flags.CU_STREAM_WAIT_VALUE_GEQ)  # cyclic, so it may wrap around
-        if remote and gpus.attribute(_index(device), "CAN_FLUSH_REMOTE_WRITES"):
+        #: Whether each wait flushes what other GPUs have written, which takes its time.
+        self.flushes = remote and bool(gpus.attribute(_index(device), "CAN_FLUSH_REMOTE_WRITES"))
+        if self.flushes:
             # A GPU may reorder what others write to it. The copying GPU's fences order pages before counters; where the
             # driver offers it too, so does the wait.
             self._flags |= int(flags.CU_STREAM_WAIT_VALUE_FLUSH)

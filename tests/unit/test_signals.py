@@ -66,9 +66,10 @@ def test_writes_of_another_gpu_are_flushed(
     fake: Driver, monkeypatch: pytest.MonkeyPatch, remote: bool, able: int, flush: bool
 ) -> None:
     monkeypatch.setattr(gpus, "attribute", lambda gpu, name: able)
-    LoadSignals(1, CPU, remote=remote).wait(0)
+    made = LoadSignals(1, CPU, remote=remote)
+    made.wait(0)
     flag = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_FLUSH)
-    assert bool(fake.waits[0][3] & flag) is flush
+    assert bool(fake.waits[0][3] & flag) is made.flushes is flush
 
 
 def test_a_refused_wait_is_an_error(fake: Driver) -> None:
