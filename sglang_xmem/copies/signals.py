@@ -40,6 +40,9 @@ class LoadSignals:
         self.address = self._counters.data_ptr()
         #: What each counter reaches with the last announced load, modulo 2^32.
         self._target = 0
+        #: Stream that last waited for that load, and the part. Parts come in order, so it has seen those before too
+        #: and asks no more for any of them: SGLang waits for K and for V of each layer.
+        self._waited = (0, -1)
         self._wait: Any = driver.cuStreamWaitValue32
         flags = driver.CUstreamWaitValue_flags
         self._flags = int(flags.CU_STREAM_WAIT_VALUE_GEQ)  # cyclic, so it may wrap around
@@ -53,6 +56,7 @@ class LoadSignals:
     def announce(self, raises: int) -> None:
         """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""
         self._target = (self._target + raises) & 0xFFFFFFFF
+        self._waited = (0, -1)
 
     def wait(self, part: int) -> None:
         """Make the current stream of the device wait until a part of the last announced load is in place.
@@ -61,9 +65,12 @@ class LoadSignals:
             CopyError: the driver refuses; nothing waits then.
         """
         stream = torch.cuda.current_stream(self._device).cuda_stream
+        if self._waited[0] == stream and part <= self._waited[1]:
+            return
         status = self._wait(stream, self.address + 4 * part, self._target, self._flags)[0]
         if status.value:
             raise CopyError(f"The driver refuses to let a stream wait for a load: {status.name}.")
+        self._waited = (stream, part)
 
 
 def supported(device: torch.device) -> bool:

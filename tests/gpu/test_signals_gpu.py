@@ -60,8 +60,12 @@ class Scene:
         self.seen = torch.empty_like(self.device)
         torch.cuda.synchronize()
 
-    def load_and_read(self, *, wait: bool) -> list[bool]:
-        """For each part, whether a reader on another stream saw its bytes."""
+    def load_and_read(self, *, wait: bool, ahead: int = 0) -> list[bool]:
+        """For each part, whether a reader on another stream saw its bytes.
+
+        Args:
+            wait: for the part before reading it, or for one that comes `ahead` parts later.
+        """
         with torch.cuda.stream(self.loading):
             torch.cuda._sleep(20_000_000)  # about 10 ms: the readers are enqueued first
             self.copier.load_signalling(self.rows, self.rows, range(PLANES), self.signals)
@@ -69,7 +73,7 @@ class Scene:
             for part in range(PARTS):
                 planes = slice(part * PLANES_PER_PART, (part + 1) * PLANES_PER_PART)
                 if wait:
-                    self.signals.wait(part)
+                    self.signals.wait(min(part + ahead, PARTS - 1))
                 self.seen[planes].copy_(self.device[planes])
         torch.cuda.synchronize()
         return [
@@ -86,6 +90,15 @@ def test_whoever_waits_sees_the_part(tuning: str, shape: tuple[int, int, int]) -
         scene.fill()
         assert scene.load_and_read(wait=True) == [True] * PARTS
         assert torch.equal(scene.device, scene.expected)
+
+
+@pytest.mark.parametrize("tuning", VARIANTS)
+def test_whoever_waits_for_a_part_sees_those_before_it(tuning: str) -> None:
+    """So that one wait serves K and V of a layer, and all layers before it."""
+    scene = Scene(tuning, *SHAPES[0])
+    for ahead in (1, PARTS):
+        scene.fill()
+        assert scene.load_and_read(wait=True, ahead=ahead) == [True] * PARTS
 
 
 @pytest.mark.parametrize("tuning", VARIANTS)

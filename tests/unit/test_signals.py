@@ -53,6 +53,34 @@ def test_a_part_is_its_own_counter_and_loads_add_up(fake: Driver) -> None:
     assert fake.waits == [(STREAM, first, 0, geq), (STREAM, first + 8, 64, geq), (STREAM, first + 4, 80, geq)]
 
 
+def test_a_stream_waits_once_for_what_it_needs(fake: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = LoadSignals(4, CPU)
+    made.announce(8)
+    for part in (0, 0, 2, 1, 2, 3):
+        made.wait(part)
+    assert [address - made.address for _, address, _, _ in fake.waits] == [0, 8, 12]
+    other = SimpleNamespace(cuda_stream=STREAM + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "current_stream", lambda device: other)
+        made.wait(1)  # has not waited for anything
+    made.wait(1)  # the other stream's waiting does nothing for this one
+    made.announce(8)
+    made.wait(1)  # another load
+    seen = [(stream - STREAM, (address - made.address) // 4, value) for stream, address, value, _ in fake.waits[3:]]
+    assert seen == [(1, 1, 8), (0, 1, 8), (0, 1, 16)]
+
+
+def test_a_refused_wait_is_asked_for_again(fake: Driver) -> None:
+    made = LoadSignals(1, CPU)
+    made.announce(8)
+    fake.status = driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(CopyError):
+        made.wait(0)
+    fake.status = driver.CUresult.CUDA_SUCCESS
+    made.wait(0)
+    assert len(fake.waits) == 2
+
+
 def test_the_target_wraps_around_as_the_counters_do(fake: Driver) -> None:
     made = LoadSignals(1, CPU)
     made._target = 2**32 - 10
