@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from sglang_xmem.bench import runs, sizing, stats
 from sglang_xmem.bench.runs import HBM, RECOMPUTE, EnginePlan, Measurement, Results, Sample
 from sglang_xmem.bench.workloads import Prompt
+from sglang_xmem.doctor import bandwidth
 from sglang_xmem.errors import ConfigError
 
 FILLER_TOKENS = 8192
@@ -35,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--link-gbps",
         default=None,
-        help="what a backend's link carries: peer=354,dram=55.4 in GB/s, or a copy.jsonl of bench copy; shows the "
-        "share of the link and how much of the transfer hid behind compute",
+        help="what a backend's link carries: peer=397,dram=55.4 in GB/s, or a copy.jsonl of bench copy, for the share "
+        "of the link and how much of the transfer hid behind compute; default: measured first, in up to 10 s",
     )
     runs.add_output_arguments(parser, "ttft")
 
@@ -49,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     )
     rounds = args.rounds or (2 if args.quick else 5)
     links = link_gbps(args.link_gbps)
+    if not links and args.on_gpu and not args.quick and any(runs.has_pool(name) for name in args.names):
+        links = measured_links(int(args.engine_options.get("base_gpu_id", 0)))
     workload = Workload(sizes, rounds, args.page_size, args.output_tokens, args.seed, args.quick, args.on_gpu)
     # The floor and the ceiling come with every engine; alone they need one.
     engines = [name for name in args.names if name not in (HBM, RECOMPUTE)] or [HBM]
@@ -294,6 +298,28 @@ def link_gbps(text: str | None) -> dict[str, float]:
             ]
             if rates:
                 links[name] = max(rates)
-    if "dram" in links:
-        links.setdefault("stock", links["dram"])
+    return _with_kin(links)
+
+
+def measured_links(gpu: int) -> dict[str, float]:
+    """GB/s that contiguous copies to a GPU reach, from host memory and from the best of its peers, as the doctor finds.
+
+    Empty where nothing could be measured: it is no reason to stop.
+    """
+    rows, problem = bandwidth.run()
+    if problem is not None:
+        print(f"The links' rates are not known ({problem}); give them as --link-gbps.", file=sys.stderr)
+    links: dict[str, float] = {}
+    for row in rows:
+        if row["gpu"] == gpu and "read_gbps" in row:
+            name = "dram" if row["peer"] is None else "peer"
+            links[name] = max(links.get(name, 0.0), row["read_gbps"])
+    return _with_kin(links)
+
+
+def _with_kin(links: dict[str, float]) -> dict[str, float]:
+    """The same for backends over the same link."""
+    for name, other in (("stock", "dram"), ("mtier", "peer")):
+        if other in links:
+            links.setdefault(name, links[other])
     return links

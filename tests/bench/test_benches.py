@@ -207,6 +207,41 @@ def test_refused_before_it_runs(
     assert err.endswith(".")
 
 
+def test_links_are_measured_where_nobody_says_them(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = [
+        {"gpu": 0, "peer": None, "read_gbps": 55.0, "write_gbps": 54.0},
+        {"gpu": 0, "peer": 1, "read_gbps": 390.0, "write_gbps": 1.0},
+        {"gpu": 0, "peer": 2, "read_gbps": 397.0, "write_gbps": 1.0},
+        {"gpu": 0, "peer": 3, "not_measured": "GPU 3 is in use"},
+        {"gpu": 1, "peer": None, "read_gbps": 99.0},
+    ]
+    monkeypatch.setattr(ttft.bandwidth, "run", lambda: (found, None))
+    assert ttft.measured_links(0) == {"dram": 55.0, "stock": 55.0, "peer": 397.0, "mtier": 397.0}
+    monkeypatch.setattr(ttft.bandwidth, "run", lambda: (found[4:], "it did not answer within 9.5 s"))
+    assert ttft.measured_links(0) == {}
+    assert "not known (it did not answer within 9.5 s); give them as --link-gbps" in capsys.readouterr().err
+
+    asked: list[int] = []
+
+    def measured(gpu: int) -> dict[str, float]:
+        asked.append(gpu)
+        return {"dram": 10.0}
+
+    monkeypatch.setattr(ttft, "measured_links", measured)
+    monkeypatch.setattr(runs, "has_gpu", lambda: True)
+    monkeypatch.setattr(runs, "gpu_bytes", lambda: 1 << 40)
+    long = ("ttft", "--sizes", "64", "--rounds", "1", "--backends", "dram", "--engine-args", '{"base_gpu_id": 2}')
+    status, rows = bench(*long)
+    assert status == 0
+    assert asked == [2]
+    assert {row.get("link_gbps") for row in rows} == {None, 10.0}
+    bench(*long, "--quick")
+    bench(*long, "--link-gbps", "dram=20")
+    assert asked == [2], "where it is said, or has to be quick, nothing is measured"
+
+
 def test_variants_of_a_tier(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """As documented: one tier with two configurations in one run, in tables and plots beside each other."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text()
@@ -400,4 +435,4 @@ def test_links_from_copy_results(tmp_path: Path) -> None:
     rows += [{"path": "peer_load", "contiguous_gbps": 397.0, "memory": "context"}]
     rows += [{"path": "host_load", "contiguous_gbps": 90.0, "memory": "tier", "device": "cpu"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert ttft.link_gbps(str(path)) == {"peer": 354.0, "dram": 55.4, "stock": 55.4}
+    assert ttft.link_gbps(str(path)) == {"peer": 354.0, "mtier": 354.0, "dram": 55.4, "stock": 55.4}
