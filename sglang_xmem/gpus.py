@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import psutil
@@ -76,8 +75,8 @@ def attribute(gpu: int, name: str) -> int:
     return int(checked(d.cuDeviceGetAttribute(key, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), name))
 
 
-def hold_context(gpu: int) -> Callable[[], None]:
-    """Keep a CUDA context on a GPU until the returned function is called; it becomes current nowhere.
+def hold_context(gpu: int, undo: ExitStack) -> Any:
+    """Keep a GPU's primary context until `undo`, and return it; it becomes current nowhere.
 
     A GPU without any context rests, and other GPUs reach its memory at a lower rate (docs/performance.md).
 
@@ -86,8 +85,9 @@ def hold_context(gpu: int) -> Callable[[], None]:
     """
     d = driver()
     device = checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")
-    checked(d.cuDevicePrimaryCtxRetain(device), f"making a CUDA context on GPU {gpu}")
-    return functools.partial(d.cuDevicePrimaryCtxRelease, device)
+    context = checked(d.cuDevicePrimaryCtxRetain(device), f"making a context on GPU {gpu}")
+    undo.callback(d.cuDevicePrimaryCtxRelease, device)
+    return context
 
 
 @functools.cache

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_xmem.copies import make_copier
+from sglang_xmem.copies import make_copier, on_peer_or_rank
 from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
-from sglang_xmem.errors import CopyError
 from sglang_xmem.plan import Placement, describe_passed_over
 from sglang_xmem.tiers import Region
 
@@ -107,13 +106,10 @@ class TierPool:
             load=self._copy.load,
             store=self._copy.store,
         )
-        try:
-            self._copier = make(runs_on=self._region.copying_gpu)
-        except CopyError as error:
-            if self._region.copying_gpu is None or self._region.copying_required:
-                raise
-            logger.info("sglang_xmem: %s runs the copies, not GPU %d: %s", self.device, self._region.copying_gpu, error)
-            self._copier = make()
+        gpu = self._region.copying_gpu
+        self._copier, refused = on_peer_or_rank(make, gpu, required=self._region.copying_required)
+        if refused is not None:
+            logger.info("sglang_xmem: %s runs the copies, not GPU %d: %s", self.device, gpu, refused)
         made = (self._copier.make_signals(self.num_layers) for _ in range(LOADS_IN_FLIGHT))
         self._signals = [signals for signals in made if signals is not None]
         told = "no signals of layers" if not self._signals else "layers told by counters"

@@ -15,10 +15,10 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sglang_xmem.bench import copy_jobs, copy_memory, report
-from sglang_xmem.bench.copy_jobs import CASES, CPU_PATHS, MEMORIES, PATHS, Job, Row
+from sglang_xmem.bench.copy_jobs import CASES, CPU_PATHS, MEMORIES, PATHS, Job, Row, RunsOn
 from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.runs import INTERRUPTED, Results, add_output_arguments, terminated_as_interrupt
 from sglang_xmem.copies.tuning import CudaTuning
@@ -73,7 +73,7 @@ class Options:
     memories: tuple[str, ...] | None
     tunings: tuple[dict[str, Any], ...] | None
     limits: tuple[int, ...] | None
-    copies_on: Literal["rank", "peer"] | None
+    copies_on: RunsOn | None
     repetitions: int
     quick: bool
     tune: bool

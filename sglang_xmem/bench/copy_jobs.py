@@ -16,7 +16,9 @@ CPU_PATHS = ("host_load", "host_store")
 #: Peer memory: the tier's; the same without a context on the peer, which then rests; of cuMemAlloc in such a context.
 #: `asleep` can only be measured before anything makes a context there.
 MEMORIES = ("asleep", "tier", "context")
-#: Which GPU runs the copies: the one that the tier takes by itself, the rank's own, or the peer and no other.
+#: Which GPU runs copies.
+RunsOn = Literal["rank", "peer"]
+#: Which is to: the one that the tier takes by itself, the rank's own, or the peer and no other.
 By = Literal["tier", "rank", "peer"]
 
 
@@ -197,7 +199,7 @@ def gpu_jobs(
     numbers: Sequence[int] | None,
     memories: Sequence[str] | None,
     quick: bool,
-    copies_on: Literal["rank", "peer"] | None = None,
+    copies_on: RunsOn | None = None,
 ) -> list[Job]:
     """The jobs of a run on a GPU with the settings that come with this package.
 
@@ -232,7 +234,7 @@ def gpu_jobs(
     return [chosen for job in jobs for chosen in _as_asked(job, copies_on)]
 
 
-def _as_asked(job: Job, copies_on: Literal["rank", "peer"] | None) -> Iterator[Job]:
+def _as_asked(job: Job, copies_on: RunsOn | None) -> Iterator[Job]:
     """A job as --copies-on has it, if at all. The tier chooses over its own memory alone; the host does not copy."""
     if job.tier == "host" or (job.by == "rank" and copies_on != "peer"):
         yield job
@@ -300,7 +302,7 @@ def given_jobs(
     jobs: Sequence[Job],
     tunings: Sequence[Changes],
     limits: Sequence[int],
-    copies_on: Literal["rank", "peer"] = "rank",
+    copies_on: RunsOn = "rank",
 ) -> list[Job]:
     """`jobs` with the user's settings in place of this package's: each tuning with each number of blocks (0: its own).
 
@@ -321,7 +323,7 @@ def given_jobs(
     return result
 
 
-def _runner(tier: str, copies_on: Literal["rank", "peer"]) -> By:
+def _runner(tier: str, copies_on: RunsOn) -> By:
     return copies_on if tier == "peer" else "rank"
 
 
@@ -336,7 +338,7 @@ def tune_jobs(
     memories: Sequence[str] | None,
     quick: bool,
     limits: Sequence[int],
-    copies_on: Literal["rank", "peer"] = "rank",
+    copies_on: RunsOn = "rank",
 ) -> list[Job]:
     """Every kernel of TUNE_KERNELS with every number of blocks (`limits`, or TUNE_CTAS), for each path and case."""
     kernels = TUNE_KERNELS[1::5] if quick else TUNE_KERNELS

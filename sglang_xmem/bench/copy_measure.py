@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,15 +28,14 @@ from sglang_xmem.bench.copy_jobs import (
     Case,
     Job,
     Row,
+    RunsOn,
     reached,
 )
-from sglang_xmem.copies import make_copier
+from sglang_xmem.copies import make_copier, on_peer_or_rank
 from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
 from sglang_xmem.copies.signals import LoadSignals
-from sglang_xmem.errors import CopyError
 
 Call = Callable[[], None]
-RunsOn = Literal["peer", "rank"]
 
 #: Side of the square bf16 matrices whose product runs beside a load, and how many products a round takes.
 MATMUL_SIDE, MATMUL_CALLS, MATMUL_ROUNDS = 8192, 15, 3
@@ -284,14 +283,11 @@ class Scene:
             load=settings,
             store=settings,
         )
-        if job.by != "rank" and self.copying_gpu is not None:
-            try:
-                return make(runs_on=self.copying_gpu), "peer"
-            except CopyError:
-                if job.by == "peer":
-                    raise
-                # The tier's choice, which then is the rank's own GPU.
-        return make(), "rank" if self.machine.is_gpu else None
+        gpu = None if job.by == "rank" else self.copying_gpu
+        copier, refused = on_peer_or_rank(make, gpu, required=job.by == "peer")
+        if gpu is not None and refused is None:
+            return copier, "peer"
+        return copier, "rank" if self.machine.is_gpu else None
 
     def copy(self, copier: PageCopier, load: bool, planes: range | None = None) -> None:
         """Enqueue one direction."""

@@ -67,10 +67,8 @@ def _of_a_context(gpu: int, peer: int, nbytes: int) -> Region:
     d = gpus.driver()
     torch.cuda.synchronize(gpu)  # its primary context exists and is current
     own = gpus.checked(d.cuCtxGetCurrent(), "asking for the current context")
-    device = gpus.checked(d.cuDeviceGet(peer), f"opening GPU {peer}")
     with ExitStack() as undo:
-        context = gpus.checked(d.cuDevicePrimaryCtxRetain(device), f"making a context on GPU {peer}")
-        undo.callback(d.cuDevicePrimaryCtxRelease, device)
+        context = gpus.hold_context(peer, undo)
         status = d.cuCtxEnablePeerAccess(context, 0)
         if status[0] != d.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
             gpus.checked(status, f"giving GPU {gpu} access to GPU {peer}")

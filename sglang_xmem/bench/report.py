@@ -172,11 +172,11 @@ Table = tuple[str, list[str], list[list[str]], list[str]]
 
 
 def _order(backend: str) -> tuple[int, str]:
-    names, tier = list(COLOURS), _tier_of(backend)
+    names, tier = list(COLOURS), tier_of(backend)
     return (names.index(tier) if tier in names else len(names) - 1, backend)
 
 
-def _tier_of(backend: str) -> str:
+def tier_of(backend: str) -> str:
     """A backend without its variant."""
     return backend.partition("+")[0]
 
@@ -483,7 +483,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any
 
 def _style(backend: str) -> dict[str, Any]:
     dashed = backend in FLOOR_AND_CEILING
-    tier = _tier_of(backend)
+    tier = tier_of(backend)
     colour = COLOURS.get(tier, "#666666")
     hollow = backend == "stock" or backend != tier
     label = {"hbm": "HBM hit (floor)", "recompute": "computed again (ceiling)", "stock": "stock HiCache"}

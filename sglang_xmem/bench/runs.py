@@ -25,6 +25,7 @@ from sglang_xmem import gpus
 from sglang_xmem.bench import environment, report, shapes, sizing
 from sglang_xmem.bench.engine import EngineGone, EngineProcess, RequestFailed
 from sglang_xmem.bench.progress import Progress
+from sglang_xmem.bench.report import tier_of
 from sglang_xmem.bench.sizing import KVShape
 from sglang_xmem.config import parse_options
 from sglang_xmem.doctor import tiers
@@ -57,11 +58,6 @@ def parse_tokens(text: str) -> int:
     if value < 1:
         raise ConfigError(f"{text!r} is not a number of tokens; give one such as 512 or 80K.")
     return value
-
-
-def tier_of(backend: str) -> str:
-    """A backend's name without its variant."""
-    return backend.partition("+")[0]
 
 
 def parse_backends(text: str, variants: Collection[str] = ()) -> list[str]:
@@ -285,7 +281,7 @@ def check_tier(args: argparse.Namespace, backend: str, hicache_gb: int) -> None:
         ConfigError: it cannot hold the pool.
     """
     engine = tiers.engine_gpus(args.tp_size, int(args.engine_options.get("base_gpu_id", 0)))
-    answer, _ = tiers.verdict(tier_of(backend), config_of(args, backend), engine, hicache_gb * 10**9)
+    answer, _ = tiers.verdict(tier_of(backend), config_of(args, backend), engine, hicache_gb * 10**9, banks=False)
     if answer["takes"] is None:
         reasons = "; ".join(f"{found['tier']}: {found['reason']}" for found in answer["found"])
         raise ConfigError(f"--backends {backend} cannot be used with --hicache-size {hicache_gb}: {reasons}.")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_xmem.bench import runs, sizing, stats
+from sglang_xmem.bench import report, runs, sizing, stats
 from sglang_xmem.bench.runs import HBM, RECOMPUTE, EnginePlan, Measurement, Results, Sample
 from sglang_xmem.bench.workloads import Prompt
 from sglang_xmem.doctor import bandwidth
@@ -221,7 +221,7 @@ def summarize(samples: list[Sample], backend: str, token_bytes: int, links: dict
             if kind == HBM and times:
                 hbm_ms[size] = stats.percentile(times, 50)
             if kind == "tier" and times:
-                row.update(_transfer(row, token_bytes, links.get(runs.tier_of(label)), hbm_ms.get(size)))
+                row.update(_transfer(row, token_bytes, links.get(report.tier_of(label)), hbm_ms.get(size)))
             rows.append(row)
     return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,31 @@ if TYPE_CHECKING:
 CopierName = Literal["auto", "cuda", "triton", "torch"]
 _NAMES = ("auto", "cuda", "triton", "torch")
 
-__all__ = ["CopierName", "PageCopier", "make_copier"]
+__all__ = ["CopierName", "PageCopier", "make_copier", "on_peer_or_rank"]
+
+
+def on_peer_or_rank(
+    make: Callable[..., PageCopier], gpu: int | None, *, required: bool
+) -> tuple[PageCopier, CopyError | None]:
+    """A copier that runs on another GPU, or on the rank's own where there is none or it cannot.
+
+    Args:
+        make: `make_copier` with all its arguments but `runs_on`.
+        gpu: CUDA ordinal of the other GPU, if any.
+        required: no other will do.
+
+    Returns:
+        The copier, and why it does not run on `gpu`.
+
+    Raises:
+        CopyError: as `make_copier`; also where `gpu` cannot run it and is required.
+    """
+    try:
+        return make(runs_on=gpu), None
+    except CopyError as error:
+        if gpu is None or required:
+            raise
+        return make(), error
 
 
 def make_copier(

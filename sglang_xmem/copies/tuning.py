@@ -13,6 +13,7 @@ MAX_SHARED_BYTES = 227 * 1024
 
 #: `copier`: on the GPU that runs the copies, which is not the one that computes.
 Locality = Literal["host", "device", "copier"]
+Direction = Literal["load", "store"]
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,6 @@ class CudaTuning:
 #: A load or a store in eight thread blocks, each with little of a multiprocessor: 128 KiB of shared memory, so that one
 #: block of attention (64 KiB) or of a MoE product (68 KiB) still fits beside it, and few registers.
 _FRUGAL: Final = CudaTuning(variant="bulk", ctas=8, rings=8, stages=4, stage_bytes=4096, pending_stores=1)
-
-Direction = Literal["load", "store"]
 
 #: By (direction, locality of the tier); docs/performance.md has the measurements behind them. More blocks would fill
 #: the link, but a load runs beside the forward pass, and attention kernels plan one wave over all multiprocessors:

@@ -52,7 +52,7 @@ def measure(deadline: float) -> Iterator[Json]:
         for gpu in visible:  # once, since making a context takes longer than measuring a link
             with suppress(TierUnavailable):  # told where it is missed
                 if busy[gpu] is None and time.monotonic() < deadline:
-                    awake.callback(gpus.hold_context(gpu))
+                    gpus.hold_context(gpu, awake)
         yield from _rows(visible, peers, busy, left, deadline)
 
 
@@ -90,10 +90,8 @@ def _rows(
 def _bench(gpu: int) -> Iterator[_Bench]:
     """A context on a GPU with a buffer in it; all gone afterwards."""
     d = gpus.driver()
-    device = gpus.checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")
     with ExitStack() as undo:
-        context = gpus.checked(d.cuDevicePrimaryCtxRetain(device), f"making a context on GPU {gpu}")
-        undo.callback(d.cuDevicePrimaryCtxRelease, device)
+        context = gpus.hold_context(gpu, undo)
         gpus.checked(d.cuCtxSetCurrent(context), f"entering GPU {gpu}'s context")
         undo.callback(d.cuCtxSetCurrent, d.CUcontext(0))
         stream = gpus.checked(d.cuStreamCreate(1), "making a stream")  # CU_STREAM_NON_BLOCKING

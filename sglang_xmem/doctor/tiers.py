@@ -96,24 +96,26 @@ def _host_budget(n_ranks: int) -> HostBudget:
     return launcher_host_budget(n_ranks) if sglang_is_known() else fallback_host_budget(n_ranks)
 
 
-def verdict(tier: str, config: str | None, engine: list[int | None], pool_bytes: int | None) -> tuple[Json, Json]:
-    """Which tier serves and why not the others; and X-Mem's banks.
+def verdict(
+    tier: str, config: str | None, engine: list[int | None], pool_bytes: int | None, *, banks: bool = True
+) -> tuple[Json, Json]:
+    """Which tier serves and why not the others; and X-Mem's banks, unless not asked for.
 
     Raises:
         ConfigError: options that the server would refuse.
     """
     parse_options(tier, config)
     names = list(tier_classes()) if tier == AUTO else [tier]
-    banks: Json = {}
+    bank_line: Json = {}
     found: dict[str, Json] = {}
     stuck: list[str] = []
-    steps = [BANKS, *names]
+    steps = [BANKS, *names] if banks else names.copy()
     while steps:
         arguments = {"steps": steps, "config": config, "engine": engine, "pool_bytes": pool_bytes}
         outcome = run_task("tiers", arguments, LIMIT_S)
         for step, line in zip(steps, outcome.lines, strict=False):
             if step == BANKS:
-                banks = line
+                bank_line = line
             else:
                 found[step] = line
         steps = steps[len(outcome.lines) :]
@@ -123,7 +125,7 @@ def verdict(tier: str, config: str | None, engine: list[int | None], pool_bytes:
         problem = outcome.problem or "it gave no answer"
         failed = steps.pop(0)
         if failed == BANKS:
-            banks = {"banks": None, "reason": problem}
+            bank_line = {"banks": None, "reason": problem}
             if MTierTier.name not in steps:
                 continue
             steps.remove(failed := MTierTier.name)  # would wait for the same service as long again
@@ -138,4 +140,4 @@ def verdict(tier: str, config: str | None, engine: list[int | None], pool_bytes:
         "takes": next((line["tier"] for line in tiers if line["reason"] is None), None),
         "found": tiers,
         "stuck": stuck,
-    }, banks
+    }, bank_line

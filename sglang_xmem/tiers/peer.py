@@ -185,7 +185,7 @@ class PeerTier(MemoryTier):
     def _wake(self, peers: tuple[int, ...], undo: ExitStack) -> None:
         """Keep peers from resting until `undo`."""
         for gpu in peers:
-            undo.callback(gpus.hold_context(gpu))
+            gpus.hold_context(gpu, undo)
 
     def _copying(self, peers: tuple[int, ...]) -> int | None:
         """Which peer runs the copies, None for the rank's own GPU."""

@@ -261,7 +261,7 @@ def test_variants_of_a_tier(bench: Bench, capsys: pytest.CaptureFixture[str], tm
 
 
 def test_auto_and_its_variant_are_called_by_the_tier(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.tiers, "verdict", lambda tier, *_: ({"takes": "dram", "found": []}, {}))
+    monkeypatch.setattr(runs.tiers, "verdict", lambda tier, *_, banks: ({"takes": "dram", "found": []}, {}))
     status, rows = bench(*TTFT, "--backends", "auto,auto+two", "--variant", "two={}")
     assert status == 0
     assert {row["backend"] for row in rows} == {"hbm", "recompute", "dram", "dram+two"}
@@ -272,7 +272,7 @@ def test_a_tier_is_asked_for_its_room(
 ) -> None:
     asked: list[Any] = []
 
-    def verdict(tier: str, config: str | None, gpus: list[int | None], pool_bytes: int) -> Any:
+    def verdict(tier: str, config: str | None, gpus: list[int | None], pool_bytes: int, *, banks: bool) -> Any:
         asked.append((tier, config, gpus, pool_bytes))
         reason = "there is room for 60.00 GB" if len(asked) > 1 else None
         found = [{"tier": tier, "reason": reason}]

@@ -472,7 +472,7 @@ def test_memory_of_a_peer_that_rests(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(PeerTier, "allocate", allocate)
     woken: list[int] = []
-    monkeypatch.setattr(gpus, "hold_context", lambda gpu: lambda: woken.append(gpu))
+    monkeypatch.setattr(gpus, "hold_context", lambda gpu, undo: woken.append(gpu))
     copy_memory.allocate("peer", "asleep", 0, 3, 1 << 20)
     assert (seen, woken) == ([("rank", (3,), 0, 1 << 20)], [])
     monkeypatch.setattr(copy_memory._Asleep, "_wake", PeerTier._wake)
