@@ -7,8 +7,9 @@ SGLang prints goes to stderr. Times are taken in the worker, around the engine's
     {"id": 1, "op": "ask", "prompt": [["seed", 256]], "max_new_tokens": 1}     one request, alone
     {"id": 2, "op": "flood", "prompts": [...]}                                one after another, answers left out
     {"id": 3, "op": "settle", "seconds": 0.5}                                 what goes on in the background ends
-    {"id": 4, "op": "open"} ... {"id": 9, "op": "close"}                      between them requests run concurrently:
-    {"id": 5, "op": "ask", ...}                                               streamed, replies in order of their end
+    {"id": 4, "op": "record", "folder": ..., "prompt": ...}                   one request under SGLang's profiler
+    {"id": 5, "op": "open"} ... {"id": 9, "op": "close"}                      between them requests run concurrently:
+    {"id": 6, "op": "ask", ...}                                               streamed, replies in order of their end
     {"id": 10, "op": "exit"}
 """
 
@@ -135,6 +136,11 @@ class Worker:
                 for prompt in command["prompts"]:
                     self._generate(self._tokens(Prompt.from_json(prompt)), 1)
                 self.reply(number)
+            elif operation == "record":
+                try:
+                    self.reply(number, **self._record(command))
+                except Exception as error:
+                    self.reply(number, error=str(error))
             elif operation == "settle":
                 time.sleep(command["seconds"])
                 self.reply(number)
@@ -154,6 +160,15 @@ class Worker:
         reply = self._generate(ids, command["max_new_tokens"])
         elapsed_ms = (time.perf_counter() - start) * 1e3
         return Answer.of(reply, elapsed_ms, elapsed_ms)
+
+    def _record(self, command: dict[str, Any]) -> dict[str, Any]:
+        self._engine.start_profile(output_dir=command["folder"], activities=["GPU"], with_stack=False)
+        try:
+            asked = time.time()
+            answer = self._ask({**command, "max_new_tokens": 1})
+        finally:
+            self._engine.stop_profile()  # returns once the traces are written
+        return {"asked_ms": asked * 1e3, "answer": asdict(answer)}
 
     async def _concurrently(self) -> None:
         loop = asyncio.get_running_loop()
@@ -293,6 +308,15 @@ class EngineProcess:
         """One request; nothing else runs beside it, except between `concurrent`'s begin and end."""
         reply = self._call(None, op="ask", prompt=prompt.to_json(), max_new_tokens=max_new_tokens)
         return Answer(**{name: reply[name] for name in Answer.__dataclass_fields__})
+
+    def record(self, prompt: Prompt, folder: Path) -> tuple[Answer, float]:
+        """One request for one token under SGLang's profiler; its traces are in `folder` then.
+
+        Returns:
+            the answer, and when it was asked for, in ms of Unix time.
+        """
+        reply = self._call(None, op="record", prompt=prompt.to_json(), folder=str(folder))
+        return Answer(**reply["answer"]), float(reply["asked_ms"])
 
     def flood(self, prompts: Sequence[Prompt]) -> None:
         """Ask for one token of each, one after another."""

@@ -98,6 +98,7 @@ IDENTITY = {
     "throughput": ("backend", "hit_ratio", "concurrency"),
     "multiturn": ("backend", "turn"),
     "trace": ("backend",),
+    "timeline": ("backend", "hit", "gpu", "kernel"),
     "copy": ("path", "case", "kernel", "tuning", "memory"),
     "roundtrip": ("tier", "bytes", "kernel"),
 }

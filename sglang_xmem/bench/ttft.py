@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_xmem.bench import report, runs, sizing, stats
+from sglang_xmem.bench import report, runs, sizing, stats, timeline
+from sglang_xmem.bench.engine import RequestFailed
 from sglang_xmem.bench.runs import HBM, RECOMPUTE, EnginePlan, Measurement, Results, Sample
 from sglang_xmem.bench.workloads import Prompt
 from sglang_xmem.doctor import bandwidth
@@ -40,6 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a backend's link carries: peer=397,dram=55.4 in GB/s, or a copy.jsonl of bench copy, for the share "
         "of the link and how much of the transfer hid behind compute; default: measured first, in up to 10 s",
     )
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="also record a hit in the tier and one in HBM, after all measuring, and append the GPUs' kernels by name "
+        "to this JSON Lines file; needs a GPU",
+    )
+    parser.add_argument("--timeline-size", default=None, help="which of --sizes is recorded; default: the largest")
     runs.add_output_arguments(parser, "ttft")
 
 
@@ -50,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
         {runs.parse_tokens(text) for text in (args.sizes or ("256,1K" if tiny else "10K,40K,80K")).split(",")}
     )
     rounds = args.rounds or (2 if args.quick else 5)
+    if args.timeline is not None and not args.on_gpu:
+        raise ConfigError(f"--timeline {args.timeline} records GPUs, and this machine has none; leave it out.")
+    recorded_size = runs.parse_tokens(args.timeline_size) if args.timeline_size else max(sizes)
+    if recorded_size not in sizes:
+        raise ConfigError(f"--timeline-size {args.timeline_size} is none of --sizes; give one of those.")
     links = link_gbps(args.link_gbps)
     if not links and args.on_gpu and not args.quick and any(runs.has_pool(name) for name in args.names):
         links = measured_links(int(args.engine_options.get("base_gpu_id", 0)))
@@ -65,9 +81,22 @@ def run(args: argparse.Namespace) -> int:
     settings = runs.parameters(args, sizes=sizes, rounds=rounds, output_tokens=args.output_tokens)
     results = Results("ttft", args, settings)
     outputs = _Outputs()
+    timelines: list[list[dict[str, Any]]] = []
 
     def measure_engine(engine: Any, plan: EnginePlan, measurement: Measurement) -> None:
         measure(engine, workload, measurement, tier=runs.has_pool(plan.backend))
+        if args.timeline is not None:
+            try:
+                found = record(engine, workload, recorded_size, tier=runs.has_pool(plan.backend))
+            except RequestFailed as error:  # what was measured stands
+                measurement.progress.say(f"{plan.backend}: no timeline: {error}")
+                return
+            about = {"bench": "timeline", "run": results.run, "backend": plan.backend}
+            rows = [{**about, **row} for row in found]
+            with args.timeline.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            if rows:
+                timelines.append(rows)
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
         about = {"shape": args.model or args.shape, "page_size": args.page_size, "tp_size": args.tp_size}
@@ -82,7 +111,10 @@ def run(args: argparse.Namespace) -> int:
         wrong = runs.unproven(row, args.max_unproven)
         return wrong and f"{at}: {wrong}"
 
-    return runs.run_engines(args, plans, results, measure_engine, rows, check)
+    status = runs.run_engines(args, plans, results, measure_engine, rows, check)
+    for recorded in timelines:
+        report.show_table(*timeline.table(recorded)[:3])
+    return status
 
 
 class Workload:
@@ -176,8 +208,7 @@ def measure(engine: Any, workload: Workload, measurement: Measurement, tier: boo
                 measurement.add(
                     kind="tier",
                     prompt_tokens=size,
-                    # The last page is always computed again: its last token's logits are what the answer needs.
-                    proven=answer.host >= size - 2 * page and answer.device <= page,
+                    proven=_is_hit(answer, "tier", size, page),
                     outputs_equal=check.output == reference[size] and check.output[:1] == answer.output,
                     **_sample(answer),
                 )
@@ -187,11 +218,43 @@ def measure(engine: Any, workload: Workload, measurement: Measurement, tier: boo
             measurement.add(
                 kind=HBM,
                 prompt_tokens=size,
-                proven=answer.device >= size - 2 * page,
+                proven=_is_hit(answer, HBM, size, page),
                 outputs_equal=answer.output == reference[size][:1],
                 **_sample(answer),
             )
             measurement.step(f"{size} tokens, round {round_number + 1} of {workload.rounds}")
+
+
+def record(engine: Any, workload: Workload, size: int, tier: bool) -> list[dict[str, Any]]:
+    """What the GPUs did during a hit in the tier and one in HBM: rows of `timeline.by_kernel`.
+
+    A hit that is not what it should be has no rows.
+
+    Raises:
+        RequestFailed: SGLang did not record.
+    """
+    prompt = workload.prompts[size]
+    rows: list[dict[str, Any]] = []
+    if tier:
+        engine.flood(workload.fillers)
+    else:
+        engine.ask(prompt)
+    for hit in ("tier", HBM) if tier else (HBM,):
+        with tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_") as folder:
+            answer, asked_ms = engine.record(prompt, Path(folder))
+            kernels = timeline.by_kernel(timeline.read_traces(Path(folder)), asked_ms)
+        if _is_hit(answer, hit, size, workload.page):
+            about = {"hit": hit, "prompt_tokens": size, "recorded_ttft_ms": round(answer.ttft_ms, 3)}
+            rows += [{**about, **row} for row in kernels]
+    return rows
+
+
+def _is_hit(answer: Any, kind: str, size: int, page: int) -> bool:
+    """Whether an answer's prompt came from where it should have."""
+    if kind == HBM:
+        return bool(answer.device >= size - 2 * page)
+    # The last page is always computed again: its last token's logits are what the answer needs.
+    return bool(answer.host >= size - 2 * page and answer.device <= page)
 
 
 def _sample(answer: Any) -> dict[str, Any]:

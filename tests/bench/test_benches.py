@@ -186,6 +186,8 @@ def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arg
         (("ttft", "--engine-args", "[]"), "not a JSON object"),
         (("ttft", "--link-gbps", "dram=fast"), "not a list of rates"),
         (("ttft", "--link-gbps", "/nowhere"), "not a readable copy"),
+        (("ttft", "--timeline", "timeline.jsonl"), "this machine has none"),
+        (("ttft", "--sizes", "64", "--timeline-size", "128"), "none of --sizes"),
         (("throughput", "--hit-ratios", "0,101"), "not percentages"),
         (("throughput", "--size", "8K", "--concurrency", "400", "--hicache-size", "1"), "use --hicache-size"),
         (("multiturn", "--device-tokens", "64"), "does not fit into a KV pool"),
@@ -240,6 +242,42 @@ def test_links_are_measured_where_nobody_says_them(
     bench(*long, "--quick")
     bench(*long, "--link-gbps", "dram=20")
     assert asked == [2], "where it is said, or has to be quick, nothing is measured"
+
+
+def test_timeline(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runs, "has_gpu", lambda: True)
+    monkeypatch.setattr(runs, "gpu_bytes", lambda: 1 << 40)
+    file = tmp_path / "timelines.jsonl"
+    arguments = (*TTFT, "--backends", "stock,dram,hbm", "--timeline", str(file), "--timeline-size", "64")
+    status, rows = bench(*arguments)
+    assert status == 0
+    recorded = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(row["backend"], row["hit"]) for row in recorded} == {
+        (backend, hit) for backend in ("stock", "dram") for hit in ("tier", "hbm")
+    }
+    assert {row["run"] for row in recorded} == {rows[0]["run"]}
+    assert {row["prompt_tokens"] for row in recorded} == {64}
+    mine = [row for row in recorded if (row["backend"], row["hit"]) == ("dram", "tier")]
+    assert [(row["gpu"], row["kernel"], row["total_ms"]) for row in mine] == [
+        (0, "all", 6.0),
+        (0, "attention", 4.0),
+        (0, "moe", 2.0),
+        (1, "page_copy_bulk", 8.0),
+        (1, "all", 8.0),
+    ]
+    assert all(-1 < row["first_ms"] < row["last_ms"] < 10 for row in mine), "they count from the asking"
+    out = capsys.readouterr().out
+    assert "Where the GPUs' time goes: stock, 64 tokens" in out
+    assert re.search(r"^ *attention +0 +4.00 +4.00 ", out, re.MULTILINE)
+
+    status, again = bench(*arguments, how={"no_profiler": True})
+    assert status == 0, "what was measured stands without it"
+    assert len(file.read_text().splitlines()) == len(recorded)
+    assert len(again) == 2 * len(rows)
+    assert all(row["complete"] for row in again)
+    assert "dram: no timeline: CUPTI is taken" in capsys.readouterr().err
 
 
 def test_variants_of_a_tier(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
