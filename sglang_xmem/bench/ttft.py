@@ -235,6 +235,8 @@ def record(engine: Any, workload: Workload, size: int, tier: bool) -> list[dict[
     """
     prompt = workload.prompts[size]
     rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_") as folder:
+        engine.record(workload.fillers[0], Path(folder))  # a process's first recording is the slowest
     if tier:
         engine.flood(workload.fillers)
     else:
