@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from sglang_xmem.copies.tuning import CudaTuning
+from sglang_xmem.copies.tuning import CudaTuning, Direction, defaults_of
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.tiers import tier_classes
 
@@ -73,9 +73,12 @@ def parse_options(tier: str, config: str | dict[str, Any] | None) -> Options:
         except msgspec.ValidationError as error:
             raise ConfigError(f"{CONFIG_OPTION}: {section!r} is wrong: {error}.") from None
     copy = parsed.pop("copy")
-    for direction in ("load", "store"):
+    directions: tuple[Direction, ...] = ("load", "store")
+    for direction in directions:
         try:
-            dataclasses.replace(CudaTuning(), **getattr(copy, direction))
+            # Which one it will change is decided with the memory, and must not fail then.
+            for tuning in defaults_of(direction):
+                dataclasses.replace(tuning, **getattr(copy, direction))
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"{CONFIG_OPTION}: 'copy.{direction}' is {json.dumps(getattr(copy, direction))}: {error}; known keys: "

@@ -273,7 +273,13 @@ def test_cuda_refuses_planes_on_the_cpu() -> None:
 )
 def test_tuning_out_of_range_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)) if len(wrong) == 1 else r"pending_stores|shared memory"):
-        CudaTuning(**wrong)  # type: ignore[arg-type]
+        CudaTuning(**{"variant": "bulk", **wrong})  # type: ignore[arg-type]
+
+
+def test_settings_of_the_other_variant_do_not_count() -> None:
+    """A change of a few settings is checked against each default, some of which are of the other variant."""
+    assert CudaTuning(stages=2, pending_stores=2).variant == "register"
+    assert CudaTuning(stages=15).dynamic_shared_bytes == 0
 
 
 def test_bulk_gives_way_to_register_where_it_cannot_run() -> None:

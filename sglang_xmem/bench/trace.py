@@ -20,6 +20,8 @@ from sglang_xmem.bench.workloads import Prompt, TraceRequest
 from sglang_xmem.errors import ConfigError
 
 AS_FAST_AS_POSSIBLE = "max"
+#: Requests at most that a warm-up sends at once.
+WARM_UP_REQUESTS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +114,7 @@ def run(args: argparse.Namespace) -> int:
     }
 
     def measure_engine(engine: Any, plan: EnginePlan, measurement: Measurement) -> None:
-        for length in (2 * (args.page_size or 1), max(len(request.prompt) for request in requests)):
-            engine.ask(Prompt.drawn(f"warm up {time.time()}", length), 4)
+        warm_up(engine, replay, args.page_size or 1)
         measure(engine, replay, measurement)
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
@@ -164,6 +165,25 @@ def _plans(args: argparse.Namespace, replay: Replay) -> tuple[list[EnginePlan], 
             engine.pop("disable_decode_cuda_graph")  # answers are decoded as in production
         plans.append(EnginePlan(backend, engine, len(replay.requests)))
     return plans, device
+
+
+def warm_up(engine: Any, replay: Replay, page: int) -> None:
+    """Kernels of the batch shapes that follow, compiled and loaded; prompts that the trace does not have.
+
+    Batches of several requests are among them: a kernel compiled while the trace runs holds up all that wait behind it.
+    """
+    # Other tokens for each run: a server may still hold those of an earlier one.
+    seed = f"warm up {time.time()}"
+    for length in (2 * page, max(len(request.prompt) for request in replay.requests)):
+        engine.ask(Prompt.drawn(f"{seed} {length}", length), 4)
+    burst = list(enumerate(replay.requests[: min(replay.concurrency, WARM_UP_REQUESTS)]))
+
+    def send(numbered: tuple[int, TraceRequest]) -> None:
+        number, request = numbered
+        engine.ask(Prompt.drawn(f"{seed} at once {number}", len(request.prompt)), request.output_tokens)
+
+    with engine.concurrent(), threads(len(burst)) as pool:
+        list(pool.map(send, burst))
 
 
 def measure(engine: Any, replay: Replay, measurement: Measurement) -> None:

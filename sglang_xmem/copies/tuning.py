@@ -52,15 +52,18 @@ class CudaTuning:
             "ctas": self.ctas >= 1,
             "threads": self.threads % 32 == 0 and 32 <= self.threads <= 1024,
             "unroll": 1 <= self.unroll <= 64,
-            "rings": 1 <= self.rings <= 32,
-            "stages": self.stages >= 1,
-            "stage_bytes": self.stage_bytes % 128 == 0 and self.stage_bytes >= 128,
-            "pending_stores": 0 <= self.pending_stores < self.stages,
         }
+        if self.variant == "bulk":  # else these are not used; the register fields are, where bulk copies cannot run
+            ok |= {
+                "rings": 1 <= self.rings <= 32,
+                "stages": self.stages >= 1,
+                "stage_bytes": self.stage_bytes % 128 == 0 and self.stage_bytes >= 128,
+                "pending_stores": 0 <= self.pending_stores < self.stages,
+            }
         for name, fine in ok.items():
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)!r} is out of range in {self}")
-        if self.shared_bytes > MAX_SHARED_BYTES:
+        if self.dynamic_shared_bytes and self.shared_bytes > MAX_SHARED_BYTES:
             raise ValueError(f"{self.shared_bytes} bytes of shared memory are more than a block can have in {self}")
 
     @property
@@ -135,6 +138,12 @@ SMALL_PAGE_TUNING: Final[Mapping[tuple[Direction, Locality], CudaTuning]] = {
     ("load", "device"): CudaTuning(ctas=16, threads=512, unroll=16),
     ("store", "device"): CudaTuning(ctas=16, threads=512, unroll=16),
 }
+
+
+def defaults_of(direction: Direction) -> list[CudaTuning]:
+    """All that `default_tuning` may choose for a direction."""
+    tables = (DEFAULT_TUNING, SMALL_PAGE_TUNING)
+    return [tuning for table in tables for (of, _), tuning in table.items() if of == direction]
 
 
 def default_tuning(direction: Direction, locality: Locality, page_bytes: int) -> CudaTuning:

@@ -446,8 +446,11 @@ def test_trace(bench: Bench, tmp_path: Path) -> None:
         {"timestamp": 400 * i, "input_length": 1000, "output_length": 50, "hash_ids": [0, 1 + i % 2]} for i in range(4)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    status, rows = bench("trace", str(path), "--backends", "dram", "--speed", "2", "--no-plots")
+    asks = tmp_path / "asks"
+    how = {"log": {"asks": str(asks)}}
+    status, rows = bench("trace", str(path), "--backends", "dram", "--speed", "2", "--no-plots", how=how)
     assert status == 0
+    assert len(asks.read_text().splitlines()) == 2 + 4 + 4, "the warm-up: two alone, then four at once"
     (row,) = rows
     assert row["samples"] == 4
     assert row["output_tokens"] == 4 * 8  # tiny cuts answers

@@ -27,6 +27,11 @@ def test_json_text_and_dict_are_the_same(as_dict: bool) -> None:
     assert options.copy.load == {"ctas": 16}
 
 
+def test_changes_to_copies_may_be_a_few_of_their_settings() -> None:
+    changes = {"rings": 2, "stages": 2, "stage_bytes": 32768}
+    assert parse_options("auto", {"copy": {"load": changes, "store": {"stages": 2}}}).copy.load == changes
+
+
 def test_file(tmp_path: Path) -> None:
     path = tmp_path / "xmem.json"
     path.write_text('{"dram": {"numa_node": 0}}')
@@ -47,6 +52,7 @@ def test_file(tmp_path: Path) -> None:
         ("auto", '{"peer": 1}', ["'peer' must be a JSON object"]),
         ("auto", '{"copy": {"kernel": "fast"}}', ["'copy' is wrong", "fast"]),
         ("auto", '{"copy": {"load": {"ctas": -1}}}', ["copy.load", "-1"]),
+        ("auto", '{"copy": {"load": {"stages": 1}}}', ["copy.load", "pending_stores=1 is out of range"]),
         ("auto", '{"copy": {"store": {"blocks": 3}}}', ["copy.store", "blocks", "known keys: variant, ctas"]),
     ],
 )
