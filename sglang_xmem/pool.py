@@ -105,6 +105,7 @@ class TierPool:
             tier_locality=self.tier.locality.value,
             load=self._copy.load,
             store=self._copy.store,
+            relays=self._region.relays,
         )
         gpu = self._region.copying_gpu
         self._copier, refused = on_peer_or_rank(make, gpu, required=self._region.copying_required)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_xmem.copies.base import PageCopier
-from sglang_xmem.copies.tuning import Locality, default_tuning
+from sglang_xmem.copies.tuning import copies_from, default_tuning
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def make_copier(
     load: Mapping[str, Any] = MappingProxyType({}),
     store: Mapping[str, Any] = MappingProxyType({}),
     runs_on: int | None = None,
+    relays: Sequence[int] = (),
 ) -> PageCopier:
     """The page copier of a name.
 
@@ -64,14 +65,16 @@ def make_copier(
         load, store: changes to the measured settings of a direction, fields of `tuning.CudaTuning`. The Triton kernel
             takes `ctas` alone, the torch copier nothing.
         runs_on: CUDA ordinal of another GPU that runs the copies, which the CUDA kernel alone can.
+        relays: CUDA ordinals of GPUs that each move a share of the pages beside that, which it alone can too.
 
     Raises:
         ValueError: an unknown name, planes that do not match, or that this copier cannot reach.
         CopyError: the copier cannot run on this machine.
     """
-    if runs_on is not None and name not in ("auto", "cuda"):
+    if (runs_on is not None or relays) and name not in ("auto", "cuda"):
         raise CopyError(
-            f"the copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or peer.copy_on to rank."
+            f"the copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or "
+            f"{'leave out dram.relays' if relays else 'peer.copy_on to rank'}."
         )
     if name not in _NAMES:
         raise ValueError(f"unknown copier {name!r}; known are {', '.join(_NAMES)}")
@@ -89,14 +92,23 @@ def make_copier(
         return TritonPageCopier(tier_planes, device_planes, page_size, **ctas)
     from sglang_xmem.copies.cuda import CudaPageCopier
 
-    locality: Locality = tier_locality if runs_on is None else "copier"
     page_bytes = page_size * tier_planes[0].shape[-1]
-    return CudaPageCopier(
-        tier_planes,
-        device_planes,
-        page_size,
-        tier_locality=tier_locality,
-        load_tuning=dataclasses.replace(default_tuning("load", locality, page_bytes), **load),
-        store_tuning=dataclasses.replace(default_tuning("store", locality, page_bytes), **store),
-        runs_on=runs_on,
-    )
+
+    def made(gpu: int | None) -> CudaPageCopier:
+        locality = copies_from(tier_locality, gpu)
+        return CudaPageCopier(
+            tier_planes,
+            device_planes,
+            page_size,
+            tier_locality=tier_locality,
+            load_tuning=dataclasses.replace(default_tuning("load", locality, page_bytes), **load),
+            store_tuning=dataclasses.replace(default_tuning("store", locality, page_bytes), **store),
+            runs_on=gpu,
+            others_raise=bool(relays),
+        )
+
+    if not relays:
+        return made(runs_on)
+    from sglang_xmem.copies.shared import SharedCopier
+
+    return SharedCopier([made(gpu) for gpu in (runs_on, *relays)])

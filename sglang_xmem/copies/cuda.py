@@ -16,7 +16,15 @@ from sglang_xmem.copies.base import PageCopier
 from sglang_xmem.copies.remote import CopyingGpu, give_access
 from sglang_xmem.copies.signals import LoadSignals
 from sglang_xmem.copies.signals import supported as signals_supported
-from sglang_xmem.copies.tuning import VECTOR_BYTES, CudaTuning, Direction, Locality, default_tuning, fit_tuning
+from sglang_xmem.copies.tuning import (
+    VECTOR_BYTES,
+    CudaTuning,
+    Direction,
+    Locality,
+    copies_from,
+    default_tuning,
+    fit_tuning,
+)
 from sglang_xmem.errors import CopyError
 from sglang_xmem.kernels import source
 
@@ -32,6 +40,7 @@ class CudaPageCopier(PageCopier):
         tier_locality: where the tier's bytes live, which picks the default tuning.
         load_tuning, store_tuning: settings of each direction; None takes the default.
         runs_on: CUDA ordinal of another GPU that runs the copies; all tier planes are within its reach.
+        others_raise: another GPU raises the counters of `make_signals` too, even if this copier runs on the rank's.
 
     Raises:
         ValueError: also for device planes that are not CUDA tensors, and a page too large.
@@ -50,6 +59,7 @@ class CudaPageCopier(PageCopier):
         load_tuning: CudaTuning | None = None,
         store_tuning: CudaTuning | None = None,
         runs_on: int | None = None,
+        others_raise: bool = False,
     ) -> None:
         super().__init__(tier_planes, device_planes, page_size)
         if self._device.type != "cuda":
@@ -73,12 +83,13 @@ class CudaPageCopier(PageCopier):
         if runs_on is not None:
             give_access(runs_on, self._device, (self._tier_table, *device_planes))
         self._runs_on = runs_on
+        self._remote_signals = others_raise or runs_on is not None
 
         alignment = math.gcd(VECTOR_BYTES, self.row_bytes, *tier, *device)
 
         def fitted(chosen: CudaTuning | None, direction: Direction) -> CudaTuning:
             return fit_tuning(
-                chosen or default_tuning(direction, tier_locality if runs_on is None else "copier", self.page_bytes),
+                chosen or default_tuning(direction, copies_from(tier_locality, runs_on), self.page_bytes),
                 capability=capability,
                 max_shared_bytes=properties.shared_memory_per_block_optin,
                 alignment=alignment,
@@ -98,15 +109,32 @@ class CudaPageCopier(PageCopier):
     def make_signals(self, num_parts: int) -> LoadSignals | None:
         if not signals_supported(self._device):
             return None
-        return LoadSignals(num_parts, self._device, remote=self._runs_on is not None)
+        return LoadSignals(num_parts, self._device, remote=self._remote_signals)
 
     def load_signalling(
         self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals
     ) -> None:
-        if len(planes) % signals.num_parts:
-            raise ValueError(f"{len(planes)} planes do not make {signals.num_parts} equal parts")
+        signals.check_parts(planes)
         if self._num_pages(tier_rows, device_rows, planes):
             self._load(tier_rows, device_rows, planes, signals)
+
+    def start(
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        planes: range,
+        *,
+        load: bool,
+        signals: LoadSignals | None = None,
+    ) -> int:
+        """As ShareCopier's: for whoever calls from one thread at a time, and announces the load to the signals."""
+        if load:
+            return self._load.start(tier_rows, device_rows, planes, signals)
+        return self._store.start(device_rows, tier_rows, planes, None)
+
+    def join(self, *, load: bool) -> None:
+        """As ShareCopier's."""
+        (self._load if load else self._store).join()
 
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
         if load:
@@ -187,40 +215,54 @@ class _Launcher:
         Raises:
             CopyError: the driver refuses it; nothing is enqueued.
         """
+        with self._lock:
+            try:
+                raises = self.start(src_rows, dst_rows, planes, signals)
+            finally:
+                self.join()
+            if signals:
+                signals.announce(raises)
+
+    def join(self) -> None:
+        """Let the rank's current stream go on behind the last launch."""
+        if self._remote is not None:
+            self._remote.end()
+
+    def start(self, src_rows: torch.Tensor, dst_rows: torch.Tensor, planes: range, signals: LoadSignals | None) -> int:
+        """`__call__` for one thread at a time, without `join` and without announcing the load.
+
+        Returns: by how much the launch will raise each counter.
+        """
         num_pages = src_rows.numel()
         tuning = self._tuning
         tiles_per_plane = tuning.tiles_per_plane(num_pages, self._page_bytes, self._alignment)
         launch, function, threads, shared = self._launch, self._function, self._threads, self._shared_bytes
-        with self._lock:
-            self._CALL.pack_into(
-                self._call,
-                0,
-                src_rows.data_ptr(),
-                src_rows.stride(0),
-                dst_rows.data_ptr(),
-                dst_rows.stride(0),
-                num_pages,
-                self._row_bytes,
-                self._page_bytes,
-                signals.address if signals else 0,
-                len(planes) // signals.num_parts if signals else 0,
-            )
-            grid = min(tuning.ctas, -(-len(planes) * tiles_per_plane // tuning.warps))
-            parameters = self._part(planes)
-            if self._remote is None:
-                stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._CALL.pack_into(
+            self._call,
+            0,
+            src_rows.data_ptr(),
+            src_rows.stride(0),
+            dst_rows.data_ptr(),
+            dst_rows.stride(0),
+            num_pages,
+            self._row_bytes,
+            self._page_bytes,
+            signals.address if signals else 0,
+            len(planes) // signals.num_parts if signals else 0,
+        )
+        grid = min(tuning.ctas, -(-len(planes) * tiles_per_plane // tuning.warps))
+        parameters = self._part(planes)
+        if self._remote is None:
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
+        else:
+            stream = self._remote.begin()
+        if self._remote is not None or status.value:
+            # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that
+            # question out of every other launch. torch.cuda.device alone would not create a context.
+            with torch.cuda.device(self._runner):
+                torch.cuda.current_stream(self._runner).query()
                 status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
-            else:
-                stream = self._remote.begin()
-            if self._remote is not None or status.value:
-                # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that
-                # question out of every other launch. torch.cuda.device alone would not create a context.
-                with torch.cuda.device(self._runner):
-                    torch.cuda.current_stream(self._runner).query()
-                    status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
-            if self._remote is not None:
-                self._remote.end()
-            if status.value:
-                raise CopyError(f"The driver refuses to launch the copy kernel: {status.name}.")
-            if signals:
-                signals.announce(grid * tuning.warps)
+        if status.value:
+            raise CopyError(f"The driver refuses to launch the copy kernel: {status.name}.")
+        return grid * tuning.warps

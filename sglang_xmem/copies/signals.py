@@ -53,6 +53,11 @@ class LoadSignals:
             # driver offers it too, so does the wait.
             self._flags |= int(flags.CU_STREAM_WAIT_VALUE_FLUSH)
 
+    def check_parts(self, planes: range) -> None:
+        """Raises ValueError for planes that do not make as many equal parts as there are counters."""
+        if len(planes) % self.num_parts:
+            raise ValueError(f"{len(planes)} planes do not make {self.num_parts} equal parts")
+
     def announce(self, raises: int) -> None:
         """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""
         self._target = (self._target + raises) & 0xFFFFFFFF

@@ -140,6 +140,14 @@ SMALL_PAGE_TUNING: Final[Mapping[tuple[Direction, Locality], CudaTuning]] = {
 }
 
 
+def copies_from(tier: Locality, runs_on: int | None) -> Locality:
+    """The row of the tables for a tier in such memory, whose copies another GPU runs or not.
+
+    A relay of host memory copies over a link as slow as the rank's own, so a few blocks do there too.
+    """
+    return tier if runs_on is None or tier == "host" else "copier"
+
+
 def defaults_of(direction: Direction) -> list[CudaTuning]:
     """All that `default_tuning` may choose for a direction."""
     tables = (DEFAULT_TUNING, SMALL_PAGE_TUNING)

@@ -49,6 +49,7 @@ class Region:
         copying_gpu: CUDA ordinal of another GPU than the rank's that is to run the copies, and reaches all addresses;
             None: the rank's own.
         copying_required: the user asked for that; else the rank's own GPU runs them where the other one cannot.
+        relays: CUDA ordinals of GPUs that each move a share of every copy through a link of their own.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Region:
         parts: tuple[int, ...] | None = None,
         copying_gpu: int | None = None,
         copying_required: bool = False,
+        relays: tuple[int, ...] = (),
     ) -> None:
+        self.relays = relays
         self.copying_gpu = copying_gpu
         self.copying_required = copying_required
         self.owner = owner

@@ -35,16 +35,20 @@ class DramSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         numa_node: node for all ranks' memory. Default: the node of each rank's GPU, the kernel's choice where
             there is no GPU or the machine has one node.
         threads: threads that place the memory at start; 0 is half the CPUs, at most 16.
+        relays: CUDA ordinals of GPUs that the engine does not compute on, dealt to the ranks in turn. Each moves a
+            share of every copy through its own PCIe link and passes it to the rank's GPU over NVLink.
     """
 
     numa_node: int | None = None
     threads: int = 0
+    relays: tuple[int, ...] = ()
 
 
 class DramSeat(msgspec.Struct, frozen=True):
-    """A rank's NUMA node; None leaves placement to the kernel."""
+    """A rank's NUMA node (None leaves placement to the kernel) and its relays."""
 
     numa_node: int | None
+    relays: tuple[int, ...] = ()
 
 
 class DramTier(MemoryTier):
@@ -71,14 +75,22 @@ class DramTier(MemoryTier):
                 )
             if len(nodes) > 1:
                 _libnuma()
+        _check_relays(settings.relays, ranks)
         seats = []
-        for gpu in ranks.gpus:
+        for index, gpu in enumerate(ranks.gpus):
             node = settings.numa_node
             if node is None and gpu is not None and len(nodes) > 1:
                 node = gpus.numa_node(gpu)
                 if node is not None:
                     _libnuma()
-            seats.append(DramSeat(numa_node=node if len(nodes) > 1 else None))
+            relays = settings.relays[index :: len(ranks.gpus)]
+            for relay in relays:
+                assert gpu is not None
+                if not gpus.can_access_peer(relay, gpu):
+                    raise TierUnavailable(
+                        f"GPU {relay}, which dram.relays names, has no peer access to GPU {gpu}; name another GPU"
+                    )
+            seats.append(DramSeat(numa_node=node if len(nodes) > 1 else None, relays=relays))
         return tuple(seats)
 
     def capacity_bytes(self) -> int:
@@ -107,12 +119,16 @@ class DramTier(MemoryTier):
 
             undo.callback(unmap)
             self._touch(address, nbytes)
+            for relay in self.seat.relays:
+                gpus.hold_context(relay, undo)  # pinned for all contexts that there are
             if self.gpu is not None:
                 self._register(address, nbytes, undo)
             keep = undo.pop_all()
         node = "" if self.seat.numa_node is None else f" of NUMA node {self.seat.numa_node}"
         kind = "pinned host memory" if self.gpu is not None else "host memory"
-        return Region(address, nbytes, kind + node, keep.close, views[0])
+        if self.seat.relays:
+            node += f", relayed by GPU {', '.join(map(str, self.seat.relays))}"
+        return Region(address, nbytes, kind + node, keep.close, views[0], relays=self.seat.relays)
 
     def _touch(self, address: int, nbytes: int) -> None:
         if self.gpu is None and self.seat.numa_node is None:
@@ -161,6 +177,27 @@ class DramTier(MemoryTier):
         seen = gpus.checked(d.cuMemHostGetDevicePointer(address, 0), "mapping pinned memory for the GPU")
         if int(seen) != address:
             raise TierUnavailable("the GPU sees pinned memory at another address than the CPU, which is not supported")
+
+
+def _check_relays(relays: tuple[int, ...], ranks: Ranks) -> None:
+    """Refuse GPUs that cannot be relays.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if not relays:
+        return
+    option = "--hicache-xmem-config 'dram.relays'"
+    if len(set(relays)) != len(relays):
+        raise ConfigError(f"{option} is {list(relays)}; name no GPU twice.")
+    if not ranks.uses_gpu:
+        raise ConfigError(f"{option} is {list(relays)}, and SGLang runs on the CPU; leave it out.")
+    visible = gpus.visible_gpus()
+    for relay in relays:
+        if relay not in visible:
+            raise ConfigError(f"{option} names GPU {relay}, but this process sees GPUs 0 to {len(visible) - 1}.")
+        if relay in ranks.gpus:
+            raise ConfigError(f"{option} names GPU {relay}, which this engine computes on; name another GPU.")
 
 
 def _nodes() -> list[int]:

@@ -45,8 +45,12 @@ COPIERS: dict[str, MakeCopier] = {
     "bulk_waits": with_tuning(CudaTuning(variant="bulk", ctas=2, stages=2, stage_bytes=2048, pending_stores=0)),
     "triton": TritonPageCopier,
     "remote": lambda tier, device, page_size: make_copier("cuda", tier, device, page_size, runs_on=1),
+    "shared": lambda tier, device, page_size: make_copier(
+        "cuda", tier, device, page_size, tier_locality="host", relays=(1,)
+    ),
 }
-REMOTE = pytest.param("remote", marks=pytest.mark.gpus(2))
+#: Those that another GPU runs, or runs a share of.
+REMOTE = [pytest.param(name, marks=pytest.mark.gpus(2)) for name in ("remote", "shared")]
 TIERS = ["hbm", "host", pytest.param("peer", marks=pytest.mark.gpus(2))]
 
 
@@ -190,7 +194,7 @@ def prepare_tier(tier: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("load", [True, False], ids=["load", "store"])
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("copier", [*(name for name in COPIERS if name not in ("triton", "remote")), REMOTE])
+@pytest.mark.parametrize("copier", [*(name for name in COPIERS if name not in ("triton", "remote", "shared")), *REMOTE])
 def test_small_copies(copier: str, tier: str, load: bool, request: pytest.FixtureRequest) -> None:
     prepare_tier(tier, request)
     for case in SMALL:
@@ -208,7 +212,7 @@ def test_small_copies_by_triton(tier: str, load: bool, request: pytest.FixtureRe
 
 @pytest.mark.parametrize("load", [True, False], ids=["load", "store"])
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("copier", ["default", "bulk", "triton", REMOTE])
+@pytest.mark.parametrize("copier", ["default", "bulk", "triton", *REMOTE])
 def test_200k_tokens(copier: str, tier: str, load: bool, request: pytest.FixtureRequest) -> None:
     prepare_tier(tier, request)
     for case in LARGE:
@@ -245,7 +249,7 @@ def test_bulk_gives_way_to_register_for_unaligned_planes() -> None:
     assert aligned.load_tuning.variant == ("bulk" if bulk_runs else "register")
 
 
-VARIANTS = ["register8", "bulk", "triton", REMOTE]
+VARIANTS = ["register8", "bulk", "triton", *REMOTE]
 SLEEP_CYCLES = 400_000_000  # about 0.2 s
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sglang_xmem.copies import PageCopier, make_copier
 from sglang_xmem.copies.cuda import CudaPageCopier
 from sglang_xmem.copies.signals import LoadSignals
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, CudaTuning
@@ -24,8 +25,8 @@ TUNINGS = {
     "bulk_one_ring": CudaTuning(variant="bulk", ctas=3),
     "bulk_waits": CudaTuning(variant="bulk", ctas=2, stages=2, stage_bytes=2048, pending_stores=0),
 }
-#: The last runs on another GPU.
-VARIANTS = [*TUNINGS, pytest.param("remote", marks=pytest.mark.gpus(2))]
+#: The last ones run on another GPU, and on both.
+VARIANTS = [*TUNINGS, *(pytest.param(name, marks=pytest.mark.gpus(2)) for name in ("remote", "shared"))]
 #: (row_bytes, page_size, pages). The last ones leave warps without a tile, in some parts or in all.
 SHAPES = [(1024, 64, 200), (1024, 1, 10_000), (24, 1, 30_001), (656, 64, 200), (1024, 64, 3), (16, 1, 1)]
 
@@ -44,8 +45,13 @@ class Scene:
         shape = (PLANES, pages * page_size, row_bytes)
         self.tier = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         self.expected, self.device = (torch.empty(shape, dtype=torch.uint8, device=GPU) for _ in range(2))
-        tuning, runs_on = TUNINGS.get(variant), 1 if variant == "remote" else None
-        self.copier = CudaPageCopier(list(self.tier), list(self.device), page_size, load_tuning=tuning, runs_on=runs_on)
+        planes = (list(self.tier), list(self.device), page_size)
+        self.copier: PageCopier
+        if variant == "shared":
+            self.copier = make_copier("cuda", *planes, tier_locality="host", relays=(1,))
+        else:
+            runs_on = 1 if variant == "remote" else None
+            self.copier = CudaPageCopier(*planes, load_tuning=TUNINGS.get(variant), runs_on=runs_on)
         self.rows = torch.arange(pages, device=GPU) * page_size
         made = self.copier.make_signals(PARTS)
         assert made is not None

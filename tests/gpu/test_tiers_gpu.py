@@ -38,11 +38,13 @@ def need_gpus(count: int) -> None:
         pytest.skip(f"needs {count} GPUs, this machine has {torch.cuda.device_count()}")
 
 
-@pytest.mark.parametrize("tier", ["peer", "dram"])
+@pytest.mark.parametrize("tier", ["peer", "dram", "dram with a relay"])
 @pytest.mark.parametrize("page_size", [1, 16, 64, 256])
 def test_round_trip_through_a_pool(tier: str, page_size: int) -> None:
-    if tier == "peer":
+    if tier != "dram":
         need_gpus(2)
+    tier, _, relay = tier.partition(" ")
+    config: dict[str, object] | None = {"dram": {"relays": [1]}} if relay else None
     torch.manual_seed(page_size)
     layers, heads, dim, device_tokens, tier_tokens = 3, 4, 128, 4096, 8192
     device = torch.device("cuda:0")
@@ -50,7 +52,7 @@ def test_round_trip_through_a_pool(tier: str, page_size: int) -> None:
     v = [torch.randn(device_tokens, heads, dim, device=device, dtype=torch.bfloat16) for _ in range(layers)]
     before = [(a.clone(), b.clone()) for a, b in zip(k, v, strict=True)]
     pool = TierPool(
-        placement(tier),
+        placement(tier, config),
         num_layers=layers,
         num_tokens=tier_tokens,
         page_size=page_size,

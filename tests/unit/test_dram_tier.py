@@ -157,6 +157,82 @@ def test_threads_out_of_range_are_refused(threads: int) -> None:
         nodes_of((None,), threads=threads)
 
 
+class FakePeers:
+    """GPUs 0 to 3, of which 3 reaches no other; and the contexts that are held."""
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+
+    def can_access_peer(self, gpu: int, peer: int) -> bool:
+        return gpu != 3
+
+    def hold_context(self, gpu: int, undo: Any) -> None:
+        self.held.append(gpu)
+        undo.callback(self.held.remove, gpu)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch, two_nodes: FakeNuma) -> FakePeers:
+    peers = FakePeers()
+    monkeypatch.setattr(dram, "_nodes", lambda: [0])
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: range(4))
+    for name in ("can_access_peer", "hold_context"):
+        monkeypatch.setattr(gpus, name, getattr(peers, name))
+    return peers
+
+
+def test_relays_are_dealt_to_the_ranks(four_gpus: FakePeers) -> None:
+    def relays(ranks: tuple[int, ...], *named: int) -> list[tuple[int, ...]]:
+        return [seat.relays for seat in DramTier.seats(DramSettings(relays=named), Ranks(gpus=ranks))]
+
+    assert relays((0,)) == [()]
+    assert relays((0,), 2, 1) == [(2, 1)]
+    assert relays((0, 3), 1, 2) == [(1,), (2,)]
+    assert relays((0, 1), 2) == [(2,), ()]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "relays", "sentence"),
+    [
+        ((0,), (1, 1), "'dram.relays' is [1, 1]; name no GPU twice."),
+        ((0,), (4,), "'dram.relays' names GPU 4, but this process sees GPUs 0 to 3."),
+        ((0, 1), (1,), "'dram.relays' names GPU 1, which this engine computes on; name another GPU."),
+        ((None,), (1,), "'dram.relays' is [1], and SGLang runs on the CPU; leave it out."),
+        ((0,), (3,), "GPU 3, which dram.relays names, has no peer access to GPU 0; name another GPU"),
+    ],
+)
+def test_impossible_relays_are_refused(
+    four_gpus: FakePeers, ranks: tuple[int | None, ...], relays: tuple[int, ...], sentence: str
+) -> None:
+    with pytest.raises((ConfigError, TierUnavailable), match=re.escape(sentence) + "$"):
+        DramTier.seats(DramSettings(relays=relays), Ranks(gpus=ranks))
+
+
+def test_relays_have_a_context_when_memory_is_pinned(
+    four_gpus: FakePeers, pinning: FakeDriver, mappings: list[mmap.mmap], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered as portable it is pinned for the contexts that there are."""
+    seen: list[list[int]] = []
+    plain = pinning.cuMemHostRegister
+
+    def register(address: int, size: int, flags: int) -> tuple[Any]:
+        seen.append(list(four_gpus.held))
+        return plain(address, size, flags)
+
+    monkeypatch.setattr(pinning, "cuMemHostRegister", register)
+    region = DramTier(DramSettings(), DramSeat(None, relays=(2, 1)), 0).allocate(3 * MIB)
+    assert region.relays == (2, 1)
+    assert region.summary == "pinned host memory, relayed by GPU 2, 1"
+    assert seen == [[2, 1]] * 2
+    region.release()
+    assert four_gpus.held == []
+
+    pinning.fail_at = len(pinning.sizes)
+    with pytest.raises(TierUnavailable, match="pinning"):
+        DramTier(DramSettings(), DramSeat(None, relays=(1,)), 0).allocate(MIB)
+    assert four_gpus.held == []
+
+
 def install_numa(monkeypatch: pytest.MonkeyPatch, *, available: bool) -> SimpleNamespace:
     """Put a py-libnuma in place whose library is there or not."""
     info, memory = SimpleNamespace(numa_available=lambda: available), SimpleNamespace()

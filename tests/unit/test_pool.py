@@ -105,6 +105,20 @@ def test_the_ranks_own_gpu_copies_where_the_peer_cannot(monkeypatch: pytest.Monk
         assert pool.copier.name == "torch"
 
 
+def test_relays_copy_beside_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _ = pool_over(1)
+    pool._region.relays = (3, 1)
+    asked: list[Any] = []
+
+    def make(*arguments: Any, relays: tuple[int, ...], **settings: Any) -> Any:
+        asked.append((settings.get("runs_on"), settings["tier_locality"], relays))
+        return make_copier(*arguments, **settings)
+
+    monkeypatch.setattr("sglang_xmem.pool.make_copier", make)
+    pool.attach(*[[torch.zeros(TOKENS, ROW, dtype=torch.uint8) for _ in range(LAYERS)] for _ in (0, 1)])
+    assert asked == [(None, "host", (3, 1))]
+
+
 def test_a_region_apart_is_not_taken_for_one_range() -> None:
     region = Region(1 << 20, 8, "a fake", lambda: None, parts=(1 << 20, 1 << 30))
     with pytest.raises(AssertionError, match="lies apart"):
