@@ -290,7 +290,9 @@ class Runner:
             there = region_bytes(region, self.machine.device)
             here = torch.empty(nbytes, dtype=torch.uint8, device=self.machine.device)
             for (case, in_order), same in itertools.groupby(jobs, key=lambda job: (job.case, job.in_order)):
-                scene = Scene(self.machine, there, here, case, locality, region.copying_gpu, in_order)
+                scene = Scene(
+                    self.machine, there, here, case, locality, region.copying_gpu, in_order, relays=region.relays
+                )
                 for job, following in _with_next(list(same)):
                     self._measure(job, scene)
                     if job.tuning == "candidate" and not _same_search(job, following):
@@ -313,8 +315,8 @@ class Runner:
         Raises:
             ConfigError, TierUnavailable: it cannot be had, or the peer cannot copy.
         """
-        if tier == "peer" and self.peer is None:
-            raise TierUnavailable("this machine has one GPU, and a peer is another one")
+        if (tier == "peer" or memory == copy_jobs.RELAYED) and self.peer is None:
+            raise TierUnavailable("this machine has one GPU, and a peer or relay is another one")
         region = copy_memory.allocate(tier, memory, self.gpu, self.peer, nbytes)
         if by_peer and region.copying_gpu is None:
             region.release()

@@ -16,6 +16,8 @@ CPU_PATHS = ("host_load", "host_store")
 #: Peer memory: the tier's; the same without a context on the peer, which then rests; of cuMemAlloc in such a context.
 #: `asleep` can only be measured before anything makes a context there.
 MEMORIES = ("asleep", "tier", "context")
+#: Host memory of which another GPU moves a share through its own link.
+RELAYED = "relayed"
 #: Which GPU runs copies.
 RunsOn = Literal["rank", "peer"]
 #: Which is to: the one that the tier takes by itself, the rank's own, or the peer and no other.
@@ -142,7 +144,7 @@ class Job:
     """One measurement, of one row or two.
 
     Attributes:
-        path, memory: members of PATHS and MEMORIES.
+        path, memory: members of PATHS and MEMORIES; host memory is `tier` or RELAYED.
         number: of the case in CASES.
         case: what is copied, cut to what fits.
         kernel: name of the copier, or `engine`: the copy engine, page by page.
@@ -230,6 +232,9 @@ def gpu_jobs(
     ]
     for number in range(ROWS + 1) if numbers is None else numbers:
         jobs += [job for path in paths if path.startswith("host") for job in _jobs_of(path, number, "tier", quick)]
+    if numbers is None or MAIN in numbers:
+        relayed = [path for path in paths if path.startswith("host")]
+        jobs += [_job(path, MAIN, RELAYED, quick, "shipped", {}, targeted=False) for path in relayed]
     jobs += others.get("context", [])
     return [chosen for job in jobs for chosen in _as_asked(job, copies_on)]
 
@@ -306,12 +311,15 @@ def given_jobs(
 ) -> list[Job]:
     """`jobs` with the user's settings in place of this package's: each tuning with each number of blocks (0: its own).
 
+    Each link by itself: without relays.
+
     Args:
         copies_on: the GPU that runs a peer's copies, which the settings are for.
     """
     once: dict[tuple[str, str, int], Job] = {}
     for job in jobs:
-        once.setdefault((job.path, job.memory, job.number), job)
+        if job.memory != RELAYED:
+            once.setdefault((job.path, job.memory, job.number), job)
     result = []
     for job in once.values():
         for tuning in tunings:

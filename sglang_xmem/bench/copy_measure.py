@@ -230,6 +230,7 @@ class Scene:
         locality: of the tier, `host` or `device`.
         copying_gpu: the peer that runs the copies where the tier chooses; None: the rank's own GPU.
         in_order: pages follow each other instead, on both sides.
+        relays: GPUs that each move a share of every copy.
     """
 
     def __init__(
@@ -241,8 +242,10 @@ class Scene:
         locality: str,
         copying_gpu: int | None = None,
         in_order: bool = False,
+        relays: tuple[int, ...] = (),
     ) -> None:
         self.machine, self.case, self.locality, self.copying_gpu = machine, case, locality, copying_gpu
+        self.relays = relays
         self.tier, self.device = tier, device
         self.rows_per_page = case.page_bytes // case.row_bytes
         tokens = 2 * case.pages * self.rows_per_page
@@ -282,6 +285,7 @@ class Scene:
             tier_locality=self.locality,  # type: ignore[arg-type]
             load=settings,
             store=settings,
+            relays=self.relays,
         )
         gpu = None if job.by == "rank" else self.copying_gpu
         copier, refused = on_peer_or_rank(make, gpu, required=job.by == "peer")

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from sglang_xmem import gpus
+from sglang_xmem.bench.copy_jobs import RELAYED
 from sglang_xmem.tiers import Region
 from sglang_xmem.tiers.peer import PeerSeat, PeerSettings, PeerTier
 
@@ -19,7 +20,7 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
 
     Args:
         tier: `peer` or `host`.
-        memory: for a peer one of copy_jobs.MEMORIES.
+        memory: for a peer one of copy_jobs.MEMORIES; for the host `tier`, or copy_jobs.RELAYED: the peer relays.
         gpu: the rank's; None without one.
         peer: whose memory it is, for a peer.
 
@@ -42,7 +43,9 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
     def unlimited(nbytes: int) -> int:
         return 1 << 60
 
-    name, config = ("peer", {"peer": {"gpus": [peer]}}) if tier == "peer" else ("dram", None)
+    name, config = ("peer", {"peer": {"gpus": [peer]}}) if tier == "peer" else ("dram", {})
+    if memory == RELAYED:
+        config = {"dram": {"relays": [peer]}}
     plan = make_plan(parse_options(name, config), Ranks(gpus=(gpu,)), nbytes, unlimited)
     return Placement(plan, 0, unlimited).allocate(nbytes)[1]
 

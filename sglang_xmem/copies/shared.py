@@ -63,6 +63,8 @@ class SharedCopier(PageCopier):
         first = copiers[0]
         super().__init__(first.tier_planes, first.device_planes, first.page_size)
         self._copiers = tuple(copiers)
+        #: How each share's kernel runs.
+        self.load_tuning, self.store_tuning = (getattr(first, f"{way}_tuning", None) for way in ("load", "store"))
         self._lock = threading.Lock()  # a copier's launches are one thread's at a time
 
     def describe(self) -> str:

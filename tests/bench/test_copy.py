@@ -121,6 +121,7 @@ class FakeGpu(copy_measure.Cpu):
     engine_forgets = False
 
     def __init__(self) -> None:
+        self.relays: set[tuple[int, ...]] = set()
         self.streams = [Stream(0.0)]
         self.current = self.streams[0]
 
@@ -216,6 +217,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
     def make(name: str, tier: Sequence[Any], device: Sequence[Any], page_size: int, **how: Any) -> PageCopier:
         copier = FakeCopier(tier, device, page_size)
+        machine.relays.add(how["relays"])
         runs_on = how.get("runs_on")
         if runs_on is not None and machine.refuses_peer:
             raise CopyError("GPU 1 cannot reach memory that cuda:0 has mapped for itself.")
@@ -223,9 +225,11 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         return copier
 
     def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: int) -> Region:
-        assert (gpu, peer) == (0, 1)
+        assert gpu == 0
+        assert peer == 1 or (tier, memory) == ("host", "tier")
         copying = machine.copying_gpu if (tier, memory) == ("peer", "tier") else None
-        return Region(0, nbytes, "fake", lambda: None, bytearray(nbytes), copying_gpu=copying)
+        relays = (1,) if (tier, memory) == ("host", "relayed") else ()
+        return Region(0, nbytes, "fake", lambda: None, bytearray(nbytes), copying_gpu=copying, relays=relays)
 
     def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         beside = any(stream.clock > machine.current.clock + 1e-9 for stream in machine.streams)
@@ -579,9 +583,29 @@ def test_memory_that_cannot_be_had_is_waived(
 
 def test_one_gpu_has_no_peer(run_copy: RunCopy, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy, "find_peer", lambda gpu, peer: None)
-    status, rows = run_copy("--quick", "--no-plots", "--paths", "peer_load")
+    status, rows = run_copy("--quick", "--no-plots", "--paths", "peer_load,host_load", "--cases", "0")
     assert status == 0
-    assert {row["waived"] for row in rows} == {"this machine has one GPU, and a peer is another one"}
+    there = {row["memory"] for row in rows if row["path"] == "host_load" and "gbps" in row}
+    assert there == {"tier"}
+    waived = {(row["path"], row["memory"]) for row in rows if "waived" in row}
+    assert waived == {("peer_load", memory) for memory in ("asleep", "tier", "context")} | {("host_load", "relayed")}
+    reasons = {row["waived"] for row in rows if "waived" in row}
+    assert reasons == {"this machine has one GPU, and a peer or relay is another one"}
+
+
+def test_host_copies_are_relayed_by_the_peer(run_copy: RunCopy, fake_gpu: FakeGpu) -> None:
+    status, rows = run_copy("--quick", "--no-plots", "--paths", "host_load,host_store")
+    assert status == 0
+    relayed = [row for row in rows if row["memory"] == "relayed"]
+    assert [(row["path"], row["tuning"], row["target"]) for row in relayed] == [
+        ("host_load", "shipped", None),
+        ("host_store", "shipped", None),
+    ]
+    assert all(row["verified"] for row in relayed)
+    assert fake_gpu.relays == {(), (1,)}
+    fake_gpu.relays.clear()
+    run_copy("--quick", "--no-plots", "--paths", "host_load", "--ctas", "4")
+    assert fake_gpu.relays == {()}, "given settings are for one link"
 
 
 def test_tune(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFixture[str]) -> None:
