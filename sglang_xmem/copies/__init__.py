@@ -74,7 +74,7 @@ def make_copier(
     if (runs_on is not None or relays) and name not in ("auto", "cuda"):
         raise CopyError(
             f"the copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or "
-            f"{'leave out dram.relays' if relays else 'peer.copy_on to rank'}."
+            f"{'leave out dram.relays' if relays else 'set peer.copy_on to rank'}."
         )
     if name not in _NAMES:
         raise ValueError(f"unknown copier {name!r}; known are {', '.join(_NAMES)}")

@@ -1,4 +1,5 @@
-"""Copies that another GPU runs: the one whose memory is the tier pushes pages over and fetches them back.
+"""Copies that another GPU runs: the one whose memory is the tier pushes pages over and fetches them back, or one that
+relays host memory through its own link.
 
 The rank's own GPU then gives no multiprocessor to a load, and its kernels do not wait for reads of another GPU's memory
 that are under way when they end. The other GPU has to be idle for that, and needs a CUDA context (about 0.6 GB).
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from sglang_xmem.errors import CopyError
+
+#: The way out where another GPU cannot copy for the rank's.
+WITHOUT_IT = "set peer.copy_on to rank, or leave out dram.relays"
 
 
 class CopyingGpu:
@@ -56,15 +60,13 @@ def give_access(gpu: int, rank: torch.device, memory: Sequence[torch.Tensor]) ->
         if not status.value:
             (status,) = driver.cuCtxEnablePeerAccess(context, 0)
         if status.value and status.name != "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED":
-            raise CopyError(
-                f"GPU {gpu} cannot be given access to the memory of {rank} ({status.name}); set peer.copy_on to rank."
-            )
+            raise CopyError(f"GPU {gpu} cannot be given access to the memory of {rank} ({status.name}); {WITHOUT_IT}.")
     # Memory of cuMemMap is mapped for a GPU at a time; the attribute tells it from memory of cuMemAlloc.
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
     for tensor in memory:
         status, plain = driver.cuPointerGetAttribute(attribute, tensor.data_ptr())
         if status.value or not plain:
             raise CopyError(
-                f"GPU {gpu} cannot reach memory that {rank} has mapped for itself; set peer.copy_on to rank, or leave "
-                "out expandable_segments in PYTORCH_CUDA_ALLOC_CONF and --enable-memory-saver."
+                f"GPU {gpu} cannot reach memory that {rank} has mapped for itself; {WITHOUT_IT}, or leave out "
+                "expandable_segments in PYTORCH_CUDA_ALLOC_CONF and --enable-memory-saver."
             )
