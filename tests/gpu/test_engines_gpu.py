@@ -25,6 +25,7 @@ PAGE = 16
 WHOLE = (PROMPT_TOKENS - 1) // PAGE * PAGE
 TIERS: dict[str, dict[str, Any]] = {
     "dram": {"hicache_xmem_tier": "dram"},
+    "dram_relayed": {"hicache_xmem_tier": "dram", "hicache_xmem_config": '{"dram": {"relays": [1]}}'},
     "peer": {"hicache_xmem_tier": "peer", "hicache_xmem_config": '{"peer": {"gpus": [1], "copy_on": "rank"}}'},
     "peer_copies": {
         "hicache_xmem_tier": "peer",
@@ -40,7 +41,7 @@ TIERS["peer_tp"] = {
     "disable_custom_all_reduce": True,
     "enforce_disable_flashinfer_allreduce_fusion": True,
 }
-GPUS = {"dram": 1, "peer": 2, "peer_copies": 2, "peer_tp": 4}
+GPUS = {"dram": 1, "dram_relayed": 2, "peer": 2, "peer_copies": 2, "peer_tp": 4}
 TIER_NAMES = [pytest.param(name, marks=pytest.mark.gpus(count)) for name, count in GPUS.items()]
 
 
