@@ -20,10 +20,15 @@ def test_defaults_have_every_tier() -> None:
 
 @pytest.mark.parametrize("as_dict", [True, False])
 def test_json_text_and_dict_are_the_same(as_dict: bool) -> None:
-    config = {"peer": {"gpus": [3, 1], "stripe_mib": 64}, "dram": {"numa_node": 1}, "copy": {"load": {"ctas": 16}}}
+    config = {
+        "peer": {"gpus": [3, 1], "stripe_mib": 64},
+        "dram": {"numa_node": 1, "relays": [2]},
+        "copy": {"load": {"ctas": 16}},
+    }
     options = parse_options("peer", config if as_dict else json.dumps(config))
     assert options.tiers["peer"].gpus == (3, 1)
     assert options.tiers["dram"].numa_node == 1
+    assert options.tiers["dram"].relays == (2,)
     assert options.copy.load == {"ctas": 16}
 
 
