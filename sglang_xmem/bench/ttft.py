@@ -24,6 +24,9 @@ from sglang_xmem.doctor import bandwidth
 from sglang_xmem.errors import ConfigError
 
 FILLER_TOKENS = 8192
+#: Other prompts that are asked between a prompt and its hit in HBM, so that the host's caches are as cold for that as
+#: they are for a hit in the tier, which comes after a flood.
+OTHERS_BETWEEN = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,11 +140,13 @@ class Workload:
         self.warm_ups = 1 if quick else 3
         self.settle_s = 2.0 if on_gpu else 0.5
         self.filler_tokens = min(FILLER_TOKENS, max(sizes))
-        # One prompt of the largest size fits beside a page or two of others; so a flood of as much evicts it.
-        self.device_tokens = sizing.pages_up(max(max(sizes) + self.filler_tokens, max(sizes) + output_tokens), page)
+        # One prompt of the largest size fits beside a few others; so a flood of as much evicts it.
+        one_more = sizing.pages_up(self.filler_tokens + 1, page)
+        self.device_tokens = sizing.pages_up(max(sizes) + output_tokens, page) + (OTHERS_BETWEEN + 1) * one_more
         self.prompts = {size: Prompt.drawn(f"{seed} prompt {size}", size) for size in sizes}
         count = -(-self.device_tokens // self.filler_tokens) + 1
         self.fillers = [Prompt.drawn(f"{seed} filler {index}", self.filler_tokens) for index in range(count)]
+        self.others = self.fillers[:OTHERS_BETWEEN]
 
     @property
     def steps(self) -> int:
@@ -181,7 +186,8 @@ def measure(engine: Any, workload: Workload, measurement: Measurement, tier: boo
     """Ask every prompt cold, then in rounds from the tier and from HBM.
 
     A flood between samples pushes the prompt out of the GPU's pool. It asks for prompts that are in the tier
-    themselves, which takes a fraction of the time that prefilling new ones would.
+    themselves, which takes a fraction of the time that prefilling new ones would. A few of them come before the hit in
+    HBM as well, where they leave the prompt its place.
     """
     page = workload.page
     for index in range(workload.warm_ups):  # kernels of every batch shape that follows, compiled and loaded
@@ -214,6 +220,7 @@ def measure(engine: Any, workload: Workload, measurement: Measurement, tier: boo
                 )
             else:
                 engine.ask(prompt)
+            engine.flood(workload.others)
             answer = engine.ask(prompt)
             measurement.add(
                 kind=HBM,
@@ -242,6 +249,8 @@ def record(engine: Any, workload: Workload, size: int, tier: bool) -> list[dict[
     else:
         engine.ask(prompt)
     for hit in ("tier", HBM) if tier else (HBM,):
+        if hit == HBM:
+            engine.flood(workload.others)
         with tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_") as folder:
             answer, asked_ms = engine.record(prompt, Path(folder))
             kernels = timeline.by_kernel(timeline.read_traces(Path(folder)), asked_ms)

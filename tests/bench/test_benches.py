@@ -13,6 +13,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,32 @@ def test_ttft_rows(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: P
     assert {"commit", "command", "versions", "settings"} <= set(about)
     for suffix in ("csv", "png", "svg"):
         assert (tmp_path / f"rows.{suffix}").stat().st_size > 100
+
+
+@pytest.mark.parametrize("tier", [True, False])
+def test_hits_come_after_other_prompts(tier: bool) -> None:
+    """Those of HBM too, which leave the prompt its place: warm caches of the CPU are nobody's advantage."""
+    workload = ttft.Workload([64, 128], 1, 16, 4, seed=0, quick=True, on_gpu=False)
+    assert workload.device_tokens >= max(workload.sizes) + sum(map(len, workload.others)) + 4 * workload.page
+    assert sum(map(len, workload.fillers)) >= workload.device_tokens, "a flood takes the prompt's place"
+    names = {id(prompt): size for size, prompt in workload.prompts.items()}
+    asked: list[Any] = []
+
+    class Engine:
+        def ask(self, prompt: Any, count: int = 1) -> Any:
+            asked.append(names.get(id(prompt), "warm up"))
+            return SimpleNamespace(device=0, host=0, output=[0] * count, ttft_ms=1.0)
+
+        def flood(self, prompts: Any) -> None:
+            asked.append({len(workload.fillers): "flood", len(workload.others): "others"}[len(prompts)])
+
+        def settle(self, seconds: float) -> None: ...
+
+    measurement = SimpleNamespace(add=lambda **sample: None, step=lambda doing: None)
+    ttft.measure(Engine(), workload, measurement, tier)  # type: ignore[arg-type]
+    before_rounds = ["warm up"] * 4 + [64, 64, 128, 128, "flood"]
+    a_round = [["flood", size, size, "others", size] if tier else [size, "others", size] for size in (64, 128)]
+    assert asked == [*before_rounds, *a_round[0], *a_round[1]]
 
 
 def test_ttft_floor_alone_needs_no_hicache(bench: Bench) -> None:
