@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--socket", metavar="PATH", help="default: $MTIER_SOCKET, else mtierd.sock in $XDG_RUNTIME_DIR")
     parser.add_argument("--quota", type=float, default=0, metavar="GB", help="most that one process may have; 0: all")
     parser.add_argument("--granularity", type=int, default=2, metavar="MiB", help="allocations are whole multiples")
+    parser.add_argument(
+        "--rest-after",
+        type=float,
+        default=5,
+        metavar="SECONDS",
+        help="how long a bank's GPU keeps its CUDA context when no memory is out; default: 5",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,6 +87,8 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"--quota is {args.quota:g}; give GB a process, or 0 for no limit.")
     if not 1 <= args.granularity <= 1024 or args.granularity & (args.granularity - 1):
         raise ValueError(f"--granularity is {args.granularity}; give a power of two from 1 to 1024 (MiB).")
+    if not 0 <= args.rest_after <= 3600:
+        raise ValueError(f"--rest-after is {args.rest_after:g}; give 0 to 3600 seconds.")
     named = [bank.gpu for bank in banks if bank.gpu is not None]
     arguments: list[str] = []
     for bank in banks:
@@ -94,7 +103,8 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
                 f"--bank {bank.text} is smaller than the --granularity of {args.granularity} MiB; give more."
             )
         arguments += ["--bank", f"{place}:{nbytes}"]
-    return [*arguments, "--quota", str(int(args.quota * 1e9)), "--granularity", str(args.granularity << 20)]
+    arguments += ["--quota", str(int(args.quota * 1e9)), "--granularity", str(args.granularity << 20)]
+    return [*arguments, "--rest-after", str(int(args.rest_after * 1e3))]
 
 
 class _Bank(NamedTuple):

@@ -53,6 +53,7 @@ def start_service(tmp_path: Path) -> Iterator[StartService]:
 
         def start(*banks: str) -> Daemon:
             words = [word for bank in banks for word in ("--bank", bank)]
+            words += ["--rest-after", "0"]  # the GPU is as it was as soon as the memory is back
             daemon = stack.enter_context(Daemon(built(), tmp_path / "mtierd.sock", words))
             assert daemon.process.poll() is None, daemon.log()
             return daemon

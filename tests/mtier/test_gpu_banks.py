@@ -45,8 +45,9 @@ class Machine:
         self._faults = {"client": directory / "client.fault", "service": directory / "service.fault"}
         self._calls = directory / "service.calls"
 
-    def start(self, *banks: str, **more: str) -> Daemon:
+    def start(self, *banks: str, rest_after_ms: int = 0, **more: str) -> Daemon:
         arguments = [word for bank in banks or (f"gpu:1:{64 * MIB}",) for word in ("--bank", bank)]
+        arguments += ["--rest-after", str(rest_after_ms)]
         environment = {**self.driver, "FAKE_CUDA_FAULT": str(self._faults["service"]), **more}
         environment["FAKE_CUDA_CALLS"] = str(self._calls)
         self.daemon = self._start_daemon(*arguments, environment=environment)
@@ -326,6 +327,30 @@ def test_a_context_is_held_while_memory_is_out(machine: Machine) -> None:
             "destroy 1",
             "release 1",
         ]
+
+
+def test_a_context_outlasts_the_memory_for_a_moment(machine: Machine) -> None:
+    """So that a client that allocates and frees over and over does not pay for one each time."""
+    machine.start(f"gpu:0:{64 * MIB}", f"gpu:1:{64 * MIB}", rest_after_ms=700)
+    with machine.client() as client:
+        for _ in range(5):
+            assert client.ask(KEEP.format(bank=1, nbytes=MIB)) == SUCCESS
+            assert client.ask("lib.free(lib.p[1])") == SUCCESS
+        freed = time.monotonic()
+        assert machine.calls() == ["retain 1", *["create 1", "destroy 1"] * 5]
+        wait_until(lambda: machine.contexts(1) == 0, 3)
+        assert time.monotonic() - freed > 0.5, "not at once"
+        # Another bank's rest is its own, and one that is used again in time has none.
+        assert client.ask(KEEP.format(bank=0, nbytes=MIB)) == SUCCESS
+        assert client.ask("lib.free(lib.p[1])") == SUCCESS
+        assert client.ask(KEEP.format(bank=0, nbytes=MIB)) == SUCCESS
+        time.sleep(1.2)
+        assert (machine.contexts(0), machine.contexts(1)) == (1, 0)
+        # Nor does the service keep it when it stops.
+        assert client.ask("lib.free(lib.p[1])") == SUCCESS
+        assert machine.contexts(0) == 1
+        assert machine.daemon.stop(signal.SIGTERM) == 0
+        assert machine.contexts(0) == 0
 
 
 def test_banks_of_one_gpu_hold_its_context_until_the_last_is_empty(machine: Machine) -> None:

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -17,6 +18,8 @@
 #include "protocol.h"
 
 namespace mtier {
+
+constexpr int kMaxRestAfterMs = 3600 * 1000;
 
 // What became of an allocation.
 struct Grant {
@@ -45,6 +48,10 @@ class Bank {
     std::uint64_t available() const { return available_; }
     std::uint64_t granularity() const { return granularity_; }
     std::size_t allocations() const { return sizes_.size(); }
+
+    // Milliseconds until the bank wants a call of rest_if_due(); -1 where it does not.
+    virtual int rest_in_ms() const { return -1; }
+    virtual void rest_if_due() {}
 
     // `bytes` in whole granules; 0 where that many cannot be counted.
     std::uint64_t rounded(std::uint64_t bytes) const {
@@ -123,15 +130,18 @@ class HostBank : public Bank {
 // one allocation is one descriptor however large it is.
 //
 // None of this needs a CUDA context, but a GPU on which no process has one rests and serves its memory to others at a
-// lower rate. So the bank holds the GPU's primary context while any of its memory is out, and only then: a GPU whose
-// bank is not used looks idle to others. Nothing is done in the context, and it is current in no thread.
+// lower rate. So the bank holds the GPU's primary context while any of its memory is out, and for a moment longer, since
+// making one takes a while and a client may allocate and free over and over: a GPU whose bank is not used looks idle to
+// others. Nothing is done in the context, and it is current in no thread.
 //
 // The driver has the memory back when the service has released it and no client maps it any more: a client that dies
 // loses its own mappings with its process, and the service releases when the connection ends.
 class GpuBank : public Bank {
   public:
     // nullptr with a clause in `why` where the GPU cannot serve `bytes`.
-    static std::unique_ptr<GpuBank> open(int gpu, std::uint64_t bytes, std::uint64_t granularity, std::string *why) {
+    // `rest_after`: how long the context stays when no memory is out.
+    static std::unique_ptr<GpuBank> open(int gpu, std::uint64_t bytes, std::uint64_t granularity,
+                                         std::chrono::milliseconds rest_after, std::string *why) {
         constexpr const char *kWayOut = "; look at the driver with nvidia-smi, or give host:BYTES for host memory";
         const cuda::Driver *driver = cuda::Driver::get(why);
         if (driver == nullptr) {
@@ -189,7 +199,7 @@ class GpuBank : public Bank {
                    std::to_string(granularity) + "; give a size in between";
             return nullptr;
         }
-        return std::unique_ptr<GpuBank>(new GpuBank(*driver, gpu, device, pci, bytes, granularity));
+        return std::unique_ptr<GpuBank>(new GpuBank(*driver, gpu, device, pci, bytes, granularity, rest_after));
     }
 
     ~GpuBank() override {
@@ -203,6 +213,16 @@ class GpuBank : public Bank {
         return "\"kind\": \"gpu\", \"gpu\": " + std::to_string(gpu_) + ", \"pci\": \"" + pci_ + "\"";
     }
 
+    int rest_in_ms() const override {
+        if (!awake_ || !handles_.empty()) return -1;
+        auto left = std::chrono::ceil<std::chrono::milliseconds>(rests_at_ - Clock::now()).count();
+        return static_cast<int>(std::clamp<std::int64_t>(left, 0, kMaxRestAfterMs));
+    }
+
+    void rest_if_due() override {
+        if (rest_in_ms() == 0) rest();
+    }
+
   protected:
     Grant create(std::uint64_t bytes, std::uint64_t id) override {
         cuda::AllocationProperties wanted = cuda::properties(gpu_);
@@ -211,7 +231,7 @@ class GpuBank : public Bank {
         Grant grant;
         // Before the memory, which could leave the context no room. Asked for once, not with each allocation: where it
         // cannot be had, asking may take as long as making it.
-        if (handles_.size() == 1) grant.note = wake();
+        if (handles_.size() == 1 && !awake_) grant.note = wake();
         cuda::Handle handle = 0;
         cuda::Result result = driver_.MemCreate(&handle, bytes, &wanted, 0);
         if (result != cuda::kOk) {
@@ -235,13 +255,21 @@ class GpuBank : public Bank {
         if (found == handles_.end()) return;
         if (found->second != 0) driver_.MemRelease(found->second);
         handles_.erase(found);
-        if (handles_.empty()) rest();
+        rests_at_ = Clock::now() + rest_after_;
+        rest_if_due();
     }
 
   private:
+    using Clock = std::chrono::steady_clock;
+
     GpuBank(const cuda::Driver &driver, int gpu, cuda::Device device, std::string pci, std::uint64_t total,
-            std::uint64_t granularity)
-        : Bank(total, granularity), driver_(driver), gpu_(gpu), device_(device), pci_(std::move(pci)) {}
+            std::uint64_t granularity, std::chrono::milliseconds rest_after)
+        : Bank(total, granularity),
+          driver_(driver),
+          gpu_(gpu),
+          device_(device),
+          pci_(std::move(pci)),
+          rest_after_(rest_after) {}
 
     // Holds the GPU's primary context; the driver counts holders, such as another bank of this GPU. Returns words for
     // the log where that fails for the first time: the memory is as good, only slower to reach.
@@ -264,8 +292,10 @@ class GpuBank : public Bank {
     const int gpu_;
     const cuda::Device device_;
     const std::string pci_;
+    const std::chrono::milliseconds rest_after_;
     std::unordered_map<std::uint64_t, cuda::Handle> handles_;
-    bool awake_ = false;  // the context is held
+    bool awake_ = false;         // the context is held
+    Clock::time_point rests_at_; // where no memory is out
     bool told_ = false;
 };
 

@@ -39,6 +39,7 @@ constexpr int kTurn = 16;
 constexpr int kAcceptPauseMs = 100;
 constexpr int kStatusTimeoutMs = 5000;
 constexpr std::uint64_t kDefaultGranularity = 2 << 20;
+constexpr std::uint64_t kDefaultRestAfterMs = 5000;
 
 // The latest lines, for mTierGetLogs, and all of them on stderr. Holds numbers and the service's own words, never a
 // client's.
@@ -90,6 +91,7 @@ struct Options {
     std::vector<BankOption> banks;
     std::uint64_t quota = 0;  // 0: none
     std::uint64_t granularity = kDefaultGranularity;
+    std::uint64_t rest_after_ms = kDefaultRestAfterMs;
     bool status = false;
 };
 
@@ -162,9 +164,15 @@ class Service {
                 entries.push_back({it->fd, static_cast<short>(it->unsent ? POLLOUT : POLLIN), 0});
                 order.push_back(it);
             }
-            int ready = ::poll(entries.data(), entries.size(), accept_paused ? kAcceptPauseMs : -1);
+            int wait_ms = accept_paused ? kAcceptPauseMs : -1;
+            for (const auto &bank : banks_) {
+                int rest_ms = bank->rest_in_ms();
+                if (rest_ms >= 0 && (wait_ms < 0 || rest_ms < wait_ms)) wait_ms = rest_ms;
+            }
+            int ready = ::poll(entries.data(), entries.size(), wait_ms);
             accept_paused = false;
             if (ready < 0) continue;
+            for (const auto &bank : banks_) bank->rest_if_due();
             if (entries[0].revents != 0) {
                 signalfd_siginfo info{};
                 if (::read(signals, &info, sizeof(info)) == static_cast<ssize_t>(sizeof(info))) {
@@ -567,9 +575,10 @@ std::optional<std::string> parse(int argc, char **argv, Options *options) {
             options->status = true;
             continue;
         }
-        if (name != "--bank" && name != "--socket" && name != "--quota" && name != "--granularity") {
+        if (name != "--bank" && name != "--socket" && name != "--quota" && name != "--granularity" &&
+            name != "--rest-after") {
             return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
-                   "--socket PATH, --quota BYTES, --granularity BYTES, --status";
+                   "--socket PATH, --quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --status";
         }
         if (++i == argc) return name + " has no value";
         std::string value = argv[i];
@@ -583,6 +592,12 @@ std::optional<std::string> parse(int argc, char **argv, Options *options) {
                 return "--bank is " + value + "; give host:BYTES or gpu:ORDINAL:BYTES, in numbers";
             }
             options->banks.push_back(bank);
+            continue;
+        }
+        if (name == "--rest-after") {
+            if (!parse_number(value, &options->rest_after_ms) || options->rest_after_ms > kMaxRestAfterMs) {
+                return name + " is " + value + "; give milliseconds, at most an hour";
+            }
             continue;
         }
         std::uint64_t bytes = 0;
@@ -644,7 +659,8 @@ int run(int argc, char **argv) {
             continue;
         }
         std::string why;
-        auto made = GpuBank::open(*bank.gpu, bank.bytes, options.granularity, &why);
+        std::chrono::milliseconds rest_after(options.rest_after_ms);
+        auto made = GpuBank::open(*bank.gpu, bank.bytes, options.granularity, rest_after, &why);
         if (made == nullptr) return complain("--bank " + bank.text + " cannot be served: " + why);
         banks.push_back(std::move(made));
     }
