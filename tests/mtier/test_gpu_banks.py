@@ -45,7 +45,7 @@ class Machine:
         self._faults = {"client": directory / "client.fault", "service": directory / "service.fault"}
         self._calls = directory / "service.calls"
 
-    def start(self, *banks: str, rest_after_ms: int = 0, **more: str) -> Daemon:
+    def start(self, *banks: str, rest_after_ms: int | str = 0, **more: str) -> Daemon:
         arguments = [word for bank in banks or (f"gpu:1:{64 * MIB}",) for word in ("--bank", bank)]
         arguments += ["--rest-after", str(rest_after_ms)]
         environment = {**self.driver, "FAKE_CUDA_FAULT": str(self._faults["service"]), **more}
