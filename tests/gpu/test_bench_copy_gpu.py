@@ -57,6 +57,7 @@ def test_all_paths(tmp_path: Path) -> None:
         "host_store",
     }
     assert {row["memory"] for row in rows if row["path"] == "peer_load"} == {"tier", "asleep", "context"}
+    assert {row["memory"] for row in rows if row["path"] == "host_load"} == {"tier", "relayed"}
     assert all(row["gbps"] > 1 for row in rows if "gbps" in row)
     shipped = [row for row in rows if row["tuning"] == "shipped" and row["path"].startswith("peer")]
     assert {row["runs_on"] for row in shipped} == {by}
