@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import psutil
 
-from sglang_xmem.errors import TierUnavailable
+from sglang_xmem.errors import ConfigError, TierUnavailable
 
 #: A GPU with more bytes in use than this by nobody whom NVML names counts as in use: an idle H200 shows under 10 MB, a
 #: bare CUDA context about 500 MB.
@@ -59,6 +60,20 @@ def driver() -> Any:
 def visible_gpus() -> range:
     """All CUDA ordinals."""
     return range(checked(driver().cuDeviceGetCount(), "counting GPUs"))
+
+
+def check_named(option: str, named: Iterable[int], engine: Collection[int | None]) -> None:
+    """Refuse GPUs that an option names for an engine's use and that are not there, or are the engine's own.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    visible = visible_gpus()
+    for gpu in named:
+        if gpu not in visible:
+            raise ConfigError(f"{option} names GPU {gpu}, but this process sees GPUs 0 to {len(visible) - 1}.")
+        if gpu in engine:
+            raise ConfigError(f"{option} names GPU {gpu}, which this engine computes on; name another GPU.")
 
 
 def can_access_peer(gpu: int, peer: int) -> bool:

@@ -267,16 +267,19 @@ def test_cuda_refuses_planes_on_the_cpu() -> None:
         {"threads": 100},
         {"unroll": 0},
         {"stage_bytes": 1000},
-        {"stages": 2, "pending_stores": 2},
-        {"stages": 15, "stage_bytes": 16384},
+        {"variant": "bulk", "stages": 2, "pending_stores": 2},
+        {"variant": "bulk", "stages": 15, "stage_bytes": 16384},
+        {"rings": 0},
+        {"stages": 0},
+        {"pending_stores": -1},
     ],
 )
 def test_tuning_out_of_range_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)) if len(wrong) == 1 else r"pending_stores|shared memory"):
-        CudaTuning(**{"variant": "bulk", **wrong})  # type: ignore[arg-type]
+        CudaTuning(**wrong)  # type: ignore[arg-type]
 
 
-def test_settings_of_the_other_variant_do_not_count() -> None:
+def test_what_only_bulk_copies_need_is_theirs() -> None:
     """A change of a few settings is checked against each default, some of which are of the other variant."""
     assert CudaTuning(stages=2, pending_stores=2).variant == "register"
     assert CudaTuning(stages=15).dynamic_shared_bytes == 0

@@ -127,20 +127,16 @@ class Worker:
                 # SGLang's loop: its tasks live there.
                 self.reply(number)
                 self._engine.loop.run_until_complete(self._concurrently())
-            elif operation == "ask":
+            elif operation in ("ask", "record"):
                 try:
-                    self.reply(number, **asdict(self._ask(command)))
+                    values = asdict(self._ask(command)) if operation == "ask" else self._record(command)
                 except Exception as error:
-                    self.reply(number, error=str(error))
+                    values = {"error": str(error)}
+                self.reply(number, **values)
             elif operation == "flood":
                 for prompt in command["prompts"]:
                     self._generate(self._tokens(Prompt.from_json(prompt)), 1)
                 self.reply(number)
-            elif operation == "record":
-                try:
-                    self.reply(number, **self._record(command))
-                except Exception as error:
-                    self.reply(number, error=str(error))
             elif operation == "settle":
                 time.sleep(command["seconds"])
                 self.reply(number)

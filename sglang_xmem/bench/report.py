@@ -82,6 +82,12 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a JSON Lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def rows_of_run(rows: Iterable[Row], run_id: str | None) -> list[Row]:
     """A run's rows; where an engine was run again after it had failed, only the later ones."""
     latest: dict[tuple[Any, ...], Row] = {}

@@ -385,9 +385,8 @@ class Results:
                     (row["engine"], row.get("pass", 0)) for row in mine if row["run"] == self.run and row["complete"]
                 }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f"{self.path.stem}.runs.jsonl").open("a", encoding="utf-8") as file:
-            header = {"bench": bench, "run": self.run, "parameters": self.key, **about, "settings": parameters}
-            file.write(json.dumps(header) + "\n")
+        header = {"bench": bench, "run": self.run, "parameters": self.key, **about, "settings": parameters}
+        report.append_rows(self.path.with_name(f"{self.path.stem}.runs.jsonl"), [header])
 
     def write(self, rows: Sequence[dict[str, Any]], engine: str, sequence: int, complete: bool) -> list[dict[str, Any]]:
         """Append an engine's rows; `complete` says that they are all."""
@@ -403,8 +402,7 @@ class Results:
             }
             for row in rows
         ]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in whole)
+        report.append_rows(self.path, whole)
         return whole
 
     def finish(self) -> None:

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_xmem.bench import report
-
 #: Categories of a trace's events that occupy a GPU.
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 #: Characters of a kernel's name that are kept: template arguments go on for pages.
@@ -99,8 +97,8 @@ def _span(events: Sequence[Row], asked_ms: float) -> Row:
     return {"first_ms": round(first - asked_ms, 3), "last_ms": round(last - asked_ms, 3)}
 
 
-def table(rows: Sequence[Row], count: int = 12) -> report.Table:
-    """The kernels of an engine whose time differs most between a tier's hit and HBM's."""
+def table(rows: Sequence[Row], count: int = 12) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and lines: the kernels of an engine whose time differs most between a tier's hit and HBM's."""
     hits = list(dict.fromkeys(row["hit"] for row in rows))
     cells: dict[tuple[int, str], dict[str, Row]] = {}
     for row in rows:
@@ -119,4 +117,4 @@ def table(rows: Sequence[Row], count: int = 12) -> report.Table:
         lines.append([kernel[:60], str(gpu), *times, *spans])
     title = f"Where the GPUs' time goes: {rows[0]['backend']}, {rows[0]['prompt_tokens']} tokens (recorded, so slower)"
     header = ["kernel", "GPU", *(f"{hit} ms" for hit in hits), *(f"{hit}: from - to, ms" for hit in hits)]
-    return title, header, lines, []
+    return title, header, lines

@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     results = Results("ttft", args, settings)
     outputs = _Outputs()
     timelines: list[list[dict[str, Any]]] = []
+    if args.timeline is not None:
+        args.timeline.parent.mkdir(parents=True, exist_ok=True)
 
     def measure_engine(engine: Any, plan: EnginePlan, measurement: Measurement) -> None:
         measure(engine, workload, measurement, tier=runs.has_pool(plan.backend))
@@ -96,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
                 return
             about = {"bench": "timeline", "run": results.run, "backend": plan.backend}
             rows = [{**about, **row} for row in found]
-            with args.timeline.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            report.append_rows(args.timeline, rows)
             if rows:
                 timelines.append(rows)
 
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
     status = runs.run_engines(args, plans, results, measure_engine, rows, check)
     for recorded in timelines:
-        report.show_table(*timeline.table(recorded)[:3])
+        report.show_table(*timeline.table(recorded))
     return status
 
 

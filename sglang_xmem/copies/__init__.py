@@ -104,7 +104,6 @@ def make_copier(
             load_tuning=dataclasses.replace(default_tuning("load", locality, page_bytes), **load),
             store_tuning=dataclasses.replace(default_tuning("store", locality, page_bytes), **store),
             runs_on=gpu,
-            others_raise=bool(relays),
         )
 
     if not relays:

@@ -40,7 +40,6 @@ class CudaPageCopier(PageCopier):
         tier_locality: where the tier's bytes live, which picks the default tuning.
         load_tuning, store_tuning: settings of each direction; None takes the default.
         runs_on: CUDA ordinal of another GPU that runs the copies; all tier planes are within its reach.
-        others_raise: another GPU raises the counters of `make_signals` too, even if this copier runs on the rank's.
 
     Raises:
         ValueError: also for device planes that are not CUDA tensors, and a page too large.
@@ -59,7 +58,6 @@ class CudaPageCopier(PageCopier):
         load_tuning: CudaTuning | None = None,
         store_tuning: CudaTuning | None = None,
         runs_on: int | None = None,
-        others_raise: bool = False,
     ) -> None:
         super().__init__(tier_planes, device_planes, page_size)
         if self._device.type != "cuda":
@@ -83,7 +81,6 @@ class CudaPageCopier(PageCopier):
         if runs_on is not None:
             give_access(runs_on, self._device, (self._tier_table, *device_planes))
         self._runs_on = runs_on
-        self._remote_signals = others_raise or runs_on is not None
 
         alignment = math.gcd(VECTOR_BYTES, self.row_bytes, *tier, *device)
 
@@ -109,7 +106,7 @@ class CudaPageCopier(PageCopier):
     def make_signals(self, num_parts: int) -> LoadSignals | None:
         if not signals_supported(self._device):
             return None
-        return LoadSignals(num_parts, self._device, remote=self._remote_signals)
+        return LoadSignals(num_parts, self._device, remote=self._runs_on is not None)
 
     def load_signalling(
         self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals
@@ -127,13 +124,19 @@ class CudaPageCopier(PageCopier):
         load: bool,
         signals: LoadSignals | None = None,
     ) -> int:
-        """As ShareCopier's: for whoever calls from one thread at a time, and announces the load to the signals."""
+        """Enqueue a copy behind what is on the current stream, which does not wait for it before `join`.
+
+        For whoever calls from one thread at a time, has several under way at once, and announces them to the signals.
+        `join` has to follow, also where this raises.
+
+        Returns: by how much it will raise each counter.
+        """
         if load:
             return self._load.start(tier_rows, device_rows, planes, signals)
         return self._store.start(device_rows, tier_rows, planes, None)
 
     def join(self, *, load: bool) -> None:
-        """As ShareCopier's."""
+        """Let the current stream go on behind what `start` enqueued."""
         (self._load if load else self._store).join()
 
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:

@@ -8,63 +8,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from sglang_xmem.copies.base import PageCopier
 from sglang_xmem.copies.signals import LoadSignals
 
+if TYPE_CHECKING:
+    from sglang_xmem.copies.cuda import CudaPageCopier
+
 #: Pages that a share has at least; fewer take no longer over one link than handing them to another GPU does.
 MIN_SHARE_PAGES = 4
-
-
-class ShareCopier(Protocol):
-    """A copier whose launches may be under way together with those of others."""
-
-    tier_planes: tuple[torch.Tensor, ...]
-    device_planes: tuple[torch.Tensor, ...]
-    page_size: int
-
-    def start(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        planes: range,
-        *,
-        load: bool,
-        signals: LoadSignals | None = None,
-    ) -> int:
-        """Enqueue a share behind what is on the current stream; returns by how much it will raise each counter.
-
-        `join` has to follow, also where this raises.
-        """
-
-    def join(self, *, load: bool) -> None:
-        """Let the current stream go on behind what `start` enqueued."""
-
-    def make_signals(self, num_parts: int) -> LoadSignals | None:
-        """As PageCopier's."""
-
-    def describe(self) -> str:
-        """As PageCopier's."""
 
 
 class SharedCopier(PageCopier):
     """Copies by several copiers of the same planes at once.
 
     Args:
-        copiers: the rank's own first, whose make the signals are. Nobody else uses any of them.
+        copiers: the rank's own first, then a relay's or more. Nobody else uses any of them.
     """
 
     name = "shared"
 
-    def __init__(self, copiers: Sequence[ShareCopier]) -> None:
+    def __init__(self, copiers: Sequence[CudaPageCopier]) -> None:
         first = copiers[0]
         super().__init__(first.tier_planes, first.device_planes, first.page_size)
         self._copiers = tuple(copiers)
         #: How each share's kernel runs.
-        self.load_tuning, self.store_tuning = (getattr(first, f"{way}_tuning", None) for way in ("load", "store"))
+        self.load_tuning, self.store_tuning = first.load_tuning, first.store_tuning
         self._lock = threading.Lock()  # a copier's launches are one thread's at a time
 
     def describe(self) -> str:
@@ -72,7 +44,7 @@ class SharedCopier(PageCopier):
         return f"{own}, and as many pages each by {'; '.join(relays)}"
 
     def make_signals(self, num_parts: int) -> LoadSignals | None:
-        return self._copiers[0].make_signals(num_parts)
+        return self._copiers[-1].make_signals(num_parts)  # as a relay has them: another GPU raises the counters
 
     def load_signalling(
         self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals
@@ -97,7 +69,7 @@ class SharedCopier(PageCopier):
         count = max(1, min(len(self._copiers), pages // MIN_SHARE_PAGES))
         ends = [pages * number // count for number in range(count + 1)]
         raises = 0
-        started: list[ShareCopier] = []
+        started: list[CudaPageCopier] = []
         with self._lock:
             try:
                 # The rank's own last: what another GPU starts waits for all that is on the rank's stream by then.

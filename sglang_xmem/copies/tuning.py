@@ -52,14 +52,13 @@ class CudaTuning:
             "ctas": self.ctas >= 1,
             "threads": self.threads % 32 == 0 and 32 <= self.threads <= 1024,
             "unroll": 1 <= self.unroll <= 64,
+            "rings": 1 <= self.rings <= 32,
+            "stages": self.stages >= 1,
+            "stage_bytes": self.stage_bytes % 128 == 0 and self.stage_bytes >= 128,
+            # Against each other only where both are used: a change of one is tried on defaults of both variants.
+            "pending_stores": self.pending_stores >= 0
+            and (self.variant != "bulk" or self.pending_stores < self.stages),
         }
-        if self.variant == "bulk":  # else these are not used; the register fields are, where bulk copies cannot run
-            ok |= {
-                "rings": 1 <= self.rings <= 32,
-                "stages": self.stages >= 1,
-                "stage_bytes": self.stage_bytes % 128 == 0 and self.stage_bytes >= 128,
-                "pending_stores": 0 <= self.pending_stores < self.stages,
-            }
         for name, fine in ok.items():
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)!r} is out of range in {self}")

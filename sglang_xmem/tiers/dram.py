@@ -192,12 +192,7 @@ def _check_relays(relays: tuple[int, ...], ranks: Ranks) -> None:
         raise ConfigError(f"{option} is {list(relays)}; name no GPU twice.")
     if not ranks.uses_gpu:
         raise ConfigError(f"{option} is {list(relays)}, and SGLang runs on the CPU; leave it out.")
-    visible = gpus.visible_gpus()
-    for relay in relays:
-        if relay not in visible:
-            raise ConfigError(f"{option} names GPU {relay}, but this process sees GPUs 0 to {len(visible) - 1}.")
-        if relay in ranks.gpus:
-            raise ConfigError(f"{option} names GPU {relay}, which this engine computes on; name another GPU.")
+    gpus.check_named(option, relays, ranks.gpus)
 
 
 def _nodes() -> list[int]:

@@ -65,19 +65,14 @@ class PeerTier(MemoryTier):
             raise ConfigError(f"{option} is {list(settings.gpus)}; name at least one GPU, and none twice.")
         if not ranks.uses_gpu:
             raise TierUnavailable("it needs GPUs and SGLang runs on the CPU; use --hicache-xmem-tier dram")
-        visible = gpus.visible_gpus()
         engine = [gpu for gpu in ranks.gpus if gpu is not None]
         reasons: list[str] = []
         if settings.gpus is not None:
-            for gpu in settings.gpus:
-                if gpu not in visible:
-                    raise ConfigError(f"{option} names GPU {gpu}, but this process sees GPUs 0 to {len(visible) - 1}.")
-                if gpu in engine:
-                    raise ConfigError(f"{option} names GPU {gpu}, which this engine computes on; name another GPU.")
+            gpus.check_named(option, settings.gpus, engine)
             peers = list(settings.gpus)
         else:
             peers = []
-            for gpu in visible:
+            for gpu in gpus.visible_gpus():
                 if gpu in engine:
                     continue
                 reason = gpus.foreign_use(gpu) or _unreachable(engine, gpu)

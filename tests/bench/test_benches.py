@@ -276,7 +276,7 @@ def test_timeline(
 ) -> None:
     monkeypatch.setattr(runs, "has_gpu", lambda: True)
     monkeypatch.setattr(runs, "gpu_bytes", lambda: 1 << 40)
-    file = tmp_path / "timelines.jsonl"
+    file = tmp_path / "a folder of its own" / "timelines.jsonl"
     arguments = (*TTFT, "--backends", "stock,dram,hbm", "--timeline", str(file), "--timeline-size", "64")
     status, rows = bench(*arguments)
     assert status == 0

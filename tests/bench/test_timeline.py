@@ -73,7 +73,7 @@ def test_table_has_the_differences_first() -> None:
             ("hbm", "slower", 2.0),
         )
     ]
-    title, header, lines, _ = timeline.table(rows, count=3)
+    title, header, lines = timeline.table(rows, count=3)
     assert "peer, 64 tokens" in title
     assert header[2:4] == ["tier ms", "hbm ms"]
     assert [line[0] for line in lines] == ["all", "page_copy", "slower"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from sglang_xmem.copies import make_copier
 from sglang_xmem.copies.base import PageCopier
 from sglang_xmem.copies.shared import MIN_SHARE_PAGES, SharedCopier
 from sglang_xmem.copies.torch import TorchPageCopier
+from sglang_xmem.copies.tuning import CudaTuning
 from sglang_xmem.errors import CopyError
 
 PLANES, TOKENS, PAGE, ROW = 4, 512, 2, 24
@@ -25,6 +26,7 @@ class Share(TorchPageCopier):
     def __init__(self, planes: tuple[list[torch.Tensor], list[torch.Tensor]], number: int, log: list[Any]) -> None:
         super().__init__(*planes, PAGE)
         self.number, self.log = number, log
+        self.load_tuning = self.store_tuning = CudaTuning()
         self.started: list[Any] = []
         self.fails = False
 
@@ -59,7 +61,7 @@ def planes_of(seed: int) -> list[torch.Tensor]:
 def shared(count: int) -> tuple[SharedCopier, list[Share], list[Any]]:
     planes, log = (planes_of(1), planes_of(2)), list[Any]()
     shares = [Share(planes, number, log) for number in range(count)]
-    return SharedCopier(shares), shares, log
+    return SharedCopier(cast(Any, shares)), shares, log
 
 
 def rows(pages: int, seed: int, stride: int = 1) -> torch.Tensor:
@@ -145,11 +147,11 @@ def test_a_share_that_fails_fails_the_copy_and_the_others_are_joined(failing: in
     assert not any(share.started for share in shares)
 
 
-def test_it_says_who_copies_and_has_the_ranks_signals() -> None:
+def test_it_says_who_copies_and_has_a_relays_signals() -> None:
     copier, _, _ = shared(3)
     assert isinstance(copier, PageCopier)
     assert copier.describe() == "copier 0, and as many pages each by copier 1; copier 2"
-    assert copier.make_signals(7) == "signals of 0 for 7"
+    assert copier.make_signals(7) == "signals of 2 for 7"
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

@@ -294,8 +294,8 @@ class GpuBank : public Bank {
     const std::string pci_;
     const std::chrono::milliseconds rest_after_;
     std::unordered_map<std::uint64_t, cuda::Handle> handles_;
-    bool awake_ = false;         // the context is held
-    Clock::time_point rests_at_; // where no memory is out
+    bool awake_ = false;          // the context is held
+    Clock::time_point rests_at_;  // where no memory is out
     bool told_ = false;
 };
 
