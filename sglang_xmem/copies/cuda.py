@@ -14,7 +14,7 @@ import torch
 from sglang_xmem.copies import nvrtc
 from sglang_xmem.copies.base import PageCopier
 from sglang_xmem.copies.remote import CopyingGpu, give_access
-from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.copies.signals import NOBODY, Counters, LoadSignals
 from sglang_xmem.copies.signals import supported as signals_supported
 from sglang_xmem.copies.tuning import (
     VECTOR_BYTES,
@@ -122,18 +122,18 @@ class CudaPageCopier(PageCopier):
         planes: range,
         *,
         load: bool,
-        signals: LoadSignals | None = None,
+        counters: Counters = NOBODY,
     ) -> int:
         """Enqueue a copy behind what is on the current stream, which does not wait for it before `join`.
 
-        For whoever calls from one thread at a time, has several under way at once, and announces them to the signals.
-        `join` has to follow, also where this raises.
+        For whoever calls from one thread at a time, has several under way at once, and announces them to the signals
+        whose counters a load raises. `join` has to follow, also where this raises.
 
         Returns: by how much it will raise each counter.
         """
         if load:
-            return self._load.start(tier_rows, device_rows, planes, signals)
-        return self._store.start(device_rows, tier_rows, planes, None)
+            return self._load.start(tier_rows, device_rows, planes, counters)
+        return self._store.start(device_rows, tier_rows, planes)
 
     def join(self, *, load: bool) -> None:
         """Let the current stream go on behind what `start` enqueued."""
@@ -220,7 +220,7 @@ class _Launcher:
         """
         with self._lock:
             try:
-                raises = self.start(src_rows, dst_rows, planes, signals)
+                raises = self.start(src_rows, dst_rows, planes, signals.counters(planes) if signals else NOBODY)
             finally:
                 self.join()
             if signals:
@@ -231,7 +231,7 @@ class _Launcher:
         if self._remote is not None:
             self._remote.end()
 
-    def start(self, src_rows: torch.Tensor, dst_rows: torch.Tensor, planes: range, signals: LoadSignals | None) -> int:
+    def start(self, src_rows: torch.Tensor, dst_rows: torch.Tensor, planes: range, counters: Counters = NOBODY) -> int:
         """`__call__` for one thread at a time, without `join` and without announcing the load.
 
         Returns: by how much the launch will raise each counter.
@@ -250,8 +250,7 @@ class _Launcher:
             num_pages,
             self._row_bytes,
             self._page_bytes,
-            signals.address if signals else 0,
-            len(planes) // signals.num_parts if signals else 0,
+            *counters,
         )
         grid = min(tuning.ctas, -(-len(planes) * tiles_per_plane // tuning.warps))
         parameters = self._part(planes)

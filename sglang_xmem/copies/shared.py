@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_xmem.copies.base import PageCopier
-from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.copies.signals import NOBODY, LoadSignals
 
 if TYPE_CHECKING:
     from sglang_xmem.copies.cuda import CudaPageCopier
@@ -68,6 +68,7 @@ class SharedCopier(PageCopier):
         pages = tier_rows.numel()
         count = max(1, min(len(self._copiers), pages // MIN_SHARE_PAGES))
         ends = [pages * number // count for number in range(count + 1)]
+        counters = NOBODY if signals is None else signals.counters(planes)
         raises = 0
         started: list[CudaPageCopier] = []
         with self._lock:
@@ -77,7 +78,7 @@ class SharedCopier(PageCopier):
                     share = slice(ends[number], ends[number + 1])
                     started.append(self._copiers[number])
                     raises += self._copiers[number].start(
-                        tier_rows[share], device_rows[share], planes, load=load, signals=signals
+                        tier_rows[share], device_rows[share], planes, load=load, counters=counters
                     )
             finally:
                 for copier in started:

@@ -6,12 +6,16 @@ a stream that needs the layer waits for the counter's value (cuStreamWaitValue32
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from sglang_xmem import gpus
 from sglang_xmem.errors import CopyError
+
+#: Whom a launch tells: the address of the first counter, and after how many of its planes each is raised.
+Counters = tuple[int, int]
+NOBODY: Final[Counters] = (0, 0)
 
 
 class LoadSignals:
@@ -57,6 +61,10 @@ class LoadSignals:
         """Raises ValueError for planes that do not make as many equal parts as there are counters."""
         if len(planes) % self.num_parts:
             raise ValueError(f"{len(planes)} planes do not make {self.num_parts} equal parts")
+
+    def counters(self, planes: range) -> Counters:
+        """What a launch that copies `planes`, all parts of a load, is told: see `Counters`."""
+        return self.address, len(planes) // self.num_parts
 
     def announce(self, raises: int) -> None:
         """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""

@@ -18,6 +18,7 @@ from sglang_xmem.copies.tuning import CudaTuning
 from sglang_xmem.errors import CopyError
 
 PLANES, TOKENS, PAGE, ROW = 4, 512, 2, 24
+COUNTERS = 0xC0DE
 
 
 class Share(TorchPageCopier):
@@ -31,11 +32,11 @@ class Share(TorchPageCopier):
         self.fails = False
 
     def start(
-        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool, signals: Any = None
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool, counters: Any = (0, 0)
     ) -> int:
         if self.fails:
             raise CopyError("The driver refuses.")
-        self.log.append(("start", self.number, tier_rows.numel(), signals))
+        self.log.append(("start", self.number, tier_rows.numel(), counters))
         self.started.append((tier_rows, device_rows, planes, load))
         return 10**self.number
 
@@ -115,7 +116,10 @@ def signals_of(parts: int, announced: list[int]) -> Any:
         if len(planes) % parts:
             raise ValueError("no equal parts")
 
-    return SimpleNamespace(num_parts=parts, announce=announced.append, check_parts=check_parts)
+    def counters(planes: range) -> tuple[int, int]:
+        return COUNTERS, len(planes) // parts
+
+    return SimpleNamespace(announce=announced.append, check_parts=check_parts, counters=counters)
 
 
 @pytest.mark.parametrize(("pages", "raised"), [(100, 111), (2 * MIN_SHARE_PAGES, 11), (2 * MIN_SHARE_PAGES - 1, 1)])
@@ -125,7 +129,7 @@ def test_signals_are_raised_by_all_that_took_part(pages: int, raised: int) -> No
     signals = signals_of(2, announced)
     copier.load_signalling(rows(pages, 1), rows(pages, 2), range(PLANES), signals)
     assert announced == [raised]
-    assert all(entry[3] is signals for entry in log if entry[0] == "start")
+    assert all(entry[3] == (COUNTERS, PLANES // 2) for entry in log if entry[0] == "start")
     copier.load_signalling(rows(0, 1), rows(0, 2), range(PLANES), signals)
     assert announced == [raised], "a load of nothing raises nothing"
     with pytest.raises(ValueError, match="no equal parts"):
