@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -24,11 +24,14 @@ class CopySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kernel: which page copier; `auto` is `cuda` on a GPU and `torch` without one.
         load, store: changes to the copier's measured settings of a direction, such as {"ctas": 16}: fields of
             `sglang_xmem.copies.tuning.CudaTuning`.
+        staging_mib: MiB of each rank's GPU for loads from host memory by the copy engine, 0 for none. By default 256 if
+            they can be had and the kernel is `cuda` without relays.
     """
 
     kernel: Literal["auto", "cuda", "triton", "torch"] = "auto"
     load: dict[str, int | str | bool] = {}
     store: dict[str, int | str | bool] = {}
+    staging_mib: Annotated[int, msgspec.Meta(ge=0, le=65536)] | None = None
 
 
 class Options(msgspec.Struct, frozen=True):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_xmem.copies import make_copier, on_peer_or_rank
+from sglang_xmem.copies import make_copier, on_peer_or_rank, with_staging
 from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
 from sglang_xmem.plan import Placement, describe_passed_over
-from sglang_xmem.tiers import Region
+from sglang_xmem.tiers import Locality, Region
 
 if TYPE_CHECKING:
     from sglang_xmem.config import CopySettings
@@ -111,6 +111,11 @@ class TierPool:
         self._copier, refused = on_peer_or_rank(make, gpu, required=self._region.copying_required)
         if refused is not None:
             logger.info("sglang_xmem: %s runs the copies, not GPU %d: %s", self.device, gpu, refused)
+        if self.tier.locality is Locality.HOST:
+            mib = self._copy.staging_mib
+            self._copier, refused = with_staging(self._copier, None if mib is None else mib << 20)
+            if refused is not None and self.device.type == "cuda":
+                logger.info("sglang_xmem: loads are not staged for the copy engine: %s", refused)
         made = (self._copier.make_signals(self.num_layers) for _ in range(LOADS_IN_FLIGHT))
         self._signals = [signals for signals in made if signals is not None]
         told = "no signals of layers" if not self._signals else "layers told by counters"
@@ -148,17 +153,25 @@ class TierPool:
         return self._signals.pop() if self._signals else None
 
     def load_layers(
-        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, signals: LoadSignals | None = None
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        signals: LoadSignals | None = None,
+        tier_indices: torch.Tensor | None = None,
     ) -> None:
         """Enqueue tier -> GPU of all layers' pages on the current stream, in the order of layers.
 
         Args:
             signals: tell when a layer is in place, as `signals.wait(layer)` on another stream.
+            tier_indices: what `tier_rows` were staged from; on the CPU they let the copy engine help.
         """
         if signals is None:
             self.copier.load(tier_rows, device_rows, self._all_planes)
         else:
-            self.copier.load_signalling(tier_rows, device_rows, self._all_planes, signals)
+            on_cpu = None
+            if tier_indices is not None and tier_indices.device.type == "cpu":
+                on_cpu = tier_indices[:: self.page_size]
+            self.copier.load_signalling(tier_rows, device_rows, self._all_planes, signals, on_cpu)
 
     def store(self, tier_rows: torch.Tensor, device_rows: torch.Tensor) -> None:
         """Enqueue GPU -> tier of all layers' pages on the current stream."""

@@ -343,7 +343,9 @@ def _submit_host_to_device(
         )
     stream = self.host_to_device_stream
     with self._submission(transfers, stream, "host_to_device", start_event) as (prepared, completion):
-        transfers[0].host_pool.tier_pool.load_layers(prepared[0].host_indices, prepared[0].device_indices, signals)
+        transfers[0].host_pool.tier_pool.load_layers(
+            prepared[0].host_indices, prepared[0].device_indices, signals, transfers[0].host_indices
+        )
         counter.finish_event.record(stream)
     return completion
 

@@ -289,9 +289,19 @@ class Runner:
             locality = "device" if tier == "peer" else "host"
             there = region_bytes(region, self.machine.device)
             here = torch.empty(nbytes, dtype=torch.uint8, device=self.machine.device)
-            for (case, in_order), same in itertools.groupby(jobs, key=lambda job: (job.case, job.in_order)):
+            for (case, in_order, run_pages), same in itertools.groupby(
+                jobs, key=lambda job: (job.case, job.in_order, job.run_pages)
+            ):
                 scene = Scene(
-                    self.machine, there, here, case, locality, region.copying_gpu, in_order, relays=region.relays
+                    self.machine,
+                    there,
+                    here,
+                    case,
+                    locality,
+                    region.copying_gpu,
+                    in_order,
+                    relays=region.relays,
+                    run_pages=run_pages,
                 )
                 for job, following in _with_next(list(same)):
                     self._measure(job, scene)

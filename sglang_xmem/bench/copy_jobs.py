@@ -68,6 +68,10 @@ ENQUEUE_TARGET_US = 300.0
 #: An 80K-token load in pages of 64, and the smaller ones that show that its time does not grow with tokens.
 ENQUEUE_PAGES = (1, 160, 1280)
 
+#: Neighbouring pages of loads that go through a staging ring: about 8K tokens, as much as SGLang prefills at once by
+#: default, and about the fewest that the ring is used for.
+RUNS_OF_PAGES = (125, 20)
+
 #: Bytes that one copy takes at most, so that slow links and CPUs are done as soon as fast ones.
 HOST_BYTES, CPU_BYTES = 1.6e9, 32e6
 TUNE_BYTES = {"peer": 1.6e9, "host": 0.4e9}
@@ -147,13 +151,15 @@ class Job:
         path, memory: members of PATHS and MEMORIES; host memory is `tier` or RELAYED.
         number: of the case in CASES.
         case: what is copied, cut to what fits.
-        kernel: name of the copier, or `engine`: the copy engine, page by page.
+        kernel: name of the copier, or `engine`: the copy engine, page by page, or `staged`: loads of the tier's copier
+            with its staging ring.
         tuning: what its settings are called in rows: `shipped` is what the tier does by default, `rank` its settings
             for copies by the rank's GPU, `link` is for the link's sake alone, `in order` the same as `link`.
         changes: to the tier's own settings.
         target: see `reached`; None without one.
         by: which GPU runs the copies.
         in_order: pages follow each other on both sides, in place of scattered ones.
+        run_pages: so many pages follow each other in the tier, then as many elsewhere.
     """
 
     path: str
@@ -166,6 +172,7 @@ class Job:
     target: float | None = None
     by: By = "rank"
     in_order: bool = False
+    run_pages: int = 1
 
     @property
     def tier(self) -> str:
@@ -273,6 +280,10 @@ def _jobs_of(path: str, number: int, memory: str, quick: bool) -> Iterator[Job]:
         yield dataclasses.replace(link, tuning="in order", target=None, in_order=True)
         engine = _job(path, number, memory, quick, "a batch of pages", {}, targeted=False)
         yield dataclasses.replace(engine, kernel="engine", case=engine.case.limited(HOST_BYTES))
+    if number == MAIN and path == "host_load":
+        for run_pages in RUNS_OF_PAGES:
+            job = _job(path, number, memory, quick, f"staged, runs of {run_pages} pages", {})
+            yield dataclasses.replace(job, kernel="staged", run_pages=run_pages)
     if number == MAIN and path.startswith("peer"):
         few, settings = f"at most {FEW_CTAS} blocks", LINK_SETTINGS["peer few blocks"]
         yield _job(path, number, memory, quick, few, settings, ctas=FEW_CTAS, by="tier")

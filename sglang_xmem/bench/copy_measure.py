@@ -33,7 +33,10 @@ from sglang_xmem.bench.copy_jobs import (
 )
 from sglang_xmem.copies import make_copier, on_peer_or_rank
 from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
+from sglang_xmem.copies.engine import CopyEngine
 from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.copies.staged import staged
+from sglang_xmem.copies.tuning import STAGING_BYTES
 
 Call = Callable[[], None]
 
@@ -155,18 +158,12 @@ class Gpu(Machine):
         gpus.checked(status, "a contiguous copy")
 
     def copying_pages(self, targets: list[int], sources: list[int], nbytes: int) -> Call:
-        from sglang_xmem import gpus
-
-        d = gpus.driver()
-        how = d.CUmemcpyAttributes()
-        how.srcAccessOrder = d.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-        pointers = [[d.CUdeviceptr(address) for address in side] for side in (targets, sources)]
-        count = len(targets)
-        sizes = [nbytes] * count
+        engine, count = CopyEngine(), len(targets)
+        arrays = [torch.tensor(values) for values in (targets, sources, [nbytes] * count)]
 
         def call() -> None:
             stream = torch.cuda.current_stream().cuda_stream
-            gpus.checked(d.cuMemcpyBatchAsync(*pointers, sizes, count, [how], [0], 1, stream), "a batch of copies")
+            engine.copy(arrays[0].data_ptr(), arrays[1].data_ptr(), arrays[2].data_ptr(), count, stream)
 
         return call
 
@@ -231,6 +228,7 @@ class Scene:
         copying_gpu: the peer that runs the copies where the tier chooses; None: the rank's own GPU.
         in_order: pages follow each other instead, on both sides.
         relays: GPUs that each move a share of every copy.
+        run_pages: so many pages follow each other in the tier.
     """
 
     def __init__(
@@ -243,6 +241,7 @@ class Scene:
         copying_gpu: int | None = None,
         in_order: bool = False,
         relays: tuple[int, ...] = (),
+        run_pages: int = 1,
     ) -> None:
         self.machine, self.case, self.locality, self.copying_gpu = machine, case, locality, copying_gpu
         self.relays = relays
@@ -254,10 +253,13 @@ class Scene:
         self.device_planes = list(device[: self.nbytes(case)].view(shape))
         generator = torch.Generator().manual_seed(case.pages)
         count = 2 * case.pages
-        self.tier_pages, self.device_pages = (
-            (torch.arange(count) if in_order else torch.randperm(count, generator=generator)).to(machine.device)
-            for _ in range(2)
-        )
+
+        def pages(run: int) -> torch.Tensor:
+            firsts = torch.randperm(-(-count // run), generator=generator) * run
+            found = (firsts[:, None] + torch.arange(run)).flatten()
+            return found[found < count].to(machine.device)
+
+        self.tier_pages, self.device_pages = (pages(count if in_order else run) for run in (run_pages, 1))
         self.tier_rows, self.device_rows = self.tier_pages * self.rows_per_page, self.device_pages * self.rows_per_page
         n = case.pages
         self.to_load = (self.tier_rows[:n], self.device_rows[:n])
@@ -442,34 +444,67 @@ def _by_engine(job: Job, scene: Scene, repetitions: int, *, load: bool) -> Row:
         for planes, mine in zip(sides, rows, strict=True)
     )
     targets, sources = (here, there) if load else (there, here)
-    enqueue_s: list[float] = []
-    enqueue = machine.copying_pages(targets, sources, case.page_bytes)
-
-    def copy() -> None:
-        start = time.perf_counter()
-        enqueue()
-        enqueue_s.append(time.perf_counter() - start)
-
-    with machine.on(machine.stream()):
-        copy()
-        machine.synchronize()
-        hold_ms = HOLD_MS + 1.5e3 * enqueue_s[0]
-        contiguous, pages = times_ms(machine, (partial(scene.contiguous, load), copy), repetitions, hold_ms=hold_ms)
+    copy = machine.copying_pages(targets, sources, case.page_bytes)
+    row, enqueue_us = _enqueued(scene, copy, repetitions, load=load)
     return {
         **describe(job, machine),
         "kernel": "copy engine",
         "runs_on": "rank",
-        **_compared(case.nbytes, pages, contiguous),
-        "times_ms": [round(ms, 4) for ms in pages],
-        # Of each page of each plane. What cuda-bindings take to pass the lists on is part of it.
-        "enqueue_us_per_page": round(1e6 * statistics.median(enqueue_s) / len(targets), 3),
+        **row,
+        "enqueue_us_per_page": round(enqueue_us / len(targets), 3),  # of each plane
         "verified": scene.right(load=copy) if load else scene.right(store=copy),
     }
+
+
+def _staged(job: Job, scene: Scene, repetitions: int) -> Row:
+    """Loads of the tier's copier with its staging ring; they are in runs, and signal layers as in an engine."""
+    machine, layers = scene.machine, job.case.planes // PLANES_PER_LAYER
+    direct, runs_on = scene.copier(dataclasses.replace(job, kernel="cuda"))
+    copier = staged(direct, STAGING_BYTES)
+    signals = copier.make_signals(layers)
+    if signals is None:
+        raise MeasurementFailed("this GPU has no signals, and without them nothing is staged.")
+    tier_rows, device_rows = scene.to_load
+    on_cpu, planes = tier_rows.cpu(), scene.planes[: layers * PLANES_PER_LAYER]
+    copy = partial(copier.load_signalling, tier_rows, device_rows, planes, signals, on_cpu)
+    row, enqueue_us = _enqueued(scene, copy, repetitions, load=True)
+    if not copier.staged_loads:
+        raise MeasurementFailed("these loads are too small or their runs too short to be staged.")
+    return {
+        **describe(job, machine),
+        **_settings(job, direct, runs_on, load=True),
+        "kernel": f"copy engine, {STAGING_BYTES >> 20} MiB ring",
+        **row,
+        "run_pages": job.run_pages,
+        "enqueue_us_per_layer": round(enqueue_us / layers, 2),
+        "verified": scene.right(load=copy),
+    }
+
+
+def _enqueued(scene: Scene, copy: Call, repetitions: int, *, load: bool) -> tuple[Row, float]:
+    """A copy that takes a while to enqueue, against a contiguous one; and the microseconds of enqueueing it."""
+    machine = scene.machine
+    enqueue_s: list[float] = []
+
+    def timed() -> None:
+        start = time.perf_counter()
+        copy()
+        enqueue_s.append(time.perf_counter() - start)
+
+    with machine.on(machine.stream()):
+        timed()
+        machine.synchronize()
+        hold_ms = HOLD_MS + 1.5e3 * enqueue_s[0]
+        contiguous, pages = times_ms(machine, (partial(scene.contiguous, load), timed), repetitions, hold_ms=hold_ms)
+    row = _compared(scene.case.nbytes, pages, contiguous)
+    return {**row, "times_ms": [round(ms, 4) for ms in pages]}, 1e6 * statistics.median(enqueue_s)
 
 
 def _one_way(job: Job, scene: Scene, repetitions: int, *, load: bool) -> Row:
     if job.kernel == "engine":
         return _by_engine(job, scene, repetitions, load=load)
+    if job.kernel == "staged":
+        return _staged(job, scene, repetitions)
     copier, runs_on = scene.copier(job)
     if job.case.nbytes < SHORT_BYTES and repetitions > 2:
         repetitions = max(repetitions, SHORT_REPETITIONS)

@@ -1,4 +1,4 @@
-"""Page copiers: one contract (`base`), three ways to keep it, and the function that picks one."""
+"""Page copiers: one contract (`base`), ways to keep it, and the functions that pick one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_xmem.copies.base import PageCopier
-from sglang_xmem.copies.tuning import copies_from, default_tuning
+from sglang_xmem.copies.tuning import STAGING_BYTES, copies_from, default_tuning
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CopierName = Literal["auto", "cuda", "triton", "torch"]
 _NAMES = ("auto", "cuda", "triton", "torch")
 
-__all__ = ["CopierName", "PageCopier", "make_copier", "on_peer_or_rank"]
+__all__ = ["CopierName", "PageCopier", "make_copier", "on_peer_or_rank", "with_staging"]
 
 
 def on_peer_or_rank(
@@ -42,6 +42,35 @@ def on_peer_or_rank(
         if gpu is None or required:
             raise
         return make(), error
+
+
+def with_staging(copier: PageCopier, nbytes: int | None) -> tuple[PageCopier, CopyError | None]:
+    """A copier of host memory with its long loads by the copy engine, where that can be.
+
+    Args:
+        copier: from `make_copier`; one that is not the CUDA kernel of the rank's own GPU stays as it is.
+        nbytes: of the staging ring on the GPU; None: the usual size if it can be had; 0: no ring.
+
+    Returns:
+        The copier to use, and why it has no ring.
+
+    Raises:
+        CopyError: a size was given and cannot be had.
+    """
+    if nbytes == 0:
+        return copier, None
+    try:
+        if copier.name != "cuda":
+            raise CopyError(
+                f"copy.staging_mib is for the copier 'cuda' without relays, and this is {copier.name!r}; leave it out."
+            )
+        from sglang_xmem.copies.staged import staged
+
+        return staged(copier, STAGING_BYTES if nbytes is None else nbytes), None
+    except CopyError as error:
+        if nbytes is not None:
+            raise
+        return copier, error
 
 
 def make_copier(

@@ -74,12 +74,18 @@ class PageCopier(ABC):
         return None
 
     def load_signalling(
-        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        planes: range,
+        signals: LoadSignals,
+        tier_rows_on_cpu: torch.Tensor | None = None,
     ) -> None:
-        """`load` in one launch that tells when each of `signals.num_parts` equal parts of `planes`, in order, is there.
+        """`load` that tells when each of `signals.num_parts` equal parts of `planes`, in order, is there.
 
         Args:
             signals: from `make_signals`; the load before that used them is complete.
+            tier_rows_on_cpu: the same values as `tier_rows`, which a copier may use.
         """
         raise NotImplementedError(f"the copier {self.name!r} has no signals")
 

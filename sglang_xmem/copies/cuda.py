@@ -109,7 +109,12 @@ class CudaPageCopier(PageCopier):
         return LoadSignals(num_parts, self._device, remote=self._runs_on is not None)
 
     def load_signalling(
-        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        planes: range,
+        signals: LoadSignals,
+        tier_rows_on_cpu: torch.Tensor | None = None,
     ) -> None:
         signals.check_parts(planes)
         if self._num_pages(tier_rows, device_rows, planes):

@@ -47,7 +47,12 @@ class SharedCopier(PageCopier):
         return self._copiers[-1].make_signals(num_parts)  # as a relay has them: another GPU raises the counters
 
     def load_signalling(
-        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        planes: range,
+        signals: LoadSignals,
+        tier_rows_on_cpu: torch.Tensor | None = None,
     ) -> None:
         signals.check_parts(planes)
         if self._num_pages(tier_rows, device_rows, planes):

@@ -206,6 +206,28 @@ class FakeCopier(TorchPageCopier):
         super()._copy(tier_rows, device_rows, planes, load=load)
 
 
+class FakeStaged:
+    """Loads by the copy engine through a ring; `forgets` leaves out a page."""
+
+    forgets = False
+
+    def __init__(self, direct: FakeCopier, nbytes: int) -> None:
+        self.direct, self.staged_loads = direct, 0
+
+    def make_signals(self, num_parts: int) -> Any:
+        return num_parts
+
+    def load_signalling(
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, parts: int, on_cpu: torch.Tensor
+    ) -> None:
+        assert torch.equal(tier_rows, on_cpu)
+        assert len(planes) == 2 * parts
+        self.staged_loads += 1
+        first = 1 if self.forgets else 0
+        TorchPageCopier._copy(self.direct, tier_rows[first:], device_rows[first:], planes, load=True)
+        self.direct.machine.hold(len(planes) * tier_rows.numel() * self.direct.page_bytes / 398 / 1e6)
+
+
 def _follow(rows: torch.Tensor) -> bool:
     return bool((rows.diff() == rows[1] - rows[0]).all())
 
@@ -237,6 +259,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
     monkeypatch.setattr(FakeCopier, "machine", machine, raising=False)
     monkeypatch.setattr(copy_measure, "make_copier", make)
+    monkeypatch.setattr(copy_measure, "staged", FakeStaged)
     monkeypatch.setattr(copy_memory, "allocate", allocate)
     monkeypatch.setattr(copy, "find_machine", lambda gpu: machine)
     monkeypatch.setattr(copy, "find_peer", lambda gpu, peer: 1)
@@ -301,6 +324,10 @@ def test_gpu_run(run_copy: RunCopy, fake_gpu: FakeGpu, capsys: pytest.CaptureFix
     for path in ("peer_load", "peer_store", "host_load", "host_store"):
         engine = found[path, main, "a batch of pages", "tier"]
         assert (engine["ratio"], engine["target"], engine["enqueue_us_per_page"] > 0) == (0.5, None, True)
+    for run in copy_jobs.RUNS_OF_PAGES:
+        staged = found["host_load", main, f"staged, runs of {run} pages", "tier"]
+        assert (staged["ratio"], staged["target"], staged["reached"], staged["run_pages"]) == (0.995, 0.98, True, run)
+        assert staged["enqueue_us_per_layer"] > 0
     assert ("peer_store", "page size 1", "triton", "tier") in found
     # 8 blocks do not load at 90 % of the link, 10 do.
     matmul = found["peer_matmul", main, "rank", "tier"]
@@ -518,6 +545,37 @@ def test_wrong_bytes_of_pages_in_order_are_found(
     assert {row["tuning"] for row in rows if not row["verified"]} == {"in order"}
 
 
+@pytest.mark.parametrize("run_pages", [1, 3, 8, 1000])
+def test_runs_of_pages_of_a_scene(run_pages: int) -> None:
+    """In the tier alone."""
+    case = dataclasses.replace(copy_jobs.CASES[copy_jobs.FEW], pages=30, planes=2, page_bytes=64, row_bytes=4)
+    tier, device = (torch.empty(copy_measure.Scene.nbytes(case), dtype=torch.uint8) for _ in range(2))
+    scene = copy_measure.Scene(copy_measure.Cpu(), tier, device, case, "host", run_pages=run_pages)
+    assert sorted(scene.tier_pages.tolist()) == sorted(scene.device_pages.tolist()) == list(range(60))
+    breaks = int((scene.tier_pages.diff() != 1).sum())
+    assert breaks == -(-60 // run_pages) - 1 or run_pages == 1
+    assert int((scene.device_pages.diff() != 1).sum()) > 40
+
+
+def test_wrong_bytes_of_staged_loads_are_found(
+    run_copy: RunCopy, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeStaged, "forgets", True)
+    status, rows = run_copy("--quick", "--no-plots", "--cases", "0", "--paths", "host_load")
+    assert status == 1
+    wrong = {row["tuning"] for row in rows if not row["verified"]}
+    assert wrong == {f"staged, runs of {run} pages" for run in copy_jobs.RUNS_OF_PAGES}
+
+
+def test_a_load_that_is_not_staged_is_no_measurement_of_staging(
+    run_copy: RunCopy, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeStaged, "staged_loads", property(lambda self: 0, lambda self, value: None), raising=False)
+    status, rows = run_copy("--quick", "--no-plots", "--cases", "0", "--paths", "host_load")
+    assert status == 1
+    assert sum("runs too short to be staged" in row.get("error", "") for row in rows) == len(copy_jobs.RUNS_OF_PAGES)
+
+
 @pytest.mark.parametrize("broken", ["direction", "page", "plane"])
 def test_wrong_bytes_are_found(
     run_copy: RunCopy, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, broken: str
@@ -533,7 +591,7 @@ def test_wrong_bytes_are_found(
         "peer_both_store",
         "host_load",
     }
-    assert {row["kernel"] for row in rows if row["verified"]} == {"copy engine"}
+    assert all(row["kernel"].startswith("copy engine") for row in rows if row["verified"])
 
 
 def test_wrong_bytes_of_the_copy_engine_are_found(run_copy: RunCopy, fake_gpu: FakeGpu) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_xmem import gpus
+from sglang_xmem.bench.copy_jobs import RUNS_OF_PAGES
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +38,13 @@ def test_host_paths(tmp_path: Path) -> None:
     rows = bench_copy(tmp_path, "--quick", "--paths", "host_load,host_store")
     assert {row["path"] for row in rows} == {"host_load", "host_store"}
     assert all(0.2 < row["ratio"] < 1.2 for row in rows if row["tuning"] in ("link", "in order"))
-    assert {row["tuning"] for row in rows} == {"shipped", "link", "in order", "a batch of pages"}
+    assert {row["tuning"] for row in rows} == {
+        "shipped",
+        "link",
+        "in order",
+        "a batch of pages",
+        *(f"staged, runs of {run} pages" for run in RUNS_OF_PAGES),
+    }
     assert {row["runs_on"] for row in rows} == {"rank"}
     assert (tmp_path / "copy.png").stat().st_size > 1000
 

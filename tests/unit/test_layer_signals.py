@@ -74,8 +74,8 @@ def stock_wait(self: Any, layer: int) -> None:
 def test_a_load_is_one_launch_and_its_layers_are_waited_for_by_signals(counter: Any) -> None:
     tier = pool()
     assert submit([transfer(tier)], counter) == "completion"
-    ((host, device, signals),) = tier.loads
-    assert (host.tolist(), device.tolist()) == ([0, 1, 2], [1, 2, 3])
+    ((host, device, signals, indices),) = tier.loads
+    assert (host.tolist(), device.tolist(), indices.tolist()) == ([0, 1, 2], [1, 2, 3], [0, 1, 2])
     for layer in range(LAYERS):
         adapter._layer_wait(stock_wait, counter, layer)
     assert signals.waits == list(range(LAYERS))

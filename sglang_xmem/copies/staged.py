@@ -1,0 +1,230 @@
+"""Loads from host memory by the copy engine, through a staging ring in the GPU's memory.
+
+Multiprocessors get 93 % out of a PCIe link, the copy engine all of it (docs/performance.md, Copies). But it takes
+addresses from the CPU, where only the tier's are known: SGLang has the GPU's page numbers on the GPU. So the copy
+engine brings runs of neighbouring pages into a ring, and the page kernel, which reads the GPU's tables, takes them from
+there to their places while the copy engine goes on.
+
+A slot of the ring holds a chunk: some pages, K and V, of one layer. What a stream waits for has always been enqueued
+before: the copy engine waits for the kernel of the chunk that had the slot before, the kernel for its chunk's copies.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
+from sglang_xmem.copies.cuda import CudaPageCopier
+from sglang_xmem.copies.engine import CopyEngine, words
+from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.errors import CopyError
+
+#: Of the ring: one is filled while the other is emptied, several times as fast.
+SLOTS = 2
+#: A layer has at least so many bytes, else enqueueing its chunk takes as long as PCIe takes to carry it.
+MIN_LAYER_BYTES = 4 << 20
+#: Neighbouring pages of a plane are on average at least so many bytes: each run is a piece that the thread enqueues.
+MIN_RUN_BYTES = 1 << 20
+
+
+class Chunk(NamedTuple):
+    """Pages of a load that are in a slot together.
+
+    Attributes:
+        pages: which, by their place in the load.
+        offsets: bytes from a plane's first byte to each piece, one after the other: int64, shape (pieces,).
+        places: bytes from the first of the slot's own to each piece's place.
+        sizes: bytes of each piece.
+    """
+
+    pages: slice
+    offsets: torch.Tensor
+    places: torch.Tensor
+    sizes: torch.Tensor
+
+
+def chunks_of(rows: torch.Tensor, page_size: int, row_bytes: int, slot_pages: int) -> list[Chunk]:
+    """Cut a load into chunks of about as many pages each, and their pages into runs of neighbours.
+
+    Args:
+        rows: first row of each page, int64, on the CPU, shape (pages,), pages >= 1.
+        slot_pages: pages that a slot holds.
+    """
+    count = rows.numel()
+    cut = -(-count // -(-count // slot_pages))  # pages of a chunk
+    page_bytes = page_size * row_bytes
+    is_first = torch.ones(count, dtype=torch.bool)
+    torch.ne(rows[1:] - rows[:-1], page_size, out=is_first[1:])
+    is_first[::cut] = True
+    starts = is_first.nonzero().squeeze(1)
+    ends = torch.cat((starts[1:], starts.new_tensor([count])))
+    offsets, sizes, places = rows[starts] * row_bytes, (ends - starts) * page_bytes, starts % cut * page_bytes
+    bounds = [*range(0, count, cut), count]
+    pieces = torch.searchsorted(starts, torch.tensor(bounds)).tolist()
+    return [
+        Chunk(slice(*pages), offsets[slice(*mine)], places[slice(*mine)], sizes[slice(*mine)])
+        for pages, mine in zip(pairwise(bounds), pairwise(pieces), strict=True)
+    ]
+
+
+class StagedCopier(PageCopier):
+    """A page copier whose signalling loads of long runs go through the ring; all else is the direct copier's.
+
+    Args:
+        direct: copies without the ring.
+        scatter: makes the copier from the ring to the device planes, of the planes that stand for the tier's.
+        engine: copies from the tier into the ring.
+        nbytes: of the ring.
+
+    Raises:
+        CopyError: a ring that cannot be had, or has no room for a page in each slot.
+    """
+
+    name = "staged"
+
+    def __init__(
+        self,
+        direct: CudaPageCopier,
+        scatter: Callable[[Sequence[torch.Tensor]], CudaPageCopier],
+        engine: CopyEngine,
+        nbytes: int,
+    ) -> None:
+        super().__init__(direct.tier_planes, direct.device_planes, direct.page_size)
+        self._direct, self._engine = direct, engine
+        self.load_tuning, self.store_tuning = direct.load_tuning, direct.store_tuning
+        self.slot_pages = nbytes // (SLOTS * PLANES_PER_LAYER * self.page_bytes)
+        if not self.slot_pages:
+            raise CopyError(f"A staging ring of {nbytes} bytes has no room for pages of {self.page_bytes} bytes.")
+        slot_rows = self.slot_pages * self.page_size
+        shape = (PLANES_PER_LAYER, SLOTS * slot_rows, self.row_bytes)
+        try:
+            self._ring = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as error:
+            raise CopyError(f"No memory for a staging ring of {nbytes} bytes: {error}") from None
+        # Every layer's chunks take turns in the same slots.
+        self._scatter = scatter([self._ring[number % PLANES_PER_LAYER] for number in range(self.num_planes)])
+        rows = torch.arange(0, SLOTS * slot_rows, self.page_size, device=self._device)
+        self._slot_rows = rows.view(SLOTS, self.slot_pages)
+        #: First byte of K's and of V's pages of each slot, shape (SLOTS, 2).
+        self._slot_starts = torch.tensor(
+            [
+                [plane.data_ptr() + slot * slot_rows * self.row_bytes for plane in self._ring.unbind()]
+                for slot in range(SLOTS)
+            ]
+        )
+        #: First byte of K and V of each layer in the tier, shape (layers, 2).
+        starts = torch.tensor([plane.data_ptr() for plane in self.tier_planes])
+        self._tier_starts = starts.view(-1, PLANES_PER_LAYER) if self.num_planes % PLANES_PER_LAYER == 0 else None
+        self._stream = torch.cuda.Stream(self._device)
+        self._begin = torch.cuda.Event()
+        self._filled, self._emptied = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
+        self._next_slot = 0
+        #: How many loads went through the ring.
+        self.staged_loads = 0
+        self._lock = threading.Lock()
+
+    def describe(self) -> str:
+        return f"{self._direct.describe()}; long runs loaded by the copy engine through {self._ring.numel() >> 20} MiB"
+
+    def make_signals(self, num_parts: int) -> LoadSignals | None:
+        return self._direct.make_signals(num_parts)
+
+    def load_signalling(
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        planes: range,
+        signals: LoadSignals,
+        tier_rows_on_cpu: torch.Tensor | None = None,
+    ) -> None:
+        signals.check_parts(planes)
+        if not self._num_pages(tier_rows, device_rows, planes):
+            return
+        chunks = self._worth_staging(tier_rows_on_cpu, planes, signals)
+        if chunks is None:
+            self._direct.load_signalling(tier_rows, device_rows, planes, signals)
+            return
+        with self._lock:
+            signals.announce(self._load(chunks, device_rows, planes, signals))
+            self.staged_loads += 1
+
+    def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
+        (self._direct.load if load else self._direct.store)(tier_rows, device_rows, planes)
+
+    def _worth_staging(self, rows: torch.Tensor | None, planes: range, signals: LoadSignals) -> list[Chunk] | None:
+        """The chunks of a load that the ring makes faster; None of one that it does not."""
+        if rows is None or self._tier_starts is None:
+            return None
+        if planes.start % PLANES_PER_LAYER or len(planes) != PLANES_PER_LAYER * signals.num_parts:
+            return None
+        count = rows.numel()
+        if count * PLANES_PER_LAYER * self.page_bytes < MIN_LAYER_BYTES:
+            return None
+        runs = 1 + int(torch.count_nonzero(rows[1:] - rows[:-1] != self.page_size))
+        if count * self.page_bytes < runs * MIN_RUN_BYTES:
+            return None
+        return chunks_of(rows, self.page_size, self.row_bytes, self.slot_pages)
+
+    def _load(self, chunks: Sequence[Chunk], device_rows: torch.Tensor, planes: range, signals: LoadSignals) -> int:
+        """Enqueue all layers; returns by how much each layer's counter will rise.
+
+        Raises:
+            CopyError: the driver refuses; layers before that are enqueued, and nobody is told to wait for them.
+        """
+        assert self._tier_starts is not None
+        layers = self._tier_starts[planes.start // PLANES_PER_LAYER : planes.stop // PLANES_PER_LAYER]
+        # Everything that the loop hands on, for all layers and slots at once: the loop itself is 48 layers long.
+        todo = []
+        for chunk in chunks:
+            sources = words((layers[:, :, None] + chunk.offsets).flatten(1))
+            targets = words((self._slot_starts[:, :, None] + chunk.places).flatten(1))
+            sizes = words(chunk.sizes.repeat(PLANES_PER_LAYER))
+            pages = chunk.pages.stop - chunk.pages.start
+            todo.append((sources, targets, sizes, self._slot_rows[:, :pages].unbind(), device_rows[chunk.pages]))
+        load = torch.cuda.current_stream(self._device)
+        handle, slot = self._stream.cuda_stream, self._next_slot
+        self._begin.record(load)
+        self._stream.wait_event(self._begin)  # as a kernel on that stream would, and so behind all loads before
+        address, per_counter = signals.counters(planes)
+        raises = 0
+        for layer in range(len(layers)):
+            raises = 0
+            here = range(planes.start + PLANES_PER_LAYER * layer, planes.start + PLANES_PER_LAYER * (layer + 1))
+            for sources, targets, sizes, slot_rows, rows in todo:
+                count = sizes.numel()
+                self._stream.wait_event(self._emptied[slot])
+                self._engine.copy(
+                    targets.data_ptr() + 8 * count * slot,
+                    sources.data_ptr() + 8 * count * layer,
+                    sizes.data_ptr(),
+                    count,
+                    handle,
+                )
+                self._filled[slot].record(self._stream)
+                load.wait_event(self._filled[slot])
+                raises += self._scatter.start(
+                    slot_rows[slot], rows, here, load=True, counters=(address + 4 * layer, per_counter)
+                )
+                self._emptied[slot].record(load)
+                slot = (slot + 1) % SLOTS
+        self._next_slot = slot
+        return raises
+
+
+def staged(direct: PageCopier, nbytes: int) -> StagedCopier:
+    """`direct`, the CUDA kernel on the rank's own GPU, with a ring of `nbytes`.
+
+    Raises:
+        CopyError: as StagedCopier, and where the driver has no batches of copies.
+    """
+    assert isinstance(direct, CudaPageCopier)
+
+    def scatter(planes: Sequence[torch.Tensor]) -> CudaPageCopier:
+        return CudaPageCopier(planes, direct.device_planes, direct.page_size)
+
+    return StagedCopier(direct, scatter, CopyEngine(), nbytes)
