@@ -20,6 +20,7 @@ setup(
     # torch and sglang come with the user's SGLang installation; naming them here would replace it.
     install_requires=[
         "msgspec>=0.18",
+        "numpy",
         "psutil",
         "nvidia-ml-py>=12",
         "cuda-bindings>=13.0",

@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import torch
-
 from sglang_xmem import gpus
 from sglang_xmem.errors import CopyError, TierUnavailable
 
@@ -60,8 +58,3 @@ class CopyEngine:
         status = self._call(targets, sources, sizes, count, *self._also, stream)
         if status:
             raise CopyError(f"The driver refuses a batch of copies: {self._status(status).name}.")
-
-
-def words(values: torch.Tensor) -> torch.Tensor:
-    """Values as `CopyEngine.copy` reads them; the tensor owns the array."""
-    return values.to(torch.int64).contiguous()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from sglang_xmem.copies import staged, with_staging
 from sglang_xmem.copies.engine import CopyEngine
-from sglang_xmem.copies.staged import SLOTS, StagedCopier, chunks_of
+from sglang_xmem.copies.staged import SLOTS, StagedCopier, chunks_of, runs_of
 from sglang_xmem.copies.torch import TorchPageCopier
 from sglang_xmem.copies.tuning import CudaTuning
 from sglang_xmem.errors import CopyError
@@ -136,9 +136,17 @@ class Kernel(TorchPageCopier):
         self.signalled = 0
 
     def start(
-        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool, counters: Any
+        self,
+        tier_rows: torch.Tensor,
+        device_rows: torch.Tensor,
+        planes: range,
+        *,
+        load: bool,
+        counters: Any,
+        stream: int,
     ) -> int:
         assert load
+        assert stream == self.cuda.load.cuda_stream
         address, planes_per_counter = counters
         assert planes_per_counter == len(planes) == 2
 
@@ -226,7 +234,7 @@ runs_of_pages = st.lists(
 def test_chunks_have_every_page_once_and_in_its_place(runs: list[tuple[int, int]], slot_pages: int) -> None:
     rows, _ = rows_of(runs, 0)
     count = rows.numel()
-    chunks = chunks_of(rows, PAGE, ROW, slot_pages)
+    chunks = chunks_of(rows.numpy(), runs_of(rows.numpy(), PAGE), PAGE, ROW, slot_pages)
     assert len(chunks) == -(-count // slot_pages)
     assert [chunk.pages.start for chunk in chunks] == [0, *(chunk.pages.stop for chunk in chunks[:-1])]
     assert chunks[-1].pages.stop == count
