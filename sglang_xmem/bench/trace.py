@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_engine_arguments(parser, "hbm,stock,dram,peer")
     multiturn.add_server_arguments(parser)
     parser.add_argument("--speed", default="real", help="real, a factor such as 4 (four times as fast), or max")
+    parser.add_argument("--share", type=float, default=1.0, help="replay so many of the conversations, above 0 to 1")
     parser.add_argument("--limit", type=int, default=None, help="the first so many requests; with --quick 20")
     parser.add_argument("--max-tokens", default=None, help="cut prompts to this length; with --shape tiny 1K")
     parser.add_argument(
@@ -71,6 +72,8 @@ class Replay:
 def run(args: argparse.Namespace) -> int:
     tiny = args.model is None and args.shape == "tiny"
     speed = parse_speed(args.speed)
+    if not 0 < args.share <= 1:
+        raise ConfigError(f"--share {args.share:g} is not a share of conversations; give a number above 0, at most 1.")
     cut = args.max_tokens or ("1K" if tiny else None)
     requests = workloads.read_trace(
         args.file,
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=runs.parse_tokens(cut) if cut else None,
         max_output=args.max_output or (8 if tiny else None),
         block_tokens=args.block_tokens,
+        share=args.share,
     )
     if args.url is None:
         runs.settle(args)
@@ -94,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         trace=args.file.name,
         speed=args.speed,
         requests=len(requests),
+        share=args.share,
         max_tokens=cut,
         max_output=args.max_output,
         block_tokens=args.block_tokens,
@@ -104,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     about = {
         "trace": args.file.name,
         "speed": args.speed,
+        "share": args.share,
         "shape": args.url or args.model or args.shape,
         "page_size": args.page_size,
         "tp_size": args.tp_size,

@@ -173,6 +173,7 @@ def read_trace(
     max_tokens: int | None = None,
     max_output: int | None = None,
     block_tokens: int = TRACE_BLOCK_TOKENS,
+    share: float = 1.0,
 ) -> list[TraceRequest]:
     """Read a trace in Mooncake's format: `timestamp` (ms), `input_length`, `output_length` (tokens), `hash_ids`.
 
@@ -185,17 +186,47 @@ def read_trace(
         max_tokens: longer prompts are cut at their end, so that shared prefixes stay.
         max_output: longer answers are cut.
         block_tokens: tokens of one id.
+        share: of conversations, above 0 to 1; which ones follows from the seed. A trace of many GPUs' requests sees its
+            blocks again on time scales that one GPU's cache does not reach; some of its conversations keep theirs.
 
     Raises:
         ConfigError: the file is missing, or a line is not of that format.
     """
-    requests: list[TraceRequest] = []
+    entries = _entries(path, limit if share >= 1 else None, block_tokens)
+    if share < 1:
+        entries = _of_some_conversations(entries, share, seed)[:limit]
+    if not entries:
+        none = "has no requests" if share >= 1 else f"has no requests in a share of {share:g}; give more (--share)"
+        raise ConfigError(f"the trace {path} {none}.")
+    first = min(entry.arrival_s for entry in entries)
+    requests = []
+    for entry in entries:
+        length = min(entry.length, max_tokens or entry.length)
+        output = min(max(entry.output, 1), max_output or max(entry.output, 1))
+        prompt = Prompt(tuple(_blocks(entry.ids, length, block_tokens, seed)))
+        requests.append(TraceRequest(entry.arrival_s - first, prompt, output))
+    return sorted(requests, key=lambda request: request.arrival_s)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of a trace: when, tokens of the prompt and of the answer, and the prompt's blocks."""
+
+    arrival_s: float
+    length: int
+    output: int
+    ids: list[Any]
+
+
+def _entries(path: Path, limit: int | None, block_tokens: int) -> list[_Entry]:
+    """The first `limit` lines of a trace; raises ConfigError."""
+    entries: list[_Entry] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be read: {error.strerror}.") from None
     for number, line in enumerate(lines, 1):
-        if limit is not None and len(requests) >= limit:
+        if limit is not None and len(entries) >= limit:
             break
         if not line.strip():
             continue
@@ -214,15 +245,26 @@ def read_trace(
                 f"line {number} of {path} has {len(ids)} hash_ids of {block_tokens} tokens for a prompt of {length}; "
                 "give one id a block (--block-tokens)."
             )
-        length = min(length, max_tokens or length)
-        output = min(max(output, 1), max_output or max(output, 1))
-        parts = tuple(_blocks(ids, length, block_tokens, seed))
-        requests.append(TraceRequest(arrival_s, Prompt(parts), output))
-    if not requests:
-        raise ConfigError(f"the trace {path} has no requests.")
-    first = min(request.arrival_s for request in requests)
-    requests = [TraceRequest(r.arrival_s - first, r.prompt, r.output_tokens) for r in requests]
-    return sorted(requests, key=lambda request: request.arrival_s)
+        entries.append(_Entry(arrival_s, length, output, ids))
+    return entries
+
+
+def _of_some_conversations(entries: Sequence[_Entry], share: float, seed: int) -> list[_Entry]:
+    """All requests of about `share` of the conversations.
+
+    A conversation is what has the same block behind those that all requests begin with, such as a system prompt.
+    """
+    common = 0
+    for column in zip(*(entry.ids for entry in entries), strict=False):
+        if len(set(column)) > 1:
+            break
+        common += 1
+    kept = []
+    for number, entry in enumerate(entries):
+        name = f"block {entry.ids[common]}" if len(entry.ids) > common else f"request {number}"
+        if random.Random(f"{seed} conversation {name}").random() < share:
+            kept.append(entry)
+    return kept
 
 
 def _blocks(ids: list[Any], length: int, block_tokens: int, seed: int) -> Iterator[Drawn]:

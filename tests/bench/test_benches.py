@@ -487,6 +487,10 @@ def test_trace(bench: Bench, tmp_path: Path) -> None:
     status, rows = bench("trace", str(path), "--backends", "dram", "--speed", "max", "--limit", "2", "--no-plots")
     assert status == 0
     assert rows[-1]["samples"] == 2
+    status, rows = bench("trace", str(path), "--backends", "dram", "--speed", "max", "--share", "0.9", "--no-plots")
+    assert status == 0
+    assert (rows[-1]["share"], rows[-1]["samples"] in (2, 4)) == (0.9, True)
+    assert bench("trace", str(path), "--backends", "dram", "--share", "0")[0] == 2
 
 
 def test_tokens_and_backends() -> None:

@@ -96,6 +96,29 @@ def test_trace_cuts(tmp_path: Path) -> None:
     assert requests[0].prompt.parts[-1] == Drawn("0 block 1", 8)
 
 
+def test_a_share_of_a_traces_conversations(tmp_path: Path) -> None:
+    """Whole ones: all requests that go on from the same block behind the prefix that everybody has."""
+    turns = [(10 * number, 1200 + number // 50, 1, [7, 8, 100 + number % 50]) for number in range(200)]
+    path = trace(tmp_path / "t.jsonl", *turns)
+    everything = read_trace(path)
+    kept = read_trace(path, share=0.3)
+    conversations = [{request.prompt.parts[2].seed for request in requests} for requests in (everything, kept)]  # type: ignore[union-attr]
+    assert len(conversations[0]) == 50
+    assert 5 <= len(conversations[1]) <= 25
+    assert len(kept) == 4 * len(conversations[1]), "all turns of each"
+    assert kept == read_trace(path, share=0.3)
+    assert kept != read_trace(path, share=0.3, seed=1)
+    assert len(read_trace(path, share=0.3, limit=7)) == 7
+    assert kept[0].arrival_s == 0
+    with pytest.raises(ConfigError, match=r"no requests in a share of 1e-09; give more \(--share\)"):
+        read_trace(path, share=1e-9)
+
+
+def test_requests_of_the_common_prefix_alone_are_conversations_of_their_own(tmp_path: Path) -> None:
+    path = trace(tmp_path / "t.jsonl", *((number, 512, 1, [0]) for number in range(100)))
+    assert 20 <= len(read_trace(path, share=0.5)) <= 80
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", "not JSON", '{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [1]}']
 )
