@@ -45,3 +45,36 @@ def test_multiturn_concurrently(tmp_path: Path) -> None:
     assert set(turns) == {0, 1, None}
     assert turns[1]["hit_ratio"]["total"] > 0.8
     assert turns[None]["samples"] == 6
+
+
+def test_throughput(tmp_path: Path) -> None:
+    """Full hits come from the tier, and are faster than none."""
+    rows = run(tmp_path / "throughput.jsonl", "throughput", "--shape", "tiny", "--backends", "dram", "--quick")
+    by_ratio = {row["hit_ratio"]: row for row in rows}
+    assert set(by_ratio) == {0.0, 0.5, 1.0}
+    assert all(row["samples_unproven"] == 0 and row["complete"] for row in rows)
+    assert by_ratio[1.0]["hits"] == {"device": 0, "host": 240}
+    assert by_ratio[1.0]["tokens_per_s"] > by_ratio[0.0]["tokens_per_s"]
+    assert (tmp_path / "throughput.svg").exists()
+
+
+def test_trace(tmp_path: Path) -> None:
+    """Three conversations of four turns in turn, all with one system prompt; the device pool holds one of them."""
+    trace = tmp_path / "trace.jsonl"
+    turns = [
+        {
+            "timestamp": 50 * (3 * turn + who),
+            "input_length": 512 * (2 + turn),
+            "output_length": 4,
+            "hash_ids": [0, *(100 * who + block for block in range(1, turn + 2))],
+        }
+        for turn in range(4)
+        for who in range(3)
+    ]
+    trace.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    arguments = ["--shape", "tiny", "--backends", "dram", "--max-tokens", "2560", "--device-tokens", "3K"]
+    rows = run(tmp_path / "rows.jsonl", "trace", str(trace), *arguments, "--concurrency", "1", "--no-plots")
+    (row,) = rows
+    assert row["samples"] == 12
+    assert row["hit_ratio"]["host"] > 0.2
+    assert row["hit_ratio"]["total"] > 0.9 * row["ideal_hit_ratio"]
