@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default="", help=f"comma-separated numbers; default: what fits the time; {cases}")
     parser.add_argument("--gpu", type=int, default=0, help="CUDA ordinal of the rank's GPU")
     parser.add_argument("--peer", type=int, default=None, help="GPU whose memory is the peer's; default: the next one")
+    parser.add_argument(
+        "--relays",
+        default=None,
+        help="comma-separated GPUs that relay host memory in rows `relayed`; default: the peer",
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="of each copy; short ones take at least 20")
     parser.add_argument(
         "--tunings", default=None, help="JSON list of changes to the tier's own settings, in place of those measured"
@@ -65,7 +70,7 @@ class Options:
     """What the arguments say, checked.
 
     Attributes:
-        numbers, memories, tunings, limits, copies_on: None where nothing was given.
+        numbers, memories, tunings, limits, copies_on, relays: None where nothing was given.
     """
 
     paths: tuple[str, ...]
@@ -74,6 +79,7 @@ class Options:
     tunings: tuple[dict[str, Any], ...] | None
     limits: tuple[int, ...] | None
     copies_on: RunsOn | None
+    relays: tuple[int, ...] | None
     repetitions: int
     quick: bool
     tune: bool
@@ -108,6 +114,7 @@ def parse(args: argparse.Namespace) -> Options:
         tunings=None if args.tunings is None else _tunings(args.tunings),
         limits=limits,
         copies_on=args.copies_on,
+        relays=_numbers("--relays", args.relays),
         repetitions=min(args.repetitions, 2 if args.quick else 3) if args.quick or args.tune else args.repetitions,
         quick=args.quick,
         tune=args.tune,
@@ -327,7 +334,8 @@ class Runner:
         """
         if (tier == "peer" or memory == copy_jobs.RELAYED) and self.peer is None:
             raise TierUnavailable("this machine has one GPU, and a peer or relay is another one")
-        region = copy_memory.allocate(tier, memory, self.gpu, self.peer, nbytes)
+        relays = self.options.relays or (() if self.peer is None else (self.peer,))
+        region = copy_memory.allocate(tier, memory, self.gpu, self.peer, nbytes, relays)
         if by_peer and region.copying_gpu is None:
             region.release()
             assert self.peer is not None

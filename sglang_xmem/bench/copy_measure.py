@@ -514,6 +514,7 @@ def _one_way(job: Job, scene: Scene, repetitions: int, *, load: bool) -> Row:
     row = {
         **describe(job, scene.machine),
         **_settings(job, copier, runs_on, load),
+        **({"relays": list(scene.relays)} if scene.relays else {}),
         **_compared(job.case.nbytes, pages, contiguous),
         "times_ms": [round(ms, 4) for ms in pages],
     }

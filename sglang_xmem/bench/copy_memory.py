@@ -15,14 +15,17 @@ from sglang_xmem.tiers import Region
 from sglang_xmem.tiers.peer import PeerSeat, PeerSettings, PeerTier
 
 
-def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: int) -> Region:
+def allocate(
+    tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: int, relays: tuple[int, ...] = ()
+) -> Region:
     """Memory for `nbytes`.
 
     Args:
         tier: `peer` or `host`.
-        memory: for a peer one of copy_jobs.MEMORIES; for the host `tier`, or copy_jobs.RELAYED: the peer relays.
+        memory: for a peer one of copy_jobs.MEMORIES; for the host `tier`, or copy_jobs.RELAYED.
         gpu: the rank's; None without one.
         peer: whose memory it is, for a peer.
+        relays: GPUs that relay, for RELAYED.
 
     Raises:
         ConfigError, TierUnavailable: it cannot be had.
@@ -45,7 +48,7 @@ def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: 
 
     name, config = ("peer", {"peer": {"gpus": [peer]}}) if tier == "peer" else ("dram", {})
     if memory == RELAYED:
-        config = {"dram": {"relays": [peer]}}
+        config = {"dram": {"relays": list(relays)}}
     plan = make_plan(parse_options(name, config), Ranks(gpus=(gpu,)), nbytes, unlimited)
     return Placement(plan, 0, unlimited).allocate(nbytes)[1]
 

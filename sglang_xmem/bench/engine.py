@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -85,6 +86,30 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
+
+
+def warm_up(engine: Any, alone: Sequence[tuple[int, int]], at_once: Sequence[tuple[int, int]]) -> None:
+    """Kernels of the batch shapes that follow, compiled and loaded, by prompts that nobody else has.
+
+    Batches of several requests are among them: a kernel that is compiled while something is measured holds up all that
+    wait behind it.
+
+    Args:
+        engine: has `ask` and `concurrent`, as EngineProcess.
+        alone, at_once: (prompt tokens, output tokens) of requests, one after the other and then together.
+    """
+    seed = f"warm up {random.SystemRandom().random()}"  # a server may still hold what an earlier run asked
+
+    def ask(numbered: tuple[int, tuple[int, int]]) -> None:
+        number, (tokens, output_tokens) = numbered
+        engine.ask(Prompt.drawn(f"{seed} {number}", tokens), output_tokens)
+
+    numbered = list(enumerate([*alone, *at_once]))
+    for request in numbered[: len(alone)]:
+        ask(request)
+    if at_once:
+        with engine.concurrent(), threads(len(at_once)) as pool:
+            list(pool.map(ask, numbered[len(alone) :]))
 
 
 class RequestFailed(RuntimeError):

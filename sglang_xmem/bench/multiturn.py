@@ -8,17 +8,16 @@ engine in its own process; with --url it is a server that runs already, as it is
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from typing import Any
 
 from sglang_xmem.bench import runs, sizing, stats
-from sglang_xmem.bench.engine import EngineGone, RequestFailed, threads
+from sglang_xmem.bench.engine import EngineGone, RequestFailed, threads, warm_up
 from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.runs import EnginePlan, Measurement, Results, Sample
 from sglang_xmem.bench.server import ServerClient
-from sglang_xmem.bench.workloads import Agents, Prompt
+from sglang_xmem.bench.workloads import Agents
 
 SERVER = "server"
 
@@ -75,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
     }
 
     def measure_engine(engine: Any, plan: EnginePlan, measurement: Measurement) -> None:
-        warm_up(engine, agents, args.page_size or 1)
+        page = args.page_size or 1
+        lengths = (2 * page, 2 * page, *[agents.system_tokens + agents.context_tokens] * 2)
+        turns = [(max(2 * page, agents.turn_tokens), agents.output_tokens)] * agents.agents
+        warm_up(engine, [(length, agents.output_tokens) for length in lengths], turns)
         measure(engine, agents, measurement)
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
@@ -147,15 +149,6 @@ def run_server(
         print(f"error: {problem}", file=sys.stderr)
     results.finish()
     return status
-
-
-def warm_up(engine: Any, agents: Agents, page: int) -> None:
-    """Kernels of the batch shapes that follow, compiled and loaded; prompts that no agent has."""
-    # Other tokens for each run: a server may still hold those of an earlier one.
-    run_seed = random.SystemRandom().random()
-    for length in (2 * page, agents.system_tokens + agents.context_tokens):
-        for index in range(2):
-            engine.ask(Prompt.drawn(f"warm up {run_seed} {index}", length), agents.output_tokens)
 
 
 def measure(engine: Any, agents: Agents, measurement: Measurement) -> None:

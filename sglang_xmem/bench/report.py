@@ -410,7 +410,9 @@ def _copy_result(row: Row) -> tuple[str, str]:
 
 def copy_line(row: Row) -> str:
     """One row of `bench copy` as it comes in."""
-    what = f"{row.get('path', ''):>15}  {row.get('case', '')}"
+    memory = row.get("memory", "tier")
+    path = row.get("path", "") if memory == "tier" else f"{row.get('path', '')}, {memory}"
+    what = f"{path:>20}  {row.get('case', '')}"
     if "waived" in row or "error" in row:
         return f"{what}  {'WAIVED' if 'waived' in row else 'ERROR'}: {row.get('waived', row.get('error'))}"
     rates = f"{row['gbps']:.1f} GB/s of {row['contiguous_gbps']:.1f}" if "gbps" in row else ""

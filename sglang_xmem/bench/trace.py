@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sglang_xmem.bench import multiturn, runs, sizing, stats, workloads
-from sglang_xmem.bench.engine import threads
+from sglang_xmem.bench.engine import threads, warm_up
 from sglang_xmem.bench.runs import EnginePlan, Measurement, Results, Sample
-from sglang_xmem.bench.workloads import Prompt, TraceRequest
+from sglang_xmem.bench.workloads import TraceRequest
 from sglang_xmem.errors import ConfigError
 
 AS_FAST_AS_POSSIBLE = "max"
@@ -120,7 +120,10 @@ def run(args: argparse.Namespace) -> int:
     }
 
     def measure_engine(engine: Any, plan: EnginePlan, measurement: Measurement) -> None:
-        warm_up(engine, replay, args.page_size or 1)
+        page = args.page_size or 1
+        shapes = [(len(request.prompt), request.output_tokens) for request in requests]
+        longest = max(tokens for tokens, _ in shapes)
+        warm_up(engine, [(2 * page, 4), (longest, 4)], shapes[: min(replay.concurrency, WARM_UP_REQUESTS)])
         measure(engine, replay, measurement)
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
@@ -171,25 +174,6 @@ def _plans(args: argparse.Namespace, replay: Replay) -> tuple[list[EnginePlan], 
             engine.pop("disable_decode_cuda_graph")  # answers are decoded as in production
         plans.append(EnginePlan(backend, engine, len(replay.requests)))
     return plans, device
-
-
-def warm_up(engine: Any, replay: Replay, page: int) -> None:
-    """Kernels of the batch shapes that follow, compiled and loaded; prompts that the trace does not have.
-
-    Batches of several requests are among them: a kernel compiled while the trace runs holds up all that wait behind it.
-    """
-    # Other tokens for each run: a server may still hold those of an earlier one.
-    seed = f"warm up {time.time()}"
-    for length in (2 * page, max(len(request.prompt) for request in replay.requests)):
-        engine.ask(Prompt.drawn(f"{seed} {length}", length), 4)
-    burst = list(enumerate(replay.requests[: min(replay.concurrency, WARM_UP_REQUESTS)]))
-
-    def send(numbered: tuple[int, TraceRequest]) -> None:
-        number, request = numbered
-        engine.ask(Prompt.drawn(f"{seed} at once {number}", len(request.prompt)), request.output_tokens)
-
-    with engine.concurrent(), threads(len(burst)) as pool:
-        list(pool.map(send, burst))
 
 
 def measure(engine: Any, replay: Replay, measurement: Measurement) -> None:

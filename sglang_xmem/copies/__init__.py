@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_xmem.copies.base import PageCopier
-from sglang_xmem.copies.tuning import STAGING_BYTES, copies_from, default_tuning
+from sglang_xmem.copies.tuning import STAGING_BYTES
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
@@ -121,17 +120,14 @@ def make_copier(
         return TritonPageCopier(tier_planes, device_planes, page_size, **ctas)
     from sglang_xmem.copies.cuda import CudaPageCopier
 
-    page_bytes = page_size * tier_planes[0].shape[-1]
-
     def made(gpu: int | None) -> CudaPageCopier:
-        locality = copies_from(tier_locality, gpu)
         return CudaPageCopier(
             tier_planes,
             device_planes,
             page_size,
             tier_locality=tier_locality,
-            load_tuning=dataclasses.replace(default_tuning("load", locality, page_bytes), **load),
-            store_tuning=dataclasses.replace(default_tuning("store", locality, page_bytes), **store),
+            load=load,
+            store=store,
             runs_on=gpu,
         )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ class CudaPageCopier(PageCopier):
 
     Args:
         tier_locality: where the tier's bytes live, which picks the default tuning.
-        load_tuning, store_tuning: settings of each direction; None takes the default.
+        load, store: settings of each direction, whole or as changes to the measured ones (fields of CudaTuning).
         runs_on: CUDA ordinal of another GPU that runs the copies; all tier planes are within its reach.
 
     Raises:
@@ -55,8 +57,8 @@ class CudaPageCopier(PageCopier):
         page_size: int,
         *,
         tier_locality: Locality = "device",
-        load_tuning: CudaTuning | None = None,
-        store_tuning: CudaTuning | None = None,
+        load: CudaTuning | Mapping[str, Any] = MappingProxyType({}),
+        store: CudaTuning | Mapping[str, Any] = MappingProxyType({}),
         runs_on: int | None = None,
     ) -> None:
         super().__init__(tier_planes, device_planes, page_size)
@@ -72,29 +74,31 @@ class CudaPageCopier(PageCopier):
                 f"the copier 'cuda' needs a GPU of compute capability 8.0, and {runner} has "
                 f"{capability[0]}.{capability[1]}; set copy.kernel to 'triton'."
             )
-        tier = [plane.data_ptr() for plane in tier_planes]
-        device = [plane.data_ptr() for plane in device_planes]
-        self._tier_table = torch.tensor(tier, dtype=torch.int64, device=self._device)
-        self._device_table = torch.tensor(device, dtype=torch.int64, device=self._device)
+        there = [plane.data_ptr() for plane in tier_planes]
+        here = [plane.data_ptr() for plane in device_planes]
+        self._tier_table = torch.tensor(there, dtype=torch.int64, device=self._device)
+        self._device_table = torch.tensor(here, dtype=torch.int64, device=self._device)
         # Launches may come on any stream; the tables must be there by then.
         torch.cuda.current_stream(self._device).synchronize()
         if runs_on is not None:
             give_access(runs_on, self._device, (self._tier_table, *device_planes))
         self._runs_on = runs_on
 
-        alignment = math.gcd(VECTOR_BYTES, self.row_bytes, *tier, *device)
+        alignment = math.gcd(VECTOR_BYTES, self.row_bytes, *there, *here)
+        locality = copies_from(tier_locality, runs_on)
 
-        def fitted(chosen: CudaTuning | None, direction: Direction) -> CudaTuning:
+        def fitted(given: CudaTuning | Mapping[str, Any], direction: Direction) -> CudaTuning:
+            if not isinstance(given, CudaTuning):
+                given = dataclasses.replace(default_tuning(direction, locality, self.page_bytes), **given)
             return fit_tuning(
-                chosen or default_tuning(direction, copies_from(tier_locality, runs_on), self.page_bytes),
+                given,
                 capability=capability,
                 max_shared_bytes=properties.shared_memory_per_block_optin,
                 alignment=alignment,
             )
 
-        #: What runs, which is the asked-for tuning unless that cannot run here.
-        self.load_tuning = fitted(load_tuning, "load")
-        self.store_tuning = fitted(store_tuning, "store")
+        #: What runs, which is what was asked for unless that cannot run here.
+        self.load_tuning, self.store_tuning = fitted(load, "load"), fitted(store, "store")
         tables = (self._tier_table.data_ptr(), self._device_table.data_ptr())
         self._load = _Launcher(self, self.load_tuning, capability, alignment, tables, runs_on)
         self._store = _Launcher(self, self.store_tuning, capability, alignment, tables[::-1], runs_on)

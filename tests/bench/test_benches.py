@@ -483,7 +483,7 @@ def test_trace(bench: Bench, tmp_path: Path) -> None:
     assert row["output_tokens"] == 4 * 8  # tiny cuts answers
     assert row["ideal_hit_ratio"] == pytest.approx((512 + 1000 + 1000) / 4000, abs=1e-3)
     assert row["hit_ratio"]["total"] == pytest.approx(row["ideal_hit_ratio"], abs=0.02)
-    assert 0.6 <= row["seconds"] < 1.2  # 1.2 s of the trace at twice its speed
+    assert 0.5 <= row["seconds"] < 1.2  # 1.2 s of the trace at twice its speed, from when the first is really sent
     status, rows = bench("trace", str(path), "--backends", "dram", "--speed", "max", "--limit", "2", "--no-plots")
     assert status == 0
     assert rows[-1]["samples"] == 2

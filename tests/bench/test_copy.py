@@ -76,6 +76,7 @@ def test_host_copies_without_a_gpu(run_copy: RunCopy, capsys: pytest.CaptureFixt
         (("--cases", "6"), "choose from 0 to 5"),
         (("--cases", "one"), "not a list of numbers"),
         (("--ctas", "-1"), "not a list of numbers"),
+        (("--relays", "one"), "--relays one is not a list of numbers"),
         (("--repetitions", "0"), "give at least 1"),
         (("--memory", "cxl"), "choose from asleep, tier, context"),
         (("--copies-on", "host"), "choose from rank, peer"),
@@ -246,12 +247,14 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         copier.settings(name, how["load"], how["store"], runs_on)
         return copier
 
-    def allocate(tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: int) -> Region:
+    def allocate(
+        tier: str, memory: str, gpu: int | None, peer: int | None, nbytes: int, relays: tuple[int, ...]
+    ) -> Region:
         assert gpu == 0
         assert peer == 1 or (tier, memory) == ("host", "tier")
         copying = machine.copying_gpu if (tier, memory) == ("peer", "tier") else None
-        relays = (1,) if (tier, memory) == ("host", "relayed") else ()
-        return Region(0, nbytes, "fake", lambda: None, bytearray(nbytes), copying_gpu=copying, relays=relays)
+        relaying = relays if (tier, memory) == ("host", "relayed") else ()
+        return Region(0, nbytes, "fake", lambda: None, bytearray(nbytes), copying_gpu=copying, relays=relaying)
 
     def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         beside = any(stream.clock > machine.current.clock + 1e-9 for stream in machine.streams)
@@ -661,6 +664,10 @@ def test_host_copies_are_relayed_by_the_peer(run_copy: RunCopy, fake_gpu: FakeGp
     ]
     assert all(row["verified"] for row in relayed)
     assert fake_gpu.relays == {(), (1,)}
+    assert {tuple(row["relays"]) for row in relayed} == {(1,)}
+    assert not any("relays" in row for row in rows if row["memory"] == "tier")
+    _, rows = run_copy("--quick", "--no-plots", "--paths", "host_load", "--relays", "3,2")
+    assert [row["relays"] for row in rows if "relays" in row] == [[1], [1], [3, 2]]
     fake_gpu.relays.clear()
     run_copy("--quick", "--no-plots", "--paths", "host_load", "--ctas", "4")
     assert fake_gpu.relays == {()}, "given settings are for one link"

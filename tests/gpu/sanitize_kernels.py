@@ -27,7 +27,7 @@ def main() -> int:
         shape = (2 * PAGES * page_size, row_bytes)
         tier = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(PLANES)]
         pool = [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(PLANES)]
-        copier = CudaPageCopier(tier, pool, page_size, load_tuning=tuning, store_tuning=tuning)
+        copier = CudaPageCopier(tier, pool, page_size, load=tuning, store=tuning)
         offsets = torch.arange(page_size, device=device)
         tier_rows, pool_rows = (torch.randperm(2 * PAGES)[:PAGES].to(device) * page_size for _ in range(2))
         there, here = ((rows[:, None] + offsets).flatten() for rows in (tier_rows, pool_rows))

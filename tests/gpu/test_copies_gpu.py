@@ -27,9 +27,7 @@ MakeCopier = Callable[[Planes, Planes, int], PageCopier]
 
 
 def with_tuning(tuning: CudaTuning) -> MakeCopier:
-    return lambda tier, device, page_size: CudaPageCopier(
-        tier, device, page_size, load_tuning=tuning, store_tuning=tuning
-    )
+    return lambda tier, device, page_size: CudaPageCopier(tier, device, page_size, load=tuning, store=tuning)
 
 
 COPIERS: dict[str, MakeCopier] = {
@@ -239,12 +237,12 @@ def test_bulk_gives_way_to_register_for_unaligned_planes() -> None:
     memory = torch.randint(0, 256, (8 + 64 * 1024,), dtype=torch.uint8, device=GPU)
     shifted = memory[8:].view(64, 1024)  # every row is a multiple of 16 bytes, but not the address
     target = torch.zeros((64, 1024), dtype=torch.uint8, device=GPU)
-    copier = CudaPageCopier([shifted], [target], 1, load_tuning=bulk, store_tuning=bulk)
+    copier = CudaPageCopier([shifted], [target], 1, load=bulk, store=bulk)
     assert copier.load_tuning.variant == "register"
     rows = torch.arange(64, device=GPU)
     copier.load(rows, rows, range(1))
     assert torch.equal(target, shifted)
-    aligned = CudaPageCopier([target.clone()], [target], 1, load_tuning=bulk, store_tuning=bulk)
+    aligned = CudaPageCopier([target.clone()], [target], 1, load=bulk, store=bulk)
     bulk_runs = torch.cuda.get_device_capability(GPU) >= (9, 0)
     assert aligned.load_tuning.variant == ("bulk" if bulk_runs else "register")
 

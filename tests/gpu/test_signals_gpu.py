@@ -59,7 +59,7 @@ class Scene:
             self.copier = make_copier("cuda", *planes, tier_locality="host", relays=(1,))
         else:
             runs_on = 1 if variant == "remote" else None
-            self.copier = CudaPageCopier(*planes, load_tuning=TUNINGS.get(variant), runs_on=runs_on)
+            self.copier = CudaPageCopier(*planes, load=TUNINGS.get(variant, {}), runs_on=runs_on)
         self.rows_on_cpu = torch.arange(pages) * page_size
         self.rows = self.rows_on_cpu.to(GPU)
         made = self.copier.make_signals(PARTS)
