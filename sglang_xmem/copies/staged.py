@@ -111,13 +111,19 @@ class StagedCopier(PageCopier):
         self.load_tuning, self.store_tuning = direct.load_tuning, direct.store_tuning
         self.slot_pages = nbytes // (SLOTS * PLANES_PER_LAYER * self.page_bytes)
         if not self.slot_pages:
-            raise CopyError(f"A staging ring of {nbytes} bytes has no room for pages of {self.page_bytes} bytes.")
+            raise CopyError(
+                f"A staging ring of {nbytes} bytes has no room for pages of {self.page_bytes} bytes; raise "
+                "copy.staging_mib, or set it to 0."
+            )
         slot_rows = self.slot_pages * self.page_size
         shape = (PLANES_PER_LAYER, SLOTS * slot_rows, self.row_bytes)
         try:
             self._ring = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError as error:
-            raise CopyError(f"No memory for a staging ring of {nbytes} bytes: {error}") from None
+        except torch.OutOfMemoryError:
+            raise CopyError(
+                f"{self._device} has no room left for a staging ring of {nbytes >> 20} MiB; lower copy.staging_mib or "
+                "--mem-fraction-static."
+            ) from None
         # Every layer's chunks take turns in the same slots.
         self._scatter = scatter([self._ring[number % PLANES_PER_LAYER] for number in range(self.num_planes)])
         rows = torch.arange(0, SLOTS * slot_rows, self.page_size, device=self._device)

@@ -212,5 +212,7 @@ def test_staged_loads_of_scattered_runs(row_bytes: int, page_size: int, slot_pag
 
 def test_a_ring_larger_than_the_gpu_is_refused() -> None:
     planes = [torch.zeros(64, 16, dtype=torch.uint8, device=GPU) for _ in range(2)]
-    with pytest.raises(CopyError, match="No memory for a staging ring of"):
+    with pytest.raises(
+        CopyError, match="cuda:0 has no room left for a staging ring of 4194304 MiB; lower copy.staging_mib"
+    ):
         staged(CudaPageCopier(planes, planes, 1), 1 << 42)

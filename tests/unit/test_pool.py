@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_xmem.config import CopySettings
+from sglang_xmem.config import CopySettings, parse_options
 from sglang_xmem.copies import make_copier
-from sglang_xmem.errors import CopyError
+from sglang_xmem.errors import ConfigError, CopyError
 from sglang_xmem.pool import TierPool, region_bytes
 from sglang_xmem.tiers import Locality, Region
 
@@ -123,3 +123,59 @@ def test_a_region_apart_is_not_taken_for_one_range() -> None:
     region = Region(1 << 20, 8, "a fake", lambda: None, parts=(1 << 20, 1 << 30))
     with pytest.raises(AssertionError, match="lies apart"):
         region_bytes(region, torch.device("cpu"))
+
+
+def attached(pool: TierPool) -> None:
+    pool.attach(*[[torch.zeros(TOKENS, ROW, dtype=torch.uint8) for _ in range(LAYERS)] for _ in (0, 1)])
+
+
+def test_a_staging_ring_that_was_asked_for_and_cannot_be_had_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    for mib in (None, 0):
+        pool, _ = pool_over(1)
+        pool._copy = CopySettings(staging_mib=mib)
+        with caplog.at_level("INFO"):
+            attached(pool)
+        assert pool.copier.name == "torch"
+        assert "staged" not in caplog.text, "nobody expects a ring on a machine without a GPU"
+    pool, _ = pool_over(1)
+    pool._copy = CopySettings(staging_mib=64)
+    with pytest.raises(
+        CopyError, match=r"copy\.staging_mib is for the copier 'cuda' without relays, and this is 'torch'"
+    ):
+        attached(pool)
+
+
+@pytest.mark.parametrize("locality", Locality)
+def test_host_memory_alone_is_staged(monkeypatch: pytest.MonkeyPatch, locality: Locality) -> None:
+    """And the copier is told the tier's rows as they are on the CPU."""
+    pool, _ = pool_over(1)
+    pool.tier.locality = locality
+    pool._copy = CopySettings(staging_mib=3)
+    asked: list[Any] = []
+    loads: list[Any] = []
+
+    def staging(copier: Any, nbytes: int | None) -> Any:
+        asked.append(nbytes)
+        return copier, None
+
+    monkeypatch.setattr("sglang_xmem.pool.with_staging", staging)
+    attached(pool)
+    assert asked == ([3 << 20] if locality is Locality.HOST else [])
+    monkeypatch.setattr(pool.copier, "load_signalling", lambda *load: loads.append(load), raising=False)
+    signals: Any = object()
+    indices = torch.arange(2 * PAGE, 4 * PAGE)
+    rows = pool.stage_rows(indices)
+    pool.load_layers(rows, rows, signals, indices)
+    pool.load_layers(rows, rows, signals)
+    pool.load_layers(rows, rows, signals, indices.to("meta"))
+    told = [load[4] for load in loads]
+    assert told[0].tolist() == rows.tolist() == [2 * PAGE, 3 * PAGE]
+    assert told[1:] == [None, None]
+    assert all(load[3] is signals for load in loads)
+
+
+def test_impossible_rings_are_refused() -> None:
+    for mib in (-1, 1 << 20, 1.5, "256"):
+        with pytest.raises(ConfigError, match="staging_mib"):
+            parse_options("dram", {"copy": {"staging_mib": mib}})
+    assert parse_options("dram", {"copy": {"staging_mib": 0}}).copy.staging_mib == 0

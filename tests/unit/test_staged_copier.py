@@ -392,6 +392,22 @@ def test_stores_and_loads_without_signals_are_the_direct_copiers() -> None:
         assert scene.copier.make_signals(3).num_parts == 3  # type: ignore[union-attr]
 
 
+def test_a_ring_that_the_gpu_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_cuda() as cuda:
+        scene = Scene(cuda, 4)
+
+        def full(*shape: Any, **how: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+        monkeypatch.setattr(torch, "empty", full)
+        made: Any = StagedCopier
+        with pytest.raises(CopyError) as error:
+            made(scene.direct, None, scene.engine, 5 << 20)
+    assert str(error.value) == (
+        "cpu has no room left for a staging ring of 5 MiB; lower copy.staging_mib or --mem-fraction-static."
+    )
+
+
 def test_a_ring_smaller_than_its_pages_is_refused() -> None:
     with fake_cuda() as cuda, pytest.raises(CopyError, match="A staging ring of 0 bytes has no room for pages of 64"):
         Scene(cuda, 0)
