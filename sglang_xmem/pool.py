@@ -113,7 +113,8 @@ class TierPool:
             logger.info("sglang_xmem: %s runs the copies, not GPU %d: %s", self.device, gpu, refused)
         if self.tier.locality is Locality.HOST:
             mib = self._copy.staging_mib
-            self._copier, refused = with_staging(self._copier, None if mib is None else mib << 20)
+            nbytes = None if mib is None else mib << 20
+            self._copier, refused = with_staging(self._copier, nbytes, self._region.pinned)
             if refused is not None and self.device.type == "cuda":
                 logger.info("sglang_xmem: loads are not staged for the copy engine: %s", refused)
         made = (self._copier.make_signals(self.num_layers) for _ in range(LOADS_IN_FLIGHT))

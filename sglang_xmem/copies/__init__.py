@@ -43,12 +43,15 @@ def on_peer_or_rank(
         return make(), error
 
 
-def with_staging(copier: PageCopier, nbytes: int | None) -> tuple[PageCopier, CopyError | None]:
+def with_staging(
+    copier: PageCopier, nbytes: int | None, pinned: Sequence[int] = ()
+) -> tuple[PageCopier, CopyError | None]:
     """A copier of host memory with its long loads by the copy engine, where that can be.
 
     Args:
         copier: from `make_copier`; one that is not the CUDA kernel of the rank's own GPU stays as it is.
         nbytes: of the staging ring on the GPU; None: the usual size if it can be had; 0: no ring.
+        pinned: as `Region.pinned`.
 
     Returns:
         The copier to use, and why it has no ring.
@@ -65,7 +68,7 @@ def with_staging(copier: PageCopier, nbytes: int | None) -> tuple[PageCopier, Co
             )
         from sglang_xmem.copies.staged import staged
 
-        return staged(copier, STAGING_BYTES if nbytes is None else nbytes), None
+        return staged(copier, STAGING_BYTES if nbytes is None else nbytes, pinned), None
     except CopyError as error:
         if nbytes is not None:
             raise

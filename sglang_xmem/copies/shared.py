@@ -74,7 +74,7 @@ class SharedCopier(PageCopier):
         count = max(1, min(len(self._copiers), pages // MIN_SHARE_PAGES))
         ends = [pages * number // count for number in range(count + 1)]
         counters = NOBODY if signals is None else signals.counters(planes)
-        raises = 0
+        raises, complete = 0, False
         started: list[CudaPageCopier] = []
         with self._lock:
             try:
@@ -85,8 +85,11 @@ class SharedCopier(PageCopier):
                     raises += self._copiers[number].start(
                         tier_rows[share], device_rows[share], planes, load=load, counters=counters
                     )
+                complete = True
             finally:
                 for copier in started:
                     copier.join(load=load)
-            if signals is not None:
-                signals.announce(raises)
+                if signals is not None and complete:
+                    signals.announce(raises)
+                elif signals is not None:
+                    signals.restore()

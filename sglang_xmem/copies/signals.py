@@ -71,6 +71,14 @@ class LoadSignals:
         self._target = (self._target + raises) & 0xFFFFFFFF
         self._waited = (0, -1)
 
+    def restore(self) -> None:
+        """After a load of which only a part was enqueued: the counters stand at the last announced load again.
+
+        Behind what is on the device's current stream, which has to be all of that load.
+        """
+        # As int32, which the counters are for torch.
+        self._counters.fill_(self._target - (1 << 32) if self._target >> 31 else self._target)
+
     def wait(self, part: int) -> None:
         """Make the current stream of the device wait until a part of the last announced load is in place.
 

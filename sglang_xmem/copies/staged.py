@@ -63,12 +63,15 @@ def runs_of(rows: Words, page_size: int) -> Words:
     return np.concatenate(([0], np.flatnonzero(rows[1:] - rows[:-1] != page_size) + 1))
 
 
-def chunks_of(rows: Words, runs: Words, page_size: int, row_bytes: int, slot_pages: int) -> list[Chunk]:
-    """Cut a load into chunks of about as many pages each, and runs of neighbours where chunks begin.
+def chunks_of(
+    rows: Words, runs: Words, page_size: int, row_bytes: int, slot_pages: int, seams: Sequence[int] = ()
+) -> list[Chunk]:
+    """Cut a load into chunks of about as many pages each, and runs of neighbours where chunks begin and at seams.
 
     Args:
         rows: as of `runs_of`, and what that gave.
         slot_pages: pages that a slot holds.
+        seams: bytes from a plane's first byte to places that no piece may go across.
     """
     count = len(rows)
     cut = -(-count // -(-count // slot_pages))  # pages of a chunk
@@ -77,6 +80,14 @@ def chunks_of(rows: Words, runs: Words, page_size: int, row_bytes: int, slot_pag
     sizes = np.diff(starts, append=count) * page_bytes
     offsets, places = rows[starts] * row_bytes, starts % cut * page_bytes
     bounds = [*range(0, count, cut), count]
+    for seam in seams:  # a handful, and most runs are not there
+        across = np.flatnonzero((offsets < seam) & (seam < offsets + sizes))
+        first = seam - offsets[across]
+        starts = np.insert(starts, across + 1, starts[across])
+        places = np.insert(places, across + 1, places[across] + first)
+        rest = sizes[across] - first
+        sizes[across] = first
+        offsets, sizes = np.insert(offsets, across + 1, seam), np.insert(sizes, across + 1, rest)
     pieces = np.searchsorted(starts, bounds).tolist()
     return [
         Chunk(slice(*pages), offsets[slice(*mine)], places[slice(*mine)], sizes[slice(*mine)])
@@ -92,6 +103,7 @@ class StagedCopier(PageCopier):
         scatter: makes the copier from the ring to the device planes, of the planes that stand for the tier's.
         engine: copies from the tier into the ring.
         nbytes: of the ring.
+        pinned: first bytes of the tier's ranges that were pinned one by one; no copy goes from one into the next.
 
     Raises:
         CopyError: a ring that cannot be had, or has no room for a page in each slot.
@@ -105,6 +117,7 @@ class StagedCopier(PageCopier):
         scatter: Callable[[Sequence[torch.Tensor]], CudaPageCopier],
         engine: CopyEngine,
         nbytes: int,
+        pinned: Sequence[int] = (),
     ) -> None:
         super().__init__(direct.tier_planes, direct.device_planes, direct.page_size)
         self._direct, self._engine = direct, engine
@@ -138,6 +151,9 @@ class StagedCopier(PageCopier):
         #: First byte of K and V of each layer in the tier, shape (layers, 2).
         starts = np.array([plane.data_ptr() for plane in self.tier_planes])
         self._tier_starts = starts.reshape(-1, PLANES_PER_LAYER) if self.num_planes % PLANES_PER_LAYER == 0 else None
+        size = self.tier_planes[0].numel()
+        #: Of any plane: its pieces are cut there in all of them, which is simpler than by plane and costs a piece.
+        self._seams = sorted({at - int(start) for at in pinned for start in starts if 0 < at - start < size})
         self._stream = torch.cuda.Stream(self._device)
         self._begin = torch.cuda.Event()
         self._filled, self._emptied = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
@@ -167,8 +183,13 @@ class StagedCopier(PageCopier):
         if chunks is None:
             self._direct.load_signalling(tier_rows, device_rows, planes, signals)
             return
-        with self._lock:
-            signals.announce(self._load(chunks, device_rows, planes, signals))
+        with self._lock, torch.cuda.device(self._device):
+            self._stream.query()  # this thread may have no CUDA context yet, and the engine asks for one
+            try:
+                signals.announce(self._load(chunks, device_rows, planes, signals))
+            except BaseException:
+                signals.restore()
+                raise
             self.staged_loads += 1
 
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
@@ -187,13 +208,13 @@ class StagedCopier(PageCopier):
         runs = runs_of(firsts, self.page_size)
         if plane_bytes < len(runs) * MIN_RUN_BYTES:
             return None
-        return chunks_of(firsts, runs, self.page_size, self.row_bytes, self.slot_pages)
+        return chunks_of(firsts, runs, self.page_size, self.row_bytes, self.slot_pages, self._seams)
 
     def _load(self, chunks: Sequence[Chunk], device_rows: torch.Tensor, planes: range, signals: LoadSignals) -> int:
         """Enqueue all layers; returns by how much each layer's counter will rise.
 
         Raises:
-            CopyError: the driver refuses; layers before that are enqueued, and nobody is told to wait for them.
+            CopyError: the driver refuses; layers before that are enqueued, and raise their counters.
         """
         assert self._tier_starts is not None
         layers = self._tier_starts[planes.start // PLANES_PER_LAYER : planes.stop // PLANES_PER_LAYER]
@@ -235,7 +256,7 @@ class StagedCopier(PageCopier):
         return raises
 
 
-def staged(direct: PageCopier, nbytes: int) -> StagedCopier:
+def staged(direct: PageCopier, nbytes: int, pinned: Sequence[int] = ()) -> StagedCopier:
     """`direct`, the CUDA kernel on the rank's own GPU, with a ring of `nbytes`.
 
     Raises:
@@ -246,4 +267,4 @@ def staged(direct: PageCopier, nbytes: int) -> StagedCopier:
     def scatter(planes: Sequence[torch.Tensor]) -> CudaPageCopier:
         return CudaPageCopier(planes, direct.device_planes, direct.page_size)
 
-    return StagedCopier(direct, scatter, CopyEngine(), nbytes)
+    return StagedCopier(direct, scatter, CopyEngine(), nbytes, pinned)

@@ -50,6 +50,8 @@ class Region:
             None: the rank's own.
         copying_required: the user asked for that; else the rank's own GPU runs them where the other one cannot.
         relays: CUDA ordinals of GPUs that each move a share of every copy through a link of their own.
+        pinned: for host memory, the first byte of each range that was pinned by itself: a copy by the driver may not
+            go from one into the next.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Region:
         copying_gpu: int | None = None,
         copying_required: bool = False,
         relays: tuple[int, ...] = (),
+        pinned: tuple[int, ...] = (),
     ) -> None:
         self.relays = relays
+        self.pinned = pinned
         self.copying_gpu = copying_gpu
         self.copying_required = copying_required
         self.owner = owner

@@ -128,7 +128,8 @@ class DramTier(MemoryTier):
         kind = "pinned host memory" if self.gpu is not None else "host memory"
         if self.seat.relays:
             node += f", relayed by GPU {', '.join(map(str, self.seat.relays))}"
-        return Region(address, nbytes, kind + node, keep.close, views[0], relays=self.seat.relays)
+        pinned = tuple(range(address, address + nbytes, REGISTER_BYTES)) if self.gpu is not None else ()
+        return Region(address, nbytes, kind + node, keep.close, views[0], relays=self.seat.relays, pinned=pinned)
 
     def _touch(self, address: int, nbytes: int) -> None:
         if self.gpu is None and self.seat.numa_node is None:

@@ -15,6 +15,7 @@ import torch
 
 from sglang_xmem import gpus
 from sglang_xmem.config import CopySettings, parse_options
+from sglang_xmem.copies.staged import StagedCopier
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.plan import Placement, make_plan
 from sglang_xmem.pool import TierPool
@@ -88,6 +89,43 @@ def test_round_trip_through_a_pool(tier: str, page_size: int) -> None:
     pool.write_page(row, page.flip(0))
     assert torch.equal(pool.read_page(row), page.flip(0))
     pool.close()
+    pool.close()
+
+
+def test_staged_loads_through_a_pool_that_was_pinned_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of pages go across the places where two pinned ranges meet."""
+    monkeypatch.setattr("sglang_xmem.tiers.dram.REGISTER_BYTES", 3 << 20)
+    for name in ("MIN_LAYER_BYTES", "MIN_RUN_BYTES"):
+        monkeypatch.setattr(f"sglang_xmem.copies.staged.{name}", 1)
+    layers, tokens, page_size, row_bytes = 4, 8192, 64, 1024
+    device = torch.device("cuda:0")
+    k, v = (
+        [torch.randint(0, 256, (tokens, row_bytes), dtype=torch.uint8, device=device) for _ in range(layers)]
+        for _ in "kv"
+    )
+    before = [(a.clone(), b.clone()) for a, b in zip(k, v, strict=True)]
+    shape = {"num_layers": layers, "num_tokens": tokens, "page_size": page_size, "row_bytes": row_bytes}
+    pool = TierPool(placement("dram"), **shape, device=device, copy=CopySettings(staging_mib=4))
+    pool.attach(k, v)
+    assert isinstance(pool.copier, StagedCopier)
+    assert len(pool.copier._seams) > 1
+    everything = torch.arange(tokens)
+    rows = pool.stage_rows(everything)
+    pool.store(rows, rows)
+    torch.cuda.synchronize()
+    for tensor in (*k, *v):
+        tensor.fill_(0xA5)
+    to = torch.randperm(tokens // page_size, device=device) * page_size
+    signals = pool.take_signals()
+    assert signals is not None
+    pool.load_layers(rows, to, signals, everything)
+    torch.cuda.synchronize()
+    assert pool.copier.staged_loads == 1
+    for layer in range(layers):
+        for now, then in ((k[layer], before[layer][0]), (v[layer], before[layer][1])):
+            assert torch.equal(
+                now.view(-1, page_size * row_bytes)[to // page_size], then.view(-1, page_size * row_bytes)
+            )
     pool.close()
 
 

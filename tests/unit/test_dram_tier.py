@@ -409,6 +409,7 @@ def test_pinned_memory_is_registered_whole_and_given_back(
     region = tier(numa_node=1, gpu=0).allocate(5 * MIB)
     assert region.summary == "pinned host memory of NUMA node 1"
     assert pinning.registered == {region.address + at * MIB: min(2, 5 - at) * MIB for at in (0, 2, 4)}
+    assert region.pinned == tuple(pinning.registered)
     region.release()
     assert pinning.registered == {}
     region.release()

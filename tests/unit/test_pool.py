@@ -151,16 +151,17 @@ def test_host_memory_alone_is_staged(monkeypatch: pytest.MonkeyPatch, locality: 
     pool, _ = pool_over(1)
     pool.tier.locality = locality
     pool._copy = CopySettings(staging_mib=3)
+    pool._region.pinned = (4711,)
     asked: list[Any] = []
     loads: list[Any] = []
 
-    def staging(copier: Any, nbytes: int | None) -> Any:
-        asked.append(nbytes)
+    def staging(copier: Any, nbytes: int | None, pinned: Any) -> Any:
+        asked.append((nbytes, pinned))
         return copier, None
 
     monkeypatch.setattr("sglang_xmem.pool.with_staging", staging)
     attached(pool)
-    assert asked == ([3 << 20] if locality is Locality.HOST else [])
+    assert asked == ([(3 << 20, (4711,))] if locality is Locality.HOST else [])
     monkeypatch.setattr(pool.copier, "load_signalling", lambda *load: loads.append(load), raising=False)
     signals: Any = object()
     indices = torch.arange(2 * PAGE, 4 * PAGE)

@@ -70,6 +70,15 @@ def test_a_stream_waits_once_for_what_it_needs(fake: Driver, monkeypatch: pytest
     assert seen == [(1, 1, 8), (0, 1, 8), (0, 1, 16)]
 
 
+@pytest.mark.parametrize("target", [0, 7, 2**31 - 1, 2**31, 2**32 - 1])
+def test_counters_stand_again_where_the_last_load_was(fake: Driver, target: int) -> None:
+    made = LoadSignals(3, CPU)
+    made.announce(target)
+    made._counters.copy_(torch.tensor([5, 1, 0]))
+    made.restore()
+    assert [value % 2**32 for value in made._counters.tolist()] == [target] * 3
+
+
 def test_a_refused_wait_is_asked_for_again(fake: Driver) -> None:
     made = LoadSignals(1, CPU)
     made.announce(8)

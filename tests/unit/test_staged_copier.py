@@ -10,7 +10,7 @@ import ctypes
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +37,9 @@ class Stream:
     def __init__(self, *_: Any, handle: int = 0) -> None:
         self.todo: deque[tuple[Event, int] | Callable[[], object]] = deque()
         self.cuda_stream = handle or id(self)
+
+    def query(self) -> bool:
+        return not self.todo
 
     def wait_event(self, event: Event) -> None:
         if event.recorded:
@@ -105,6 +108,7 @@ def fake_cuda() -> Iterator[Cuda]:
         patch.setattr(torch.cuda, "Stream", cuda.stream)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: cuda.load)
+        patch.setattr(torch.cuda, "device", nullcontext)
         patch.setattr(staged, "MIN_LAYER_BYTES", 1)
         patch.setattr(staged, "MIN_RUN_BYTES", 1)
         yield cuda
@@ -168,8 +172,8 @@ class Kernel(TorchPageCopier):
 
 
 class Signals:
-    def __init__(self, num_parts: int = LAYERS) -> None:
-        self.num_parts = num_parts
+    def __init__(self, num_parts: int = LAYERS, cuda: Cuda | None = None) -> None:
+        self.num_parts, self.cuda = num_parts, cuda or Cuda()
         self.memory = torch.zeros(num_parts, dtype=torch.int32)
         self.target = 0
 
@@ -182,9 +186,12 @@ class Signals:
     def announce(self, raises: int) -> None:
         self.target += raises
 
+    def restore(self) -> None:
+        self.cuda.load.todo.append(partial(self.memory.fill_, self.target))
+
 
 class Scene:
-    def __init__(self, cuda: Cuda, slot_pages: int) -> None:
+    def __init__(self, cuda: Cuda, slot_pages: int, pinned: Sequence[int] = ()) -> None:
         generator = torch.Generator().manual_seed(slot_pages)
         self.cuda = cuda
         self.tier = torch.randint(0, 256, (PLANES, TIER_PAGES * PAGE, ROW), dtype=torch.uint8, generator=generator)
@@ -197,9 +204,10 @@ class Scene:
             lambda planes: Kernel(cuda, planes, list(self.device)),
             self.engine,
             SLOTS * 2 * slot_pages * PAGE_BYTES,
+            [self.tier.data_ptr() + at for at in pinned],
         )
         assert self.copier.slot_pages == slot_pages
-        self.signals = Signals()
+        self.signals = Signals(cuda=cuda)
 
     def load(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, on_cpu: bool = True) -> None:
         signals: Any = self.signals
@@ -372,6 +380,39 @@ def test_a_refused_piece_fails_the_load_and_the_next_one_is_right() -> None:
             scene.load(tier_rows, device_rows)
             cuda.run(order)
             assert torch.equal(scene.device, scene.expected(tier_rows, device_rows))
+            # What the failed load has raised counts for nobody.
+            assert scene.signals.memory.tolist() == [scene.signals.target] * LAYERS
+
+
+@given(
+    runs=runs_of_pages,
+    slot_pages=st.integers(1, 70),
+    pinned=st.lists(st.integers(0, PLANES * TIER_PAGES * PAGE_BYTES), max_size=4),
+    order=st.integers(0, 10**6),
+)
+def test_no_piece_goes_across_a_seam(
+    runs: list[tuple[int, int]], slot_pages: int, pinned: list[int], order: int
+) -> None:
+    """Where ranges of pinned memory meet, and bytes are as right as without seams."""
+    with fake_cuda() as cuda:
+        scene = Scene(cuda, slot_pages, pinned)
+        first = scene.tier.data_ptr()
+        moved: list[tuple[int, int]] = []
+        copy = scene.engine.copy
+
+        def watched(targets: int, sources: int, sizes: int, count: int, stream: int) -> None:
+            arrays = [list((ctypes.c_int64 * count).from_address(array)) for array in (sources, sizes)]
+            moved.extend((source - first, size) for source, size in zip(*arrays, strict=True))
+            copy(targets, sources, sizes, count, stream)
+
+        scene.engine.copy = watched  # type: ignore[method-assign]
+        tier_rows, device_rows = rows_of(runs, 5)
+        expected = scene.expected(tier_rows, device_rows)
+        scene.load(tier_rows, device_rows)
+        assert not [piece for piece in moved for seam in pinned if piece[0] < seam < sum(piece)]
+        assert all(size > 0 for _, size in moved)
+        cuda.run(order)
+        assert torch.equal(scene.device, expected)
 
 
 def test_stores_and_loads_without_signals_are_the_direct_copiers() -> None:
