@@ -24,8 +24,8 @@ class CopySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kernel: which page copier; `auto` is `cuda` on a GPU and `torch` without one.
         load, store: changes to the copier's measured settings of a direction, such as {"ctas": 16}: fields of
             `sglang_xmem.copies.tuning.CudaTuning`.
-        staging_mib: MiB of each rank's GPU for loads from host memory by the copy engine, 0 for none. By default 256 if
-            they can be had and the kernel is `cuda` without relays.
+        staging_mib: MiB of each rank's GPU for loads from host memory by the copy engine, 0 for none. By default 256,
+            or a 512th of a smaller GPU, if they can be had and the kernel is `cuda` without relays.
     """
 
     kernel: Literal["auto", "cuda", "triton", "torch"] = "auto"

@@ -36,7 +36,6 @@ from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
 from sglang_xmem.copies.engine import CopyEngine
 from sglang_xmem.copies.signals import LoadSignals
 from sglang_xmem.copies.staged import staged
-from sglang_xmem.copies.tuning import STAGING_BYTES
 
 Call = Callable[[], None]
 
@@ -460,7 +459,7 @@ def _staged(job: Job, scene: Scene, repetitions: int) -> Row:
     """Loads of the tier's copier with its staging ring; they are in runs, and signal layers as in an engine."""
     machine, layers = scene.machine, job.case.planes // PLANES_PER_LAYER
     direct, runs_on = scene.copier(dataclasses.replace(job, kernel="cuda"))
-    copier = staged(direct, STAGING_BYTES)
+    copier = staged(direct)
     signals = copier.make_signals(layers)
     if signals is None:
         raise MeasurementFailed("this GPU has no signals, and without them nothing is staged.")
@@ -473,7 +472,7 @@ def _staged(job: Job, scene: Scene, repetitions: int) -> Row:
     return {
         **describe(job, machine),
         **_settings(job, direct, runs_on, load=True),
-        "kernel": f"copy engine, {STAGING_BYTES >> 20} MiB ring",
+        "kernel": f"copy engine, {copier.ring_bytes >> 20} MiB ring",
         **row,
         "run_pages": job.run_pages,
         "enqueue_us_per_layer": round(enqueue_us / layers, 2),

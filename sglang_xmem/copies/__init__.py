@@ -7,7 +7,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_xmem.copies.base import PageCopier
-from sglang_xmem.copies.tuning import STAGING_BYTES
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def with_staging(
             )
         from sglang_xmem.copies.staged import staged
 
-        return staged(copier, STAGING_BYTES if nbytes is None else nbytes, pinned), None
+        return staged(copier, nbytes, pinned), None
     except CopyError as error:
         if nbytes is not None:
             raise

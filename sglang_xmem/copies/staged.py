@@ -24,6 +24,7 @@ from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
 from sglang_xmem.copies.cuda import CudaPageCopier
 from sglang_xmem.copies.engine import CopyEngine
 from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.copies.tuning import STAGING_BYTES, STAGING_SHARE
 from sglang_xmem.errors import CopyError
 
 #: Of the ring: one is filled while the other is emptied, several times as fast.
@@ -137,6 +138,7 @@ class StagedCopier(PageCopier):
                 f"{self._device} has no room left for a staging ring of {nbytes >> 20} MiB; lower copy.staging_mib or "
                 "--mem-fraction-static."
             ) from None
+        self.ring_bytes = self._ring.numel()
         # Every layer's chunks take turns in the same slots.
         self._scatter = scatter([self._ring[number % PLANES_PER_LAYER] for number in range(self.num_planes)])
         rows = torch.arange(0, SLOTS * slot_rows, self.page_size, device=self._device)
@@ -163,7 +165,7 @@ class StagedCopier(PageCopier):
         self._lock = threading.Lock()
 
     def describe(self) -> str:
-        return f"{self._direct.describe()}; long runs loaded by the copy engine through {self._ring.numel() >> 20} MiB"
+        return f"{self._direct.describe()}; long runs loaded by the copy engine through {self.ring_bytes >> 20} MiB"
 
     def make_signals(self, num_parts: int) -> LoadSignals | None:
         return self._direct.make_signals(num_parts)
@@ -256,13 +258,16 @@ class StagedCopier(PageCopier):
         return raises
 
 
-def staged(direct: PageCopier, nbytes: int, pinned: Sequence[int] = ()) -> StagedCopier:
-    """`direct`, the CUDA kernel on the rank's own GPU, with a ring of `nbytes`.
+def staged(direct: PageCopier, nbytes: int | None = None, pinned: Sequence[int] = ()) -> StagedCopier:
+    """`direct`, the CUDA kernel on the rank's own GPU, with a ring of `nbytes`, or of the usual size.
 
     Raises:
         CopyError: as StagedCopier, and where the driver has no batches of copies.
     """
     assert isinstance(direct, CudaPageCopier)
+    if nbytes is None:
+        memory: int = torch.cuda.get_device_properties(direct.device_planes[0].device).total_memory
+        nbytes = min(STAGING_BYTES, memory // STAGING_SHARE)
 
     def scatter(planes: Sequence[torch.Tensor]) -> CudaPageCopier:
         return CudaPageCopier(planes, direct.device_planes, direct.page_size)

@@ -130,8 +130,10 @@ DEFAULT_TUNING: Final[Mapping[tuple[Direction, Locality], CudaTuning]] = {
 }
 
 #: Of the ring that loads from host memory go through (copies/staged.py). Each of its two slots then has 64K tokens of a
-#: layer of Qwen3-30B-A3B in bf16 (2 KiB a token).
+#: layer of Qwen3-30B-A3B in bf16 (2 KiB a token). On a small GPU a 512th of its memory, for SGLang has planned with all
+#: that it found free.
 STAGING_BYTES: Final = 256 << 20
+STAGING_SHARE: Final = 512
 
 #: Pages below this many bytes are a bulk copy each, and a multiprocessor issues too few of them: at 1 KiB (page size 1)
 #: eight blocks reach 46 % of an NVLink that sixteen of the register variant fill (docs/results/copy_sweep.jsonl). Host

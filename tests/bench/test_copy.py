@@ -212,7 +212,9 @@ class FakeStaged:
 
     forgets = False
 
-    def __init__(self, direct: FakeCopier, nbytes: int) -> None:
+    ring_bytes = 7 << 20
+
+    def __init__(self, direct: FakeCopier) -> None:
         self.direct, self.staged_loads = direct, 0
 
     def make_signals(self, num_parts: int) -> Any:

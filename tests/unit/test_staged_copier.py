@@ -449,6 +449,19 @@ def test_a_ring_that_the_gpu_has_no_room_for_is_refused(monkeypatch: pytest.Monk
     )
 
 
+@pytest.mark.parametrize(("memory", "ring"), [(141 << 30, 256 << 20), (24 << 30, 48 << 20)])
+def test_the_usual_ring_is_small_on_a_small_gpu(monkeypatch: pytest.MonkeyPatch, memory: int, ring: int) -> None:
+    properties = SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(staged, "CopyEngine", lambda: None)
+    monkeypatch.setattr(staged, "CudaPageCopier", Kernel)
+    with fake_cuda() as cuda:
+        scene = Scene(cuda, 4)
+        monkeypatch.setattr(Kernel, "__init__", lambda *arguments: None)
+        assert staged.staged(scene.direct).ring_bytes == ring
+        assert staged.staged(scene.direct, 5 << 20).ring_bytes == 5 << 20
+
+
 def test_a_ring_smaller_than_its_pages_is_refused() -> None:
     with fake_cuda() as cuda, pytest.raises(CopyError, match="A staging ring of 0 bytes has no room for pages of 64"):
         Scene(cuda, 0)
