@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,16 @@ def gpu_count() -> int:
 if gpu_count() == 0:
     # Without a GPU SGLang has its CPU engine or nothing; child processes inherit this.
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """SIGTERM, as `timeout` sends it, is an interrupt: servers end with the tests that started them."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -275,6 +275,10 @@ class _Forker:
         timer.start()
         try:
             return self._read()
+        except BaseException:  # an interrupt, mostly
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            raise
         finally:
             timer.cancel()
 
