@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 PLANES_PER_LAYER = 2
 
+#: Rows that are on the CPU too, or not.
+OnCpu = torch.Tensor | None
+
 
 class PageCopier(ABC):
     """Copies pages between `tier_planes` and `device_planes`, which stay fixed for its whole life.
@@ -79,7 +82,7 @@ class PageCopier(ABC):
         device_rows: torch.Tensor,
         planes: range,
         signals: LoadSignals,
-        tier_rows_on_cpu: torch.Tensor | None = None,
+        tier_rows_on_cpu: OnCpu = None,
     ) -> None:
         """`load` that tells when each of `signals.num_parts` equal parts of `planes`, in order, is there.
 
@@ -87,7 +90,9 @@ class PageCopier(ABC):
             signals: from `make_signals`; the load before that used them is complete.
             tier_rows_on_cpu: the same values as `tier_rows`, which a copier may use.
         """
-        raise NotImplementedError(f"the copier {self.name!r} has no signals")
+        signals.check_parts(planes)
+        if self._num_pages(tier_rows, device_rows, planes):
+            self._copy_signalling(tier_rows, device_rows, planes, signals, tier_rows_on_cpu)
 
     def store(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range) -> None:
         """Enqueue GPU -> tier for `planes` on the current stream; as `load`, the other way."""
@@ -113,3 +118,9 @@ class PageCopier(ABC):
     @abstractmethod
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
         """Enqueue one direction; arguments are checked and there is at least one page and one plane."""
+
+    def _copy_signalling(
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals, on_cpu: OnCpu
+    ) -> None:
+        """`load_signalling`, likewise, of a copier that makes signals; `on_cpu` is its `tier_rows_on_cpu`."""
+        raise NotImplementedError(f"the copier {self.name!r} has no signals")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sglang_xmem.copies import nvrtc
-from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.base import OnCpu, PageCopier
 from sglang_xmem.copies.remote import CopyingGpu, give_access
 from sglang_xmem.copies.signals import NOBODY, Counters, LoadSignals
 from sglang_xmem.copies.signals import supported as signals_supported
@@ -112,18 +112,6 @@ class CudaPageCopier(PageCopier):
             return None
         return LoadSignals(num_parts, self._device, remote=self._runs_on is not None)
 
-    def load_signalling(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        planes: range,
-        signals: LoadSignals,
-        tier_rows_on_cpu: torch.Tensor | None = None,
-    ) -> None:
-        signals.check_parts(planes)
-        if self._num_pages(tier_rows, device_rows, planes):
-            self._load(tier_rows, device_rows, planes, signals)
-
     def start(
         self,
         tier_rows: torch.Tensor,
@@ -157,6 +145,11 @@ class CudaPageCopier(PageCopier):
             self._load(tier_rows, device_rows, planes)
         else:
             self._store(device_rows, tier_rows, planes)
+
+    def _copy_signalling(
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals, on_cpu: OnCpu
+    ) -> None:
+        self._load(tier_rows, device_rows, planes, signals)
 
 
 class _Launcher:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.base import OnCpu, PageCopier
 from sglang_xmem.copies.signals import NOBODY, LoadSignals
 
 if TYPE_CHECKING:
@@ -46,17 +46,10 @@ class SharedCopier(PageCopier):
     def make_signals(self, num_parts: int) -> LoadSignals | None:
         return self._copiers[-1].make_signals(num_parts)  # as a relay has them: another GPU raises the counters
 
-    def load_signalling(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        planes: range,
-        signals: LoadSignals,
-        tier_rows_on_cpu: torch.Tensor | None = None,
+    def _copy_signalling(
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals, on_cpu: OnCpu
     ) -> None:
-        signals.check_parts(planes)
-        if self._num_pages(tier_rows, device_rows, planes):
-            self._deal(tier_rows, device_rows, planes, load=True, signals=signals)
+        self._deal(tier_rows, device_rows, planes, load=True, signals=signals)
 
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
         self._deal(tier_rows, device_rows, planes, load=load, signals=None)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_xmem.copies.base import PLANES_PER_LAYER, PageCopier
+from sglang_xmem.copies.base import PLANES_PER_LAYER, OnCpu, PageCopier
 from sglang_xmem.copies.cuda import CudaPageCopier
 from sglang_xmem.copies.engine import CopyEngine
 from sglang_xmem.copies.signals import LoadSignals
@@ -150,12 +150,11 @@ class StagedCopier(PageCopier):
                 for slot in range(SLOTS)
             ]
         )
-        #: First byte of K and V of each layer in the tier, shape (layers, 2).
-        starts = np.array([plane.data_ptr() for plane in self.tier_planes])
-        self._tier_starts = starts.reshape(-1, PLANES_PER_LAYER) if self.num_planes % PLANES_PER_LAYER == 0 else None
+        #: First byte of each plane in the tier.
+        self._tier_starts = np.array([plane.data_ptr() for plane in self.tier_planes])
         size = self.tier_planes[0].numel()
         #: Of any plane: its pieces are cut there in all of them, which is simpler than by plane and costs a piece.
-        self._seams = sorted({at - int(start) for at in pinned for start in starts if 0 < at - start < size})
+        self._seams = sorted({at - int(start) for at in pinned for start in self._tier_starts if 0 < at - start < size})
         self._stream = torch.cuda.Stream(self._device)
         self._begin = torch.cuda.Event()
         self._filled, self._emptied = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
@@ -170,18 +169,10 @@ class StagedCopier(PageCopier):
     def make_signals(self, num_parts: int) -> LoadSignals | None:
         return self._direct.make_signals(num_parts)
 
-    def load_signalling(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        planes: range,
-        signals: LoadSignals,
-        tier_rows_on_cpu: torch.Tensor | None = None,
+    def _copy_signalling(
+        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals, on_cpu: OnCpu
     ) -> None:
-        signals.check_parts(planes)
-        if not self._num_pages(tier_rows, device_rows, planes):
-            return
-        chunks = self._worth_staging(tier_rows_on_cpu, planes, signals)
+        chunks = self._worth_staging(on_cpu, planes, signals)
         if chunks is None:
             self._direct.load_signalling(tier_rows, device_rows, planes, signals)
             return
@@ -197,11 +188,9 @@ class StagedCopier(PageCopier):
     def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
         (self._direct.load if load else self._direct.store)(tier_rows, device_rows, planes)
 
-    def _worth_staging(self, rows: torch.Tensor | None, planes: range, signals: LoadSignals) -> list[Chunk] | None:
+    def _worth_staging(self, rows: OnCpu, planes: range, signals: LoadSignals) -> list[Chunk] | None:
         """The chunks of a load that the ring makes faster; None of one that it does not."""
-        if rows is None or self._tier_starts is None:
-            return None
-        if planes.start % PLANES_PER_LAYER or len(planes) != PLANES_PER_LAYER * signals.num_parts:
+        if rows is None or planes.start % PLANES_PER_LAYER or len(planes) != PLANES_PER_LAYER * signals.num_parts:
             return None
         plane_bytes = rows.numel() * self.page_bytes
         if plane_bytes * PLANES_PER_LAYER < MIN_LAYER_BYTES:
@@ -218,8 +207,7 @@ class StagedCopier(PageCopier):
         Raises:
             CopyError: the driver refuses; layers before that are enqueued, and raise their counters.
         """
-        assert self._tier_starts is not None
-        layers = self._tier_starts[planes.start // PLANES_PER_LAYER : planes.stop // PLANES_PER_LAYER]
+        layers = self._tier_starts[planes.start : planes.stop].reshape(-1, PLANES_PER_LAYER)
         # What the engine is told and which rows the kernel is, for all layers and slots at once.
         arrays, todo = [], []
         for chunk in chunks:
