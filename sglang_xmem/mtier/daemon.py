@@ -25,7 +25,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "TiB": 1 << 40,
 }
 
-#: Left free on a GPU: for page tables, and for the service's context there, about 0.5 GB, which comes with the bank's
+#: Left free on a GPU: for page tables, and for the service's context there, about 0.6 GB, which comes with the bank's
 #: first allocation.
 GPU_RESERVE_BYTES = 1 << 30
 

@@ -1,7 +1,7 @@
 """Tier `peer`: HBM of other GPUs of this host, over NVLink where there is one.
 
 Memory comes from CUDA's virtual memory management: physical memory created on the peer and mapped into this process.
-The driver gives it back when the process ends, however it ends. A CUDA context on the peer (about 0.5 GB) keeps it
+The driver gives it back when the process ends, however it ends. A CUDA context on the peer (about 0.6 GB) keeps it
 awake, since a resting GPU serves its memory more slowly, and lets an idle peer run the copies.
 """
 
