@@ -90,6 +90,24 @@ def attribute(gpu: int, name: str) -> int:
     return int(checked(d.cuDeviceGetAttribute(key, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), name))
 
 
+def peer_atomics(gpu: int, peer: int) -> bool:
+    """Whether additions by kernels on `gpu` to integers in memory of `peer` are atomic, as they are over NVLink.
+
+    Over PCIe such an addition is a read and a write, and one of two at a time may be lost.
+    """
+    d = driver()
+    a, b = (checked(d.cuDeviceGet(i), f"opening GPU {i}") for i in (gpu, peer))
+    # All operations of CUDA, or since CUDA 13 some: an integer addition is the first that any link has.
+    for name in ("NATIVE_ATOMIC_SUPPORTED", "ONLY_PARTIAL_NATIVE_ATOMIC_SUPPORTED"):
+        key = getattr(d.CUdevice_P2PAttribute, f"CU_DEVICE_P2P_ATTRIBUTE_{name}", None)
+        if key is None:
+            continue  # cuda-bindings of before
+        status, value = d.cuDeviceGetP2PAttribute(key, a, b)
+        if not status.value and value:  # an older driver refuses the question
+            return True
+    return False
+
+
 def hold_context(gpu: int, undo: ExitStack) -> Any:
     """Keep a GPU's primary context until `undo`, and return it; it becomes current nowhere.
 

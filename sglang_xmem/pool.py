@@ -70,7 +70,8 @@ class TierPool:
         self._planes = [range(PLANES_PER_LAYER * layer, PLANES_PER_LAYER * (layer + 1)) for layer in range(num_layers)]
         self._all_planes = range(PLANES_PER_LAYER * num_layers)
         self._signals: list[LoadSignals] = []
-        self._storage_lock = threading.Lock()
+        self._storage_lock = threading.Lock()  # SGLang's storage threads may still run when the pool is closed
+        self._closed = False
         self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if device.type == "cuda":
             self._warm_pinned_cache()
@@ -183,28 +184,29 @@ class TierPool:
 
         For storage threads, not the scheduler thread.
         """
-        rows = self._rows_of_page(row)
-        if rows[0].device.type == "cpu":
-            return torch.stack(rows).flatten()
-        assert self._storage_stream is not None
-        with self._storage_lock, torch.cuda.stream(self._storage_stream):
-            return torch.stack(rows).flatten().cpu()
+        with self._storage_lock:
+            rows = self._rows_of_page(row)
+            if rows[0].device.type == "cpu":
+                return torch.stack(rows).flatten()
+            with torch.cuda.stream(self._storage_stream):
+                return torch.stack(rows).flatten().cpu()
 
     def write_page(self, row: int, page: torch.Tensor) -> None:
         """Put bytes that `read_page` gave back; in place when this returns.
 
         For storage threads, not the scheduler thread.
         """
-        rows = self._rows_of_page(row)
-        source = page.view(torch.uint8).view(len(rows), *rows[0].shape)
-        if rows[0].device.type == "cpu":
-            for target, part in zip(rows, source, strict=True):
-                target.copy_(part)
-            return
-        assert self._storage_stream is not None
-        with self._storage_lock, torch.cuda.stream(self._storage_stream):
-            torch._foreach_copy_(rows, list(source.to(self.device).unbind()))
-            self._storage_stream.synchronize()
+        with self._storage_lock:
+            rows = self._rows_of_page(row)
+            source = page.view(torch.uint8).view(len(rows), *rows[0].shape)
+            if rows[0].device.type == "cpu":
+                for target, part in zip(rows, source, strict=True):
+                    target.copy_(part)
+                return
+            assert self._storage_stream is not None
+            with torch.cuda.stream(self._storage_stream):
+                torch._foreach_copy_(rows, list(source.to(self.device).unbind()))
+                self._storage_stream.synchronize()
 
     def as_kv(self, dtype: torch.dtype, heads: int, head_dim: int) -> Any:
         """The bytes as HiCache's K and V: what `[kind][layer]` takes a plane of shape (tokens, heads, head_dim) out of.
@@ -217,16 +219,24 @@ class TierPool:
         return [[plane.view(dtype).view(self.num_tokens, heads, head_dim) for plane in kind] for kind in self.bytes]
 
     def _rows_of_page(self, row: int) -> list[torch.Tensor]:
-        """A page's rows of each plane, in the order of a storage page: K of all layers before V."""
+        """A page's rows of each plane, in the order of a storage page: K of all layers before V.
+
+        Raises:
+            RuntimeError: the pool is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the pool is closed")
         return [plane[row : row + self.page_size] for kind in self.bytes for plane in kind]
 
     def close(self) -> None:
-        """Give the memory back; idempotent. Waits for the device, so that no copy is under way."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._copier = None
-        self.bytes = []
-        self._region.release()
+        """Give the memory back; idempotent. Waits for the device and for storage threads: no copy is under way."""
+        with self._storage_lock:
+            self._closed = True
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._copier = None
+            self.bytes = []
+            self._region.release()
 
     def _warm_pinned_cache(self) -> None:
         """Have torch's pinned cache hold a block of every size that `stage_rows` asks for.

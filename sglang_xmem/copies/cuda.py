@@ -107,8 +107,12 @@ class CudaPageCopier(PageCopier):
         where = "" if self._runs_on is None else f" on GPU {self._runs_on}"
         return f"{self.name}{where} (load: {self.load_tuning}; store: {self.store_tuning})"
 
+    def can_signal(self) -> bool:
+        """Whether this copier's loads can raise counters on the rank's GPU, and streams there wait for them."""
+        return signals_supported(self._device, self._runs_on)
+
     def make_signals(self, num_parts: int) -> LoadSignals | None:
-        if not signals_supported(self._device):
+        if not self.can_signal():
             return None
         return LoadSignals(num_parts, self._device, remote=self._runs_on is not None)
 

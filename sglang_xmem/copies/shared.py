@@ -44,6 +44,8 @@ class SharedCopier(PageCopier):
         return f"{own}, and as many pages each by {'; '.join(relays)}"
 
     def make_signals(self, num_parts: int) -> LoadSignals | None:
+        if not all(copier.can_signal() for copier in self._copiers):
+            return None
         return self._copiers[-1].make_signals(num_parts)  # as a relay has them: another GPU raises the counters
 
     def _copy_signalling(

@@ -94,9 +94,15 @@ class LoadSignals:
         self._waited = (stream, part)
 
 
-def supported(device: torch.device) -> bool:
-    """Whether streams of this GPU can wait for values in memory."""
-    return bool(gpus.attribute(_index(device), "CAN_USE_64_BIT_STREAM_MEM_OPS"))
+def supported(device: torch.device, copying_gpu: int | None = None) -> bool:
+    """Whether streams of this GPU can wait for values in memory that `copying_gpu`, if not itself, adds to.
+
+    An addition that gets lost would let the forward pass wait forever: the copier has to have atomic ones.
+    """
+    index = _index(device)
+    if not gpus.attribute(index, "CAN_USE_64_BIT_STREAM_MEM_OPS"):
+        return False
+    return copying_gpu is None or gpus.peer_atomics(copying_gpu, index)
 
 
 def _index(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -45,10 +46,12 @@ class DramSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DramSeat(msgspec.Struct, frozen=True):
-    """A rank's NUMA node (None leaves placement to the kernel) and its relays."""
+    """A rank's NUMA node (None leaves placement to the kernel), its relays, and the bytes that it may take of the node:
+    ranks that share a node share its room."""
 
     numa_node: int | None
     relays: tuple[int, ...] = ()
+    share_bytes: int | None = None
 
 
 class DramTier(MemoryTier):
@@ -76,13 +79,17 @@ class DramTier(MemoryTier):
             if len(nodes) > 1:
                 _libnuma()
         _check_relays(settings.relays, ranks)
-        seats = []
-        for index, gpu in enumerate(ranks.gpus):
+        chosen: list[int | None] = []
+        for gpu in ranks.gpus:
             node = settings.numa_node
             if node is None and gpu is not None and len(nodes) > 1:
                 node = gpus.numa_node(gpu)
                 if node is not None:
                     _libnuma()
+            chosen.append(node if len(nodes) > 1 else None)
+        users = Counter(chosen)
+        seats = []
+        for index, (gpu, node) in enumerate(zip(ranks.gpus, chosen, strict=True)):
             relays = settings.relays[index :: len(ranks.gpus)]
             for relay in relays:
                 assert gpu is not None
@@ -90,13 +97,16 @@ class DramTier(MemoryTier):
                     raise TierUnavailable(
                         f"GPU {relay}, which dram.relays names, has no peer access to GPU {gpu}; name another GPU"
                     )
-            seats.append(DramSeat(numa_node=node if len(nodes) > 1 else None, relays=relays))
+            # All ranks ask for room before any has touched its memory, and a bound thread that finds none is killed.
+            share = None if node is None else _node_available_bytes(node) // users[node]
+            seats.append(DramSeat(node, relays, share))
         return tuple(seats)
 
     def capacity_bytes(self) -> int:
         if self.seat.numa_node is None:
             return int(psutil.virtual_memory().available)
-        return _node_available_bytes(self.seat.numa_node)
+        available = _node_available_bytes(self.seat.numa_node)
+        return available if self.seat.share_bytes is None else min(available, self.seat.share_bytes)
 
     def allocate(self, nbytes: int, parts: int = 1) -> Region:
         undo = ExitStack()
@@ -109,6 +119,10 @@ class DramTier(MemoryTier):
                 ) from None
             with suppress(AttributeError, OSError):
                 mapping.madvise(mmap.MADV_HUGEPAGE)  # fewer faults and TLB misses; a hint, so no error if refused
+            if self.gpu is not None:
+                # The GPU writes to these pages; a forked child's copy-on-write would leave this process with others.
+                with suppress(OSError):  # a precaution: nothing here forks
+                    mapping.madvise(mmap.MADV_DONTFORK)
             views = [(ctypes.c_uint8 * nbytes).from_buffer(mapping)]
             address = ctypes.addressof(views[0])
 

@@ -279,6 +279,22 @@ def test_nodes_are_those_with_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert dram._nodes() == []
 
 
+def test_ranks_of_a_node_share_its_room(two_nodes: FakeNuma) -> None:
+    """All ask before any of them has touched its memory."""
+    node = [10 + 5 + 2, 2 * (10 + 5 + 2)]
+
+    def rooms(ranks: tuple[int | None, ...], **settings: Any) -> list[float]:
+        given = DramSettings(**settings)
+        seats = DramTier.seats(given, Ranks(gpus=ranks))
+        return [DramTier(given, seat, gpu).capacity_bytes() / MIB for seat, gpu in zip(seats, ranks, strict=True)]
+
+    assert rooms((0, 1)) == node
+    assert rooms((0, 0, 1)) == [node[0] / 2, node[0] / 2, node[1]]
+    assert rooms((0, 1, None), numa_node=1) == pytest.approx([node[1] / 3] * 3, abs=1e-6)
+    # What others have taken of the node since is gone too.
+    assert DramTier(DramSettings(), DramSeat(0, share_bytes=1 << 40), 0).capacity_bytes() == node[0] * MIB
+
+
 def test_room_is_the_nodes_or_the_machines(two_nodes: FakeNuma) -> None:
     assert tier(numa_node=1).capacity_bytes() == 2 * (10 + 5 + 2) * MIB
     assert tier().capacity_bytes() > MIB
@@ -428,6 +444,26 @@ def test_a_failing_registration_is_told_and_undone(
     assert "--hicache-size" in message
     assert "\n" not in message
     assert pinning.registered == {}
+
+
+def flags_of_mapping(address: int) -> set[str]:
+    """VmFlags of the mapping at an address: proc(5), smaps."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if span:
+            inside = int(span[1], 16) <= address < int(span[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    pytest.skip("this kernel does not tell a mapping's flags")
+
+
+def test_a_forked_child_does_not_get_pinned_memory(pinning: FakeDriver, mappings: list[mmap.mmap]) -> None:
+    """Else the child keeps the pages that the GPU writes to, and this process gets others when it writes."""
+    for gpu in (0, None):
+        region = tier(gpu=gpu).allocate(MIB)
+        assert ("dc" in flags_of_mapping(region.address)) is (gpu is not None)
+        region.release()
 
 
 def test_another_address_on_the_gpu_is_refused_and_undone(pinning: FakeDriver, mappings: list[mmap.mmap]) -> None:

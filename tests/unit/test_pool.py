@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,6 +80,37 @@ def test_bytes_come_back(n_places: int) -> None:
     pool.close()
     pool.close()
     assert len(released) == 1
+    for late in (lambda: pool.read_page(PAGE), lambda: pool.write_page(PAGE, stored)):
+        with pytest.raises(RuntimeError, match="the pool is closed"):
+            late()
+
+
+def test_memory_is_given_back_behind_a_storage_thread() -> None:
+    """SGLang ends its storage threads after it has closed the pool."""
+    pool, released = pool_over(1)
+    reading, go_on, read = threading.Event(), threading.Event(), []
+    rows_of_page = pool._rows_of_page
+
+    def slowly(row: int) -> list[torch.Tensor]:
+        rows = rows_of_page(row)
+        reading.set()
+        assert go_on.wait(10)
+        assert not released
+        return rows
+
+    pool._rows_of_page = slowly  # type: ignore[method-assign]
+    reader = threading.Thread(target=lambda: read.append(pool.read_page(0)))
+    closer = threading.Thread(target=pool.close)
+    reader.start()
+    assert reading.wait(10)
+    closer.start()
+    closer.join(0.2)
+    assert closer.is_alive()
+    assert not released
+    go_on.set()
+    reader.join(10)
+    closer.join(10)
+    assert len(read) == len(released) == 1
 
 
 @pytest.mark.parametrize("required", [False, True])

@@ -31,6 +31,10 @@ class Share(TorchPageCopier):
         self.load_tuning = self.store_tuning = CudaTuning()
         self.started: list[Any] = []
         self.fails = False
+        self.signals = True
+
+    def can_signal(self) -> bool:
+        return self.signals
 
     def start(
         self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool, counters: Any = (0, 0)
@@ -160,6 +164,14 @@ def test_it_says_who_copies_and_has_a_relays_signals() -> None:
     assert isinstance(copier, PageCopier)
     assert copier.describe() == "copier 0, and as many pages each by copier 1; copier 2"
     assert copier.make_signals(7) == "signals of 2 for 7"
+
+
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_one_copier_that_cannot_signal_is_enough_for_none(without: int) -> None:
+    """A counter that it does not raise would be waited for without end."""
+    copier, shares, _ = shared(3)
+    shares[without].signals = False
+    assert copier.make_signals(7) is None
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

@@ -126,3 +126,43 @@ def test_support_is_asked_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "attribute", attribute)
     assert signals.supported(torch.device("cuda", 3)) is False
     assert asked == [(3, "CAN_USE_64_BIT_STREAM_MEM_OPS")]
+
+
+class Links:
+    """A driver that says 1 for some attributes of the link from GPU 5 to GPU 3 alone, and refuses others."""
+
+    CUdevice_P2PAttribute = driver.CUdevice_P2PAttribute
+
+    def __init__(self, has: str, refuses: str) -> None:
+        self.has, self.refuses = has, refuses
+
+    def cuDeviceGet(self, gpu: int) -> tuple[Any, int]:
+        return driver.CUresult.CUDA_SUCCESS, gpu
+
+    def cuDeviceGetP2PAttribute(self, attribute: Any, source: int, target: int) -> tuple[Any, int | None]:
+        if self.refuses and attribute.name.endswith(self.refuses):
+            return driver.CUresult.CUDA_ERROR_INVALID_VALUE, None
+        has = bool(self.has) and attribute.name == f"CU_DEVICE_P2P_ATTRIBUTE_{self.has}_SUPPORTED"
+        return driver.CUresult.CUDA_SUCCESS, int(has and (source, target) == (5, 3))
+
+
+@pytest.mark.parametrize(
+    ("has", "refuses", "atomic"),
+    [
+        ("NATIVE_ATOMIC", "", True),
+        ("NATIVE_ATOMIC", "_ONLY_PARTIAL_NATIVE_ATOMIC_SUPPORTED", True),
+        ("ONLY_PARTIAL_NATIVE_ATOMIC", "", True),
+        ("ACCESS", "", False),
+        ("", "_ONLY_PARTIAL_NATIVE_ATOMIC_SUPPORTED", False),
+    ],
+)
+def test_another_gpu_signals_where_its_additions_are_atomic(
+    monkeypatch: pytest.MonkeyPatch, has: str, refuses: str, atomic: bool
+) -> None:
+    """Peers over PCIe have access and no atomic additions, and one that is lost is waited for without end."""
+    monkeypatch.setattr(gpus, "attribute", lambda gpu, name: 1)
+    monkeypatch.setattr(gpus, "driver", lambda: Links(has, refuses))
+    device = torch.device("cuda", 3)
+    assert signals.supported(device) is True, "the rank's own GPU needs no link"
+    assert signals.supported(device, 5) is atomic
+    assert signals.supported(device, 4) is False
