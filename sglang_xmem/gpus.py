@@ -199,7 +199,8 @@ def processes(gpu: int) -> dict[int, int | None]:
 def foreign_use(gpu: int) -> str | None:
     """A clause that says who else uses a GPU, or None where it is free.
 
-    This process, its parent and its parent's other children (an engine's ranks) do not count.
+    This process does not count, and for one of an engine's ranks neither do its launcher and the other ranks. A
+    launcher has no ranks yet when it asks: children that it has are another engine's, and use their GPUs.
     """
     held = processes(gpu)
     foreign = sorted(held.keys() - _own_pids())
@@ -216,12 +217,9 @@ def foreign_use(gpu: int) -> str | None:
 def _own_pids() -> set[int]:
     own = {os.getpid()}
     with suppress(psutil.Error):
-        me = psutil.Process()
-        own.update(child.pid for child in me.children(recursive=True))
-        if _is_rank:  # else the parent is a shell or a service manager, whose other children are strangers
-            launcher = me.parent()
-            if launcher is not None:
-                own.update((launcher.pid, *(child.pid for child in launcher.children(recursive=True))))
+        launcher = psutil.Process().parent() if _is_rank else None
+        if launcher is not None:
+            own.update((launcher.pid, *(child.pid for child in launcher.children(recursive=True))))
     return own
 
 

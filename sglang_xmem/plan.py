@@ -124,20 +124,23 @@ class Placement:
         self._host_budget = host_budget
         self.passed_over = list(plan.passed_over)
         classes = tier_classes()
+        self._giving: MemoryTier | None = None
         self._tiers: list[MemoryTier] = [
             classes[c.tier](plan.options.tiers[c.tier], c.seats[rank], plan.ranks.gpus[rank]) for c in plan.candidates
         ]
 
     def first_tier(self) -> MemoryTier:
-        """The tier to size an automatic pool for: the first that is still there.
+        """The tier to size an automatic pool for: the first that is still there and has room.
 
         Raises:
             ConfigError: none is.
         """
         while self._tiers:
+            tier = self._tiers[0]
             try:
-                self._tiers[0].capacity_bytes()
-                return self._tiers[0]
+                if tier is not self._giving and tier.capacity_bytes() <= 0:
+                    raise TierUnavailable("it has no room left")
+                return tier
             except TierUnavailable as reason:
                 self._pass_over(reason)
         raise ConfigError(_nothing_left(self.plan.options, self.passed_over))
@@ -154,7 +157,9 @@ class Placement:
             tier = self._tiers[0]
             try:
                 _check_room(tier, nbytes, self._host_budget)
-                return tier, tier.allocate(nbytes, parts)
+                region = tier.allocate(nbytes, parts)
+                self._giving = tier
+                return tier, region
             except TierUnavailable as reason:
                 self._pass_over(reason)
         raise ConfigError(_nothing_left(self.plan.options, self.passed_over))

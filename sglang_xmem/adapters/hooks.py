@@ -28,6 +28,10 @@ class Hook(NamedTuple):
     why: str
 
 
+#: Targets that this package has patched.
+_placed: set[str] = set()
+
+
 def verify(hooks: tuple[Hook, ...]) -> None:
     """Raise UnsupportedSGLang unless every target is there with the expected parameters."""
     for hook in hooks:
@@ -44,7 +48,7 @@ def verify(hooks: tuple[Hook, ...]) -> None:
 
 
 def place(hooks: tuple[Hook, ...]) -> None:
-    """Verify, then patch through SGLang's registry, then check that each patch is in.
+    """Verify, then patch through SGLang's registry, then check that each patch is in. Placed hooks stay as they are.
 
     Raises:
         UnsupportedSGLang: a hook could not be placed.
@@ -52,9 +56,18 @@ def place(hooks: tuple[Hook, ...]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     verify(hooks)
-    for hook in hooks:
+    placed = _placed & HookRegistry._patched
+    new = [hook for hook in hooks if hook.target not in placed]
+    for hook in new:
+        # The registry patches a target once, and passes over what comes later without a word.
+        if hook.target in HookRegistry._patched:
+            raise UnsupportedSGLang(
+                f"another plugin has patched {hook.target}, so sglang_xmem cannot {hook.why}; leave that plugin out "
+                "(SGLANG_PLUGINS)"
+            )
         HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
     HookRegistry.apply_hooks()
     for hook in hooks:
         if not hasattr(pkgutil.resolve_name(hook.target), "__wrapped__"):
             raise UnsupportedSGLang(f"SGLang did not patch {hook.target}, needed to {hook.why}")
+    _placed.update(hook.target for hook in new)

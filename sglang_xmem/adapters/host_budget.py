@@ -40,12 +40,13 @@ def _budget(available_bytes: Callable[[], int], n_ranks: int) -> HostBudget:
 def _available_host_memory_bytes() -> Callable[[], int]:
     """SGLang's function, of the module where it is imported, else of its file alone."""
     loaded = sys.modules.get(_MODULE)
-    found: Callable[[], int] = getattr(loaded, _NAME) if loaded is not None else _from_file()
-    return found
+    found: Callable[..., int] = getattr(loaded, _NAME) if loaded is not None else _from_file()
+    # Asked only for sizes that were given, for which SGLang too goes on where it finds no cgroup of this process.
+    return functools.partial(found, allow_cgroup_fallback=True)
 
 
 @functools.cache
-def _from_file() -> Callable[[], int]:
+def _from_file() -> Callable[..., int]:
     package = importlib.util.find_spec("sglang")  # finds it; imports nothing
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("SGLang is not installed", name="sglang")
@@ -55,5 +56,5 @@ def _from_file() -> Callable[[], int]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: Callable[[], int] = getattr(module, _NAME)
+    found: Callable[..., int] = getattr(module, _NAME)
     return found

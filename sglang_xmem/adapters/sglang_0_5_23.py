@@ -256,21 +256,32 @@ def _publish(result: Any, server_args: Any, *, role: str, hf_config: Any = None,
 
 _placement: Placement | None = None
 _tier_names: list[str] = []
+#: Host RAM that this rank may claim, as it was when SGLang began to size an automatic pool.
+_sized_against: int | None = None
 
 
 def _host_budget(nbytes: int) -> int:
+    """Host RAM for a pool of so many bytes: SGLang's rule, also for a tier that is tried in place of another."""
     from sglang.srt.mem_cache.pool_host import base
 
+    # Within an automatic size SGLang's function answers with what it sized by, which may be another tier's room, less
+    # what has been asked for; and the machine's memory is the other ranks' meanwhile.
+    if _sized_against is not None:
+        return _sized_against
     budget = base.host_memory_budget_bytes
     return int(getattr(budget, "__wrapped__", budget)(nbytes))
 
 
 def _host_memory_budget_bytes(original: Any, requested_bytes: int = 0, *, auto_size: bool = False) -> int:
     """SGLang sizes an automatic pool by host RAM; where the tier is not host memory, by the tier's room."""
+    global _sized_against
     assert _placement is not None
     try:
         tier = _placement.first_tier()
-        if tier.locality is Locality.DEVICE:
+        device = tier.locality is Locality.DEVICE
+        if auto_size:
+            _sized_against = int(original(auto_size=not device))
+        if device:
             return tier.capacity_bytes()
     except ConfigError as error:
         refuse(str(error))

@@ -117,13 +117,14 @@ class MTierTier(MemoryTier):
         dealt = _deal(self._rooms(), size, parts)
         kind = "host memory" if self.gpu is None else "memory"
         banks = sorted(set(dealt))
+        for bank in banks:
+            self._check_kind(bank)
         with contextlib.ExitStack() as undo:
             start = {}
             for bank in banks:
                 start[bank] = self._malloc(bank, dealt.count(bank) * size)
                 release = _releaser(start[bank], self._context)
                 undo.callback(release)
-                self._check_address(bank, start[bank], dealt.count(bank) * size)
                 atexit.register(release)
             keep = undo.pop_all()
         summary = f"{kind} of mtier bank {', '.join(map(str, banks))}"
@@ -148,10 +149,21 @@ class MTierTier(MemoryTier):
             torch.cuda.synchronize(self.gpu)  # makes the context where nothing has; nothing is freed under a copy
             yield
 
-    def _check_address(self, bank: int, address: int, nbytes: int) -> None:
-        """A bank of the wrong kind of memory would end in a crash at the first copy."""
+    def _check_kind(self, bank: int) -> None:
+        """Refuse a bank of the wrong kind of memory, which would end in a crash at the first copy.
+
+        By a little of it: the whole of a host bank would be filled before it turned out that GPUs cannot use it.
+        """
+        address = self._malloc(bank, GRANULE_BYTES)
+        release = _releaser(address, self._context)
+        try:
+            self._check_address(bank, address)
+        finally:
+            release()
+
+    def _check_address(self, bank: int, address: int) -> None:
         if self.gpu is None:
-            if not _is_mapped(address, nbytes):
+            if not _is_mapped(address, GRANULE_BYTES):
                 raise TierUnavailable(f"bank {bank} is GPU memory, which SGLang on the CPU cannot use")
             return
         d = gpus.driver()

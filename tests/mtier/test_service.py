@@ -326,6 +326,25 @@ def test_graceful_stop_leaves_nothing(start_daemon: StartDaemon, tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".log"] == []
 
 
+def test_a_stderr_that_nobody_reads_holds_up_nobody(lib: Library, build: Path, tmp_path: Path) -> None:
+    """The one thread writes a line an allocation; a pipe holds 64 KiB of them."""
+    socket_path = tmp_path / "mtierd.sock"
+    command = [str(build / "mtierd"), "--socket", str(socket_path), "--bank", f"host:{64 * MIB}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        wait_until(socket_path.exists, 20)
+        assert lib.init() == SUCCESS
+        for _ in range(2000):
+            code, address = lib.malloc(0, GRANULE)
+            assert code == SUCCESS
+            assert lib.free(address) == SUCCESS
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
 # ---- who may connect, and where ----
 
 

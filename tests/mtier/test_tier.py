@@ -13,9 +13,9 @@ import pytest
 from conftest import StartDaemon
 from service import MIB, client_environment, wait_until
 
-from sglang_xmem.errors import ConfigError
-from sglang_xmem.tiers import Ranks
-from sglang_xmem.tiers.mtier import MTierSettings, MTierTier
+from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.tiers import Ranks, mtier
+from sglang_xmem.tiers.mtier import MTierSeat, MTierSettings, MTierTier
 
 needs_sdk = pytest.mark.skipif(
     importlib.util.find_spec("xmem") is None or importlib.util.find_spec("torch") is None,
@@ -130,6 +130,28 @@ def test_pool_round_trip(build: Path, fake_cuda: Path, start_daemon: StartDaemon
     environment = {**client_environment(build, daemon.socket_path), **driver}
     assert run(script, environment=environment) == "host memory of mtier bank 1"
     wait_until(lambda: daemon.available(1) == 64 * MIB, 1)
+
+
+def test_a_bank_of_the_wrong_kind_is_not_filled_to_find_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host bank's memory is populated, which no budget of host memory has allowed where a GPU's was planned."""
+    asked: list[tuple[str, int]] = []
+
+    def malloc(self: MTierTier, bank: int, nbytes: int) -> int:
+        asked.append(("malloc", nbytes))
+        return 4096
+
+    def check(self: MTierTier, bank: int, address: int) -> None:
+        assert address == 4096
+        raise TierUnavailable(f"bank {bank} is host memory that GPUs cannot address")
+
+    monkeypatch.setattr(MTierTier, "_rooms", lambda self: {0: 1 << 30})
+    monkeypatch.setattr(MTierTier, "_malloc", malloc)
+    monkeypatch.setattr(MTierTier, "_check_address", check)
+    freed = ("free", 4096)
+    monkeypatch.setattr(mtier, "_releaser", lambda address, context: lambda: asked.append(("free", address)))
+    with pytest.raises(TierUnavailable, match="bank 0 is host memory"):
+        MTierTier(MTierSettings(), MTierSeat((0,), (1 << 30,)), 0).allocate(512 * MIB, 4)
+    assert asked == [("malloc", mtier.GRANULE_BYTES), freed]
 
 
 @needs_sdk

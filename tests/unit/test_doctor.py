@@ -498,10 +498,24 @@ def test_host_budget_is_sglangs() -> None:
     assert base.HICACHE_HOST_MEMORY_RESERVE_BYTES == host_budget.RESERVE_BYTES
     from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
 
-    assert host_budget._available_host_memory_bytes() is available_host_memory_bytes
+    assert abs(host_budget._available_host_memory_bytes()() - available_host_memory_bytes()) < GB
     alone = host_budget._from_file()
     assert alone is not available_host_memory_bytes
     assert abs(alone() - available_host_memory_bytes()) < GB
+
+
+def test_a_given_size_does_not_need_the_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang too goes on then; an error would be one even where the tier is not host memory."""
+    module = pytest.importorskip("sglang.srt.mem_cache.host_memory")
+
+    def unknown(*_: Any) -> int:
+        raise RuntimeError("Cannot locate the process memory cgroup")
+
+    monkeypatch.setattr(module, "_cgroup_memory_headroom", unknown)
+    with pytest.raises(RuntimeError):
+        module.available_host_memory_bytes()
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=(10 << 30) + 8 * GB))
+    assert host_budget.launcher_host_budget(2)(GB) == 4 * GB
 
 
 def test_fallback_budget_leaves_what_sglang_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

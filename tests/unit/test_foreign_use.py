@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +34,22 @@ def test_foreign_use(
     monkeypatch.setattr(gpus, "memory_bytes", lambda gpu: (140 * GB, used))
     found = gpus.foreign_use(1)
     assert found is None if words is None else found is not None and words in found
+
+
+def test_children_of_a_launcher_are_another_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it plans it has no ranks yet. A rank's siblings are of its engine."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        monkeypatch.setattr(gpus, "processes", lambda gpu: {child.pid: GB})
+        monkeypatch.setattr(gpus, "memory_bytes", lambda gpu: (140 * GB, GB))
+        assert gpus.foreign_use(1) == f"GPU 1 is in use by process {child.pid}"
+        # As its sibling asks, whose parent is this process too.
+        code = (
+            "import sys; from sglang_xmem import gpus; gpus.mark_as_rank(); print(int(sys.argv[1]) in gpus._own_pids())"
+        )
+        for mark, own in (("gpus.mark_as_rank(); ", "True"), ("", "False")):
+            asked = [sys.executable, "-c", code.replace("gpus.mark_as_rank(); ", mark), str(child.pid)]
+            assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == own
+    finally:
+        child.kill()
+        child.communicate()

@@ -272,6 +272,20 @@ def removed_target_in_a_scheduler() -> None:
     _publish(record)
 
 
+def target_of_another_plugin_in_a_scheduler() -> None:
+    """SGLang's registry patches a target once, and passes over what comes later."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    _load_plugins()
+    record = _keyword_record(**KEYWORDS)
+    record.check_server_args()
+    HookRegistry.register(
+        "sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", lambda result, buffer_info: None, HookType.AFTER
+    )
+    HookRegistry.apply_hooks()
+    _publish(record)
+
+
 def unplanned_record_in_a_scheduler() -> None:
     _load_plugins()
     _publish(_keyword_record(**KEYWORDS))
@@ -344,6 +358,7 @@ SCENARIOS: tuple[Callable[[], Any], ...] = (
     removed_target_of_an_engine,
     removed_target_with_the_flag_off,
     removed_target_in_a_scheduler,
+    target_of_another_plugin_in_a_scheduler,
     unplanned_record_in_a_scheduler,
     keywords,
     flags,
@@ -518,6 +533,10 @@ def test_unknown_version_refuses_the_keyword_of_the_first_engine(reports: dict[s
         ("removed_target_of_a_command", ["has no", "L2TransferEngine.submit_host_to_device", "enqueue loads"]),
         ("removed_target_in_a_scheduler", ["has no", "L2TransferEngine.submit_host_to_device", "enqueue loads"]),
         (
+            "target_of_another_plugin_in_a_scheduler",
+            ["another plugin has patched", "get_mha_host_pool_cls", "put the host pool into a tier", "SGLANG_PLUGINS"],
+        ),
+        (
             "changed_target_of_a_command",
             [
                 "move_indices",
@@ -640,7 +659,7 @@ def test_a_hook_that_sglang_does_not_place_is_an_error(
 ) -> None:
     """SGLang logs a failing hook and goes on."""
     registry = ModuleType("sglang.srt.plugins.hook_registry")
-    lazy = SimpleNamespace(register=lambda target, function, kind: None, apply_hooks=lambda: None)
+    lazy = SimpleNamespace(register=lambda target, function, kind: None, apply_hooks=lambda: None, _patched=set())
     registry.__dict__.update(HookRegistry=lazy, HookType=str)
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
     with pytest.raises(UnsupportedSGLang, match=r"did not patch fake_sglang_part\.Target\.method, needed to hold the"):

@@ -17,11 +17,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sglang_xmem import plan as plan_module
 from sglang_xmem.adapters import sglang_0_5_23 as adapter
 from sglang_xmem.config import parse_options
-from sglang_xmem.plan import Placement, make_plan
-from sglang_xmem.tiers import Ranks, Region
-from sglang_xmem.tiers.dram import DramTier
+from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.plan import Candidate, Placement, Plan, make_plan
+from sglang_xmem.tiers import Locality, Ranks, Region
+from sglang_xmem.tiers.dram import DramSeat, DramTier
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -29,6 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": t
 PAGE_SIZES = (1, 2, 16, 64, 128, 256)
 #: (heads, head_dim)
 HEADS = ((2, 64), (1, 80), (3, 24), (8, 128))
+GB = 10**9
 POISON = 0xA5
 POISON_AGAIN = 0x5A
 DEVICE_PAGES = 6
@@ -473,3 +476,51 @@ def test_a_tier_without_room_ends_the_rank_in_one_sentence(
     assert len([line for line in said if line.startswith("sglang_xmem: ")]) == 1
     assert "the pool needs 0.00 GB a rank and there is room for 0.00 GB; lower --hicache-size" in said[-1]
     assert regions == []
+
+
+class _Full(DramTier):
+    """A device's memory with room for 130 GB that fails when it is asked for."""
+
+    locality = Locality.DEVICE
+
+    def capacity_bytes(self) -> int:
+        return 130 * GB
+
+    def allocate(self, nbytes: int, parts: int = 1) -> Region:
+        raise TierUnavailable("GPU 1 has no memory left")
+
+
+@pytest.mark.parametrize("locality", Locality)
+def test_an_automatic_size_of_another_tier_is_no_budget_of_host_memory(
+    monkeypatch: pytest.MonkeyPatch, locality: Locality
+) -> None:
+    """SGLang answers with what it sized the pool by, which was the first tier's room, and counts it down."""
+    from sglang.srt.mem_cache.pool_host import base
+
+    monkeypatch.setattr(_Full, "locality", locality)
+    monkeypatch.setattr(plan_module, "tier_classes", lambda: {"peer": _Full, "dram": DramTier})
+    monkeypatch.setattr(DramTier, "capacity_bytes", lambda self: 500 * GB)
+    given_out: list[int] = []
+
+    def allocate(self: DramTier, nbytes: int, parts: int = 1) -> Region:
+        given_out.append(nbytes)
+        return Region(0, nbytes, "a fake", lambda: None)
+
+    monkeypatch.setattr(DramTier, "allocate", allocate)
+    reserve = base.HICACHE_HOST_MEMORY_RESERVE_BYTES
+    available = [reserve + 60 * GB]
+    monkeypatch.setattr(base, "available_host_memory_bytes", lambda **_: available[0])
+    monkeypatch.setattr(adapter, "_sized_against", None)
+    candidates = (Candidate("peer", (DramSeat(None),)), Candidate("dram", (DramSeat(None),)))
+    plan = Plan(parse_options("auto", None), Ranks(gpus=(None,)), candidates, ())
+    placement = Placement(plan, 0, adapter._host_budget)
+    monkeypatch.setattr(adapter, "_placement", placement)
+    unhooked = getattr(base.host_memory_budget_bytes, "__wrapped__", base.host_memory_budget_bytes)
+    sized = adapter._host_memory_budget_bytes(unhooked, auto_size=True)
+    assert sized == (130 * GB if locality is Locality.DEVICE else 60 * GB)
+    available[0] = 0  # the other ranks have taken theirs; this one's share is still its own
+    with base.host_memory_budget_scope(int(0.8 * sized)):
+        with pytest.raises(ConfigError, match=r"the pool needs 90\.00 GB a rank and there is room for 60\.00 GB"):
+            Placement(plan, 0, adapter._host_budget).allocate(90 * GB)
+        tier, _ = placement.allocate(48 * GB)
+    assert (tier.name, given_out) == ("dram", [48 * GB])

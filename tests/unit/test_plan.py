@@ -75,6 +75,23 @@ def test_a_rank_passes_over_a_tier_that_was_taken_since(monkeypatch: pytest.Monk
     assert placement.passed_over == [("fake", "GPU 1 is in use by process 7")]
 
 
+def test_an_automatic_size_is_of_a_tier_with_room() -> None:
+    """SGLang ends with a traceback where it is told that there is none."""
+    placement = Placement(make_plan(options(fast=0), RANKS, None, budget), 0, budget)
+    assert placement.first_tier().name == "slowfake"
+    assert placement.passed_over == [("fake", "it has no room left")]
+    with pytest.raises(ConfigError, match="--hicache-xmem-tier fake cannot be used: it has no room left"):
+        Placement(make_plan(options("fake", fast=0), RANKS, None, budget), 0, budget).first_tier()
+
+
+def test_a_tier_that_the_pool_has_filled_is_still_its_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = Placement(make_plan(options("fake", fast=1000), RANKS, None, budget), 0, budget)
+    _, region = placement.allocate(1000)
+    monkeypatch.setattr(FakeTier, "capacity_bytes", lambda self: 0)
+    assert placement.first_tier().name == "fake"
+    region.release()
+
+
 def test_explicit_tier_never_falls_back() -> None:
     with pytest.raises(ConfigError, match=r"--hicache-xmem-tier fake cannot be used: the pool needs .* room for"):
         make_plan(options("fake", fast=100), RANKS, 1000, budget)

@@ -62,7 +62,9 @@ class Log {
             bytes_ -= lines_.front().size();
             lines_.pop_front();
         }
-        std::fputs(lines_.back().c_str(), stderr);
+        // A terminal that is held, or a pipe that nobody reads, must not hold the one thread that serves everybody.
+        pollfd out{STDERR_FILENO, POLLOUT, 0};
+        if (poll(&out, 1, 0) == 1 && (out.revents & POLLOUT) != 0) std::fputs(lines_.back().c_str(), stderr);
     }
 
     // The newest whole lines that fit into `bytes`.
