@@ -106,7 +106,7 @@ def _read_config(config: str | dict[str, Any] | None) -> dict[str, Any]:
                 raise ConfigError(f"{source} cannot be read ({reason}); name a readable JSON file.") from None
         try:
             config = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{source} is not JSON ({error}); give an object like '{{\"peer\": {{}}}}'.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{CONFIG_OPTION} must be a JSON object with a key a tier, not {json.dumps(config)}.")

@@ -75,7 +75,7 @@ def _add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hicache-use-xmem",
         action="store_true",
-        default=False,
+        default=None,
         help="Put the host pool of --enable-hierarchical-cache into a memory tier of sglang_xmem.",
     )
     group.add_argument(
@@ -106,7 +106,15 @@ def _from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
     if isinstance(layout, _Default):
         args.hicache_mem_layout = LAYOUT if getattr(args, "hicache_use_xmem", False) else layout.value
     record = original(cls, args)
-    if getattr(args, "hicache_use_xmem", False):
+    on = getattr(args, "hicache_use_xmem", False)
+    if on is None:  # neither on nor off; who says where the pool goes expects it there
+        for option, value, default in (
+            ("--hicache-xmem-tier", args.hicache_xmem_tier, AUTO),
+            ("--hicache-xmem-config", args.hicache_xmem_config, None),
+        ):
+            if value != default:
+                refuse(f"{option} {value} says nothing without --hicache-use-xmem; add that, or leave it out.")
+    if on:
         _attach(record, Request(tier=args.hicache_xmem_tier, config=args.hicache_xmem_config, from_cli=True))
     return record
 
@@ -121,6 +129,10 @@ class _ServerArgsFactory:
         self.original = original
 
     def __call__(self, **kwargs: Any) -> Any:
+        if "hicache_use_xmem" not in kwargs:
+            for name in ("hicache_xmem_tier", "hicache_xmem_config"):
+                if name in kwargs:
+                    raise ConfigError(f"{name} says nothing without hicache_use_xmem=True; add that, or leave it out.")
         on = kwargs.pop("hicache_use_xmem", False)
         tier = kwargs.pop("hicache_xmem_tier", AUTO)
         config = kwargs.pop("hicache_xmem_config", None)
@@ -166,6 +178,8 @@ def _plan(record: Any, request: Request) -> Plan:
     if not cfg.enable_hierarchical_cache:
         raise ConfigError("--hicache-use-xmem needs HiCache; add --enable-hierarchical-cache.")
     options = parse_options(request.tier, request.config)
+    if cfg.hicache_size < 0:
+        raise ConfigError(f"--hicache-size {cfg.hicache_size} is no size; give GB a rank, or 0 for --hicache-ratio's.")
     for option, value, supported in (
         ("--hicache-mem-layout", cfg.hicache_mem_layout, (LAYOUT,)),
         ("--hicache-io-backend", cfg.hicache_io_backend, (IO_BACKEND,)),

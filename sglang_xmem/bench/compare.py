@@ -8,6 +8,7 @@ has one sample, nothing is said.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from sglang_xmem.bench import report, stats
 from sglang_xmem.errors import ConfigError
 
-FASTER, SLOWER, NOISE, UNKNOWN = "faster", "slower", "noise", "one sample"
+FASTER, SLOWER, NOISE, UNKNOWN, MISSING = "faster", "slower", "noise", "one sample", "not measured"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Change:
         what: values that name the row.
         a, b: the metric.
         spread: of the wider side, in the metric's unit; None with one sample.
-        verdict: faster, slower, noise or "one sample".
+        verdict: faster, slower, noise, "one sample", or "not measured" where B has the row and no number, such as a hit
+            that no sample has proof of.
     """
 
     what: tuple[Any, ...]
@@ -68,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", help="FILE, FILE#RUN or RUN")
     parser.add_argument("b", help="the same")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder where runs are looked for")
-    parser.add_argument("--fail-on-slower", action="store_true", help="exit with 1 if anything is slower")
+    parser.add_argument(
+        "--fail-on-slower", action="store_true", help="exit with 1 if anything is slower or not measured"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
         [
             " ".join(_label(value) for value in change.what),
             f"{change.a:.2f}",
-            f"{change.b:.2f}",
-            f"{change.change:+.1%}",
+            "-" if change.verdict == MISSING else f"{change.b:.2f}",
+            "-" if change.verdict == MISSING else f"{change.change:+.1%}",
             "-" if change.spread is None else f"{change.spread:.2f}",
             change.verdict,
         ]
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         values = [{str(row.get(name)) for row in rows} for rows in (a, b)]
         if values[0] != values[1]:
             print(f"not the same {name}: A {', '.join(sorted(values[0]))}, B {', '.join(sorted(values[1]))}")
-    return 1 if args.fail_on_slower and any(change.verdict == SLOWER for change in changes) else 0
+    return 1 if args.fail_on_slower and any(change.verdict in (SLOWER, MISSING) for change in changes) else 0
 
 
 def _label(value: Any) -> str:
@@ -124,6 +128,8 @@ def load(name: str, results: Path) -> list[dict[str, Any]]:
     else:
         candidates = [p for p in sorted(results.glob("*.jsonl")) if not p.name.endswith(".runs.jsonl")]
         found = [row for p in candidates for row in report.rows_of_run(report.read_rows(p), name)]
+        # Timelines have the id of the run that they were recorded in.
+        found = [row for row in found if row.get("bench") in METRICS] or found
     if not found:
         raise ConfigError(f"{name} is neither a file with results nor a run in {results}/*.jsonl.")
     return found
@@ -139,7 +145,10 @@ def compare(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> list[Ch
             continue
         metric = METRICS[str(row["bench"])]
         first, second = metric.value(row), metric.value(match)
-        if not first or not second:
+        if not first:
+            continue
+        if not second:
+            changes.append(Change(report.identity(row)[1:], first, math.nan, None, MISSING))
             continue
         spreads = report.interval(row), report.interval(match)
         spread, verdict = None, UNKNOWN

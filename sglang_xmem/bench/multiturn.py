@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 from typing import Any
 
@@ -25,13 +26,21 @@ SERVER = "server"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_engine_arguments(parser, "hbm,stock,dram,peer")
     add_server_arguments(parser)
-    parser.add_argument("--agents", type=int, default=None, help="at work at once; default 8, with --quick 3")
-    parser.add_argument("--turns", type=int, default=None, help="requests of each; default 5, with --quick 3")
+    parser.add_argument(
+        "--agents", type=runs.at_least(1), default=None, help="at work at once; default 8, with --quick 3"
+    )
+    parser.add_argument(
+        "--turns", type=runs.at_least(1), default=None, help="requests of each; default 5, with --quick 3"
+    )
     parser.add_argument("--system-tokens", default=None, help="shared by all; default 2K, with --shape tiny 128")
     parser.add_argument("--context-tokens", default=None, help="an agent's own; default 28K, with --shape tiny 256")
     parser.add_argument("--turn-tokens", default=None, help="added by a turn; default 512, with --shape tiny 64")
-    parser.add_argument("--output-tokens", type=int, default=None, help="of an answer; default 128, tiny 16")
-    parser.add_argument("--think", type=float, default=None, help="mean s between turns; default 1, with --quick 0.05")
+    parser.add_argument(
+        "--output-tokens", type=runs.at_least(1), default=None, help="of an answer; default 128, tiny 16"
+    )
+    parser.add_argument(
+        "--think", type=runs.at_least(0, float), default=None, help="mean s between turns; default 1, with --quick 0.05"
+    )
     parser.add_argument(
         "--device-tokens", default=None, help="the GPU's KV pool; default: half of all agents' contexts, two at least"
     )
@@ -42,7 +51,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of benchmarks that also ask a running server."""
     parser.add_argument("--url", default=None, help="a running server, such as http://127.0.0.1:30000")
     parser.add_argument(
-        "--vocab", type=int, default=None, help="with --url: prompts' ids are below this; default 30000"
+        "--vocab", type=runs.at_least(2), default=None, help="with --url: prompts' ids are below this; default 30000"
     )
 
 
@@ -155,6 +164,7 @@ def measure(engine: Any, agents: Agents, measurement: Measurement) -> None:
     """All agents at once, each with its turns one after another."""
     with engine.concurrent(), threads(agents.agents) as pool:
         start = time.perf_counter()
+        over = threading.Event()
 
         def work(agent: int) -> None:
             prompt = agents.first(agent)
@@ -172,10 +182,14 @@ def measure(engine: Any, agents: Agents, measurement: Measurement) -> None:
                 measurement.step(f"turn {turn + 1} of {agents.turns}")
                 if turn + 1 < agents.turns:
                     prompt = agents.following(prompt, answer.output, agent, turn + 1)
-                    time.sleep(agents.think(agent, turn + 1))
+                    if over.wait(agents.think(agent, turn + 1)):
+                        return
 
-        for future in [pool.submit(work, agent) for agent in range(agents.agents)]:
-            future.result()
+        try:
+            for future in [pool.submit(work, agent) for agent in range(agents.agents)]:
+                future.result()
+        finally:
+            over.set()  # who thinks need not finish the thought
 
 
 def hit_ratios(samples: list[Sample]) -> dict[str, float]:

@@ -68,6 +68,8 @@ def read_rows(path: Path) -> list[Row]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a file of JSON Lines; name one.") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -76,14 +78,23 @@ def read_rows(path: Path) -> list[Row]:
                 if not isinstance(row, dict):
                     raise ValueError
                 rows.append(row)
-            except ValueError:
+            except (ValueError, RecursionError):
                 if number != len(lines):
                     raise ConfigError(f"line {number} of {path} is not a JSON object.") from None
     return rows
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a JSON Lines file."""
+    """Add rows to a JSON Lines file, in place of a last line that an ended process left unfinished."""
+    with path.open("a+b") as there:
+        there.seek(0)
+        whole, _, last = there.read().rpartition(b"\n")
+        if last:
+            try:
+                json.loads(last)
+                there.write(b"\n")
+            except ValueError:
+                there.truncate(len(whole) + 1 if whole else 0)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -131,10 +142,21 @@ def merged(rows: Iterable[Row]) -> list[Row]:
             row["ttft_ms"] = stats.summary(row["all_ms"])
             row["samples"] = sum(other["samples"] for other in group)
             row["samples_unproven"] = sum(other["samples_unproven"] for other in group)
+            _derive_again(row)
             if "outputs_equal" in row:
                 row["outputs_equal"] = all(other["outputs_equal"] for other in group)
         result.append(row)
     return result
+
+
+def _derive_again(row: Row) -> None:
+    """What follows from a row's TTFT, after that has become another."""
+    p50 = row["ttft_ms"]["p50"]
+    row.pop("transfer_hidden", None)  # that takes the HBM hit's as well
+    if p50 and "kv_bytes" in row:
+        row["gbps"] = round(stats.gbps(row["kv_bytes"], p50), 3)
+        if "link_gbps" in row:
+            row["link_share"] = round(stats.gbps(row["kv_bytes"], p50) / row["link_gbps"], 4)
 
 
 # ---- tables ----

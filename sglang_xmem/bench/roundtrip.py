@@ -13,18 +13,18 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sglang_xmem.bench import environment
+from sglang_xmem.bench import environment, runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tier", default="peer", help="peer or dram")
-    parser.add_argument("--gb", type=float, default=4.0, help="bytes of the pool in GB (1e9)")
-    parser.add_argument("--gpu", type=int, default=0)
-    parser.add_argument("--peer", type=int, default=1, help="GPU whose memory the peer tier takes")
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--row-bytes", type=int, default=1024, help="bytes of one token's K of one layer")
-    parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--calls", type=int, default=16, help="stores, and loads, that move the pages")
+    parser.add_argument("--gb", type=runs.at_least(0.001, float), default=4.0, help="bytes of the pool in GB (1e9)")
+    parser.add_argument("--gpu", type=runs.at_least(0), default=0)
+    parser.add_argument("--peer", type=runs.at_least(0), default=1, help="GPU whose memory the peer tier takes")
+    parser.add_argument("--layers", type=runs.at_least(1), default=48)
+    parser.add_argument("--row-bytes", type=runs.at_least(1), default=1024, help="bytes of one token's K of one layer")
+    parser.add_argument("--page-size", type=runs.at_least(1), default=64)
+    parser.add_argument("--calls", type=runs.at_least(1), default=16, help="stores, and loads, that move the pages")
     parser.add_argument("--output", type=Path, default=Path("roundtrip.jsonl"), help="JSON Lines file to append to")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import signal
 import sys
 import tempfile
@@ -35,6 +36,25 @@ from sglang_xmem.tiers import Locality, tier_classes
 #: Backends beside the tiers. `hbm` is SGLang without HiCache, `recompute` SGLang without any cache of prefixes,
 #: `auto` the tier that --hicache-xmem-tier auto takes.
 HBM, RECOMPUTE, STOCK, AUTO = "hbm", "recompute", "stock", "auto"
+#: Of a prompt; above what any model takes, and below what does not fit into memory as a list.
+MOST_TOKENS = 1 << 27
+#: Keywords of sgl.Engine that rows speak of, and that benchmarks have options of their own for.
+OWN_ENGINE_ARGUMENTS = frozenset(
+    {
+        "model_path",
+        "page_size",
+        "tp_size",
+        "random_seed",
+        "disable_radix_cache",
+        "enable_hierarchical_cache",
+        "hicache_size",
+        "hicache_ratio",
+        "hicache_mem_layout",
+        "hicache_use_xmem",
+        "hicache_xmem_tier",
+        "hicache_xmem_config",
+    }
+)
 #: What ends a run that was interrupted, as a shell reports SIGINT.
 INTERRUPTED = 130
 
@@ -44,18 +64,34 @@ def backend_names() -> tuple[str, ...]:
     return (HBM, *tier_classes(), AUTO, STOCK, RECOMPUTE)
 
 
+def at_least(least: float, kind: type[int] | type[float] = int, most: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a finite number of a kind within limits."""
+
+    def number(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most):
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
+        return value
+
+    return number
+
+
 def parse_tokens(text: str) -> int:
     """`80K` is 81920 tokens.
 
     Raises:
-        ConfigError: not a positive number.
+        ConfigError: not a positive number, or more than any model takes.
     """
     text = text.strip()
     try:
         value = int(text[:-1]) * 1024 if text[-1:] in ("k", "K") else int(text)
     except ValueError:
         value = 0
-    if value < 1:
+    if not 1 <= value <= MOST_TOKENS:
         raise ConfigError(f"{text!r} is not a number of tokens; give one such as 512 or 80K.")
     return value
 
@@ -108,9 +144,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str) -> None
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--shape", choices=sorted(shapes.SHAPES), default="qwen3-30b-a3b", help="dummy weights")
     model.add_argument("--model", help="path of a model to run with its weights")
-    parser.add_argument("--page-size", type=int, default=None, help="tokens; default 64, with --shape tiny 16")
-    parser.add_argument("--tp-size", type=int, default=1)
-    parser.add_argument("--hicache-size", type=int, default=0, help="GB a rank; 0: what the workload needs, and some")
+    parser.add_argument("--page-size", type=at_least(1), default=None, help="tokens; default 64, with --shape tiny 16")
+    parser.add_argument("--tp-size", type=at_least(1), default=1)
+    parser.add_argument(
+        "--hicache-size", type=at_least(0), default=0, help="GB a rank; 0: what the workload needs, and some"
+    )
     parser.add_argument("--stock-layout", default="layer_first", choices=["layer_first", "page_first"])
     parser.add_argument("--attention-backend", default=None)
     parser.add_argument("--xmem-config", default=None, help="--hicache-xmem-config of the tier engines")
@@ -124,10 +162,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str) -> None
     parser.set_defaults(variants={})  # `settle` reads --variant; a server that runs already has none
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sgl.Engine keywords")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=900, help="seconds an engine may take")
+    parser.add_argument("--timeout", type=at_least(1, float), default=900, help="seconds an engine may take")
     parser.add_argument("--quick", action="store_true", help="the least that still shows something; says little")
     parser.add_argument(
-        "--max-unproven", type=float, default=0.2, help="share of samples without proof of their hit that fails a run"
+        "--max-unproven",
+        type=at_least(0, float, 1),
+        default=0.2,
+        help="share of samples without proof of their hit that fails a run",
     )
     parser.add_argument("--verbose", action="store_true", help="let the engines' logs through to stderr")
 
@@ -160,6 +201,10 @@ def settle(args: argparse.Namespace) -> None:
             raise ValueError
     except ValueError:
         raise ConfigError(f"--engine-args {args.engine_args!r} is not a JSON object; give one of keywords.") from None
+    for name in sorted(OWN_ENGINE_ARGUMENTS & args.engine_options.keys()):
+        raise ConfigError(f"--engine-args names {name}, which the benchmark sets itself; use its own options.")
+    if args.xmem_config is not None:
+        parse_options(AUTO, args.xmem_config)
     args.config = shapes.SHAPES[args.shape] if args.model is None else _model_config(Path(args.model))
     args.kv = KVShape.of(args.config, args.tp_size, str(args.engine_options.get("kv_cache_dtype", "auto")))
 
@@ -376,6 +421,8 @@ class Results:
         self.key = hashlib.sha256(json.dumps([parameters, machine], sort_keys=True).encode()).hexdigest()[:12]
         self.run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
         self.done: set[tuple[str, int]] = set()
+        #: Rows of engines that are done.
+        self.earlier: list[dict[str, Any]] = []
         earlier = report.read_rows(self.path) if self.path.exists() else []
         if args.resume:
             mine = [row for row in earlier if row.get("bench") == bench and row.get("parameters") == self.key]
@@ -384,9 +431,14 @@ class Results:
                 self.done = {
                     (row["engine"], row.get("pass", 0)) for row in mine if row["run"] == self.run and row["complete"]
                 }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.earlier = [row for row in mine if row["run"] == self.run and row["complete"]]
         header = {"bench": bench, "run": self.run, "parameters": self.key, **about, "settings": parameters}
-        report.append_rows(self.path.with_name(f"{self.path.stem}.runs.jsonl"), [header])
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            report.append_rows(self.path, [])
+            report.append_rows(self.path.with_name(f"{self.path.stem}.runs.jsonl"), [header])
+        except OSError as error:
+            raise ConfigError(f"--output {self.path} cannot be written: {error.strerror}; name another file.") from None
 
     def write(self, rows: Sequence[dict[str, Any]], engine: str, sequence: int, complete: bool) -> list[dict[str, Any]]:
         """Append an engine's rows; `complete` says that they are all."""
@@ -463,6 +515,10 @@ def run_engines(
     for plan in plans:
         if plan not in todo:
             print(f"{plan.backend}: in {results.path} already, run {results.run}", file=sys.stderr)
+    for row in results.earlier:  # what was wrong with them still is
+        if text := check(row):
+            print(f"error: {row['engine']}: {text}", file=sys.stderr)
+            failed = True
     with Progress(sum(plan.steps for plan in todo)) as progress:
         for plan in todo:
             measurement = Measurement(progress)

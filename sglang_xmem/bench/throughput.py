@@ -28,11 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hit-ratios", default=None, help="percent that hits; default 0,50,80,90,100, with --quick 0,50,100"
     )
     parser.add_argument("--concurrency", default=None, help="requests at once; default 1,4,8, with --quick 2")
-    parser.add_argument("--output-tokens", type=int, default=None, help="of each request; default 16, with --quick 4")
     parser.add_argument(
-        "--requests", type=int, default=None, help="of each cell; default twice the largest concurrency"
+        "--output-tokens", type=runs.at_least(1), default=None, help="of each request; default 16, with --quick 4"
     )
-    parser.add_argument("--rounds", type=int, default=None, help="samples of each cell; default 3, with --quick 2")
+    parser.add_argument(
+        "--requests", type=runs.at_least(1), default=None, help="of each cell; default twice the largest concurrency"
+    )
+    parser.add_argument(
+        "--rounds", type=runs.at_least(1), default=None, help="samples of each cell; default 3, with --quick 2"
+    )
     runs.add_output_arguments(parser, "throughput")
 
 
@@ -259,4 +263,5 @@ def proven(answer: Any, backend: str, hit_tokens: int, page: int) -> bool:
     """Whether a request found what it should, where it should: a page more or less, as the last is computed again."""
     hit = answer.device if backend == HBM else answer.host
     other = answer.host if backend == HBM else answer.device
-    return bool(hit_tokens - 2 * page <= hit <= hit_tokens and other <= page)
+    least = max(hit_tokens - 2 * page, min(page, hit_tokens))
+    return bool(least <= hit <= hit_tokens and other <= page)

@@ -8,6 +8,7 @@ to do; with `--speed max` as many run at once as --concurrency says. The GPU's o
 from __future__ import annotations
 
 import argparse
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     multiturn.add_server_arguments(parser)
     parser.add_argument("--speed", default="real", help="real, a factor such as 4 (four times as fast), or max")
     parser.add_argument("--share", type=float, default=1.0, help="replay so many of the conversations, above 0 to 1")
-    parser.add_argument("--limit", type=int, default=None, help="the first so many requests; with --quick 20")
+    parser.add_argument(
+        "--limit", type=runs.at_least(1), default=None, help="the first so many requests; with --quick 20"
+    )
     parser.add_argument("--max-tokens", default=None, help="cut prompts to this length; with --shape tiny 1K")
     parser.add_argument(
-        "--max-output", type=int, default=None, help="cut answers to so many tokens; with --shape tiny 8"
+        "--max-output", type=runs.at_least(1), default=None, help="cut answers to so many tokens; with --shape tiny 8"
     )
-    parser.add_argument("--block-tokens", type=int, default=workloads.TRACE_BLOCK_TOKENS, help="tokens of one hash id")
-    parser.add_argument("--concurrency", type=int, default=64, help="requests that may run at once; without a GPU 4")
+    parser.add_argument(
+        "--block-tokens", type=runs.at_least(1), default=workloads.TRACE_BLOCK_TOKENS, help="tokens of one hash id"
+    )
+    parser.add_argument(
+        "--concurrency", type=runs.at_least(1), default=64, help="requests that may run at once; without a GPU 4"
+    )
     parser.add_argument(
         "--device-tokens", default=None, help="the GPU's KV pool; default: SGLang's, or 4 prompts on a CPU"
     )
@@ -183,9 +190,15 @@ def measure(engine: Any, replay: Replay, measurement: Measurement) -> None:
     with engine.concurrent(), threads(count) as pool:
         start = time.perf_counter()
 
+        failed = threading.Event()
+
         def send(request: TraceRequest, due_s: float | None) -> None:
             began = time.perf_counter() - start
-            answer = engine.ask(request.prompt, request.output_tokens)
+            try:
+                answer = engine.ask(request.prompt, request.output_tokens)
+            except BaseException:
+                failed.set()
+                raise
             measurement.add(
                 prompt_tokens=len(request.prompt),
                 began_s=began,
@@ -199,7 +212,9 @@ def measure(engine: Any, replay: Replay, measurement: Measurement) -> None:
         for request in replay.requests:
             due_s = None if replay.speed is None else request.arrival_s / replay.speed
             if due_s is not None:
-                time.sleep(max(0.0, due_s - (time.perf_counter() - start)))
+                failed.wait(max(0.0, due_s - (time.perf_counter() - start)))
+            if failed.is_set():
+                break
             futures.append(pool.submit(send, request, due_s))
         for future in futures:
             future.result()

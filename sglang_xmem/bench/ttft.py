@@ -36,9 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="prompt lengths in tokens, K is 1024; default 10K,40K,80K, with --shape tiny 256,1K",
     )
-    parser.add_argument("--rounds", type=int, default=None, help="samples of each hit; default 5, with --quick 2")
-    parser.add_argument("--passes", type=int, default=1, help="runs of each engine; every other one in reverse order")
-    parser.add_argument("--output-tokens", type=int, default=16, help="tokens that are compared")
+    parser.add_argument(
+        "--rounds", type=runs.at_least(1), default=None, help="samples of each hit; default 5, with --quick 2"
+    )
+    parser.add_argument(
+        "--passes", type=runs.at_least(1), default=1, help="runs of each engine; every other one in reverse order"
+    )
+    parser.add_argument("--output-tokens", type=runs.at_least(1), default=16, help="tokens that are compared")
     parser.add_argument(
         "--link-gbps",
         default=None,
@@ -63,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
     sizes = sorted(
         {runs.parse_tokens(text) for text in (args.sizes or ("256,1K" if tiny else "10K,40K,80K")).split(",")}
     )
+    if min(sizes) <= args.page_size:
+        raise ConfigError(
+            f"--sizes {min(sizes)} has no hit: hits are whole pages of {args.page_size} tokens and leave the last "
+            "token to compute; give more than a page."
+        )
     rounds = args.rounds or (2 if args.quick else 5)
     if args.timeline is not None and not args.on_gpu:
         raise ConfigError(f"--timeline {args.timeline} records GPUs, and this machine has none; leave it out.")
@@ -105,13 +114,15 @@ def run(args: argparse.Namespace) -> int:
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
         about = {"shape": args.model or args.shape, "page_size": args.page_size, "tp_size": args.tp_size}
         about["outputs_tell_prompts_apart"] = outputs_tell_prompts_apart(samples)
-        found = [{**row, **about} for row in summarize(samples, name, args.kv.bytes, links)]
+        # Each rank moves its part of the bytes through its own link.
+        of_all_ranks = {tier: gbps * args.tp_size for tier, gbps in links.items()}
+        found = [{**row, **about} for row in summarize(samples, name, args.kv.bytes, of_all_ranks)]
         return [outputs.compare(row, samples, plan.backend) for row in found]
 
     def check(row: dict[str, Any]) -> str | None:
         at = f"{row['backend']} at {row['prompt_tokens']} tokens"
         if not row["outputs_equal"]:
-            return f"{at}: the outputs differ from those of the first, uncached request"
+            return f"{at}: the outputs differ from those of the engine's first hit in HBM"
         wrong = runs.unproven(row, args.max_unproven)
         return wrong and f"{at}: {wrong}"
 
@@ -184,7 +195,7 @@ def _engine(args: argparse.Namespace, workload: Workload, backend: str) -> dict[
 
 
 def measure(engine: Any, workload: Workload, measurement: Measurement, tier: bool) -> None:
-    """Ask every prompt cold, then in rounds from the tier and from HBM.
+    """Ask every prompt cold and again, which is the reference of outputs, then in rounds from the tier and from HBM.
 
     A flood between samples pushes the prompt out of the GPU's pool. It asks for prompts that are in the tier
     themselves, which takes a fraction of the time that prefilling new ones would. A few of them come before the hit in
@@ -263,10 +274,11 @@ def record(engine: Any, workload: Workload, size: int, tier: bool) -> list[dict[
 
 def _is_hit(answer: Any, kind: str, size: int, page: int) -> bool:
     """Whether an answer's prompt came from where it should have."""
-    if kind == HBM:
-        return bool(answer.device >= size - 2 * page)
     # The last page is always computed again: its last token's logits are what the answer needs.
-    return bool(answer.host >= size - 2 * page and answer.device <= page)
+    least = max(size - 2 * page, page)
+    if kind == HBM:
+        return bool(answer.device >= least)
+    return bool(answer.host >= least and answer.device <= page)
 
 
 def _sample(answer: Any) -> dict[str, Any]:
@@ -323,9 +335,9 @@ def _transfer(row: dict[str, Any], token_bytes: int, link: float | None, hbm_ms:
 
 
 class _Outputs:
-    """Answers to the same uncached prompts, compared from engine to engine.
+    """Answers to the same prompts at their first hit in HBM, compared from engine to engine.
 
-    Within an engine every hit has to give what the uncached request gave; so this is the comparison across backends.
+    Within an engine every hit has to give what that gave; so this is the comparison across backends.
     A difference is shown and does not fail the run: it says that two engines compute differently, hits or not.
     """
 

@@ -225,6 +225,8 @@ def _entries(path: Path, limit: int | None, block_tokens: int) -> list[_Entry]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the trace {path} cannot be read: it is not UTF-8 text.") from None
     for number, line in enumerate(lines, 1):
         if limit is not None and len(entries) >= limit:
             break

@@ -210,7 +210,13 @@ def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arg
         (("ttft", "--backends", "dram", "--variant", "two"), "is not NAME=JSON"),
         (("ttft", "--backends", "dram", "--variant", 'two={"dram": {"thread": 1}}'), "unknown key 'thread'"),
         (("ttft", "--sizes", "none"), "not a number of tokens"),
+        (("ttft", "--sizes", "999999999999K"), "not a number of tokens"),
+        (("ttft", "--backends", "dram", "--sizes", "16,64"), "--sizes 16 has no hit"),
         (("ttft", "--engine-args", "[]"), "not a JSON object"),
+        (("ttft", "--engine-args", '{"hicache_use_xmem": false}'), "names hicache_use_xmem, which the benchmark sets"),
+        (("ttft", "--engine-args", '{"page_size": 32}'), "names page_size, which the benchmark sets itself"),
+        (("ttft", "--backends", "stock", "--xmem-config", "{nope"), "is not JSON"),
+        (("ttft", "--backends", "dram", "--xmem-config", "@/nowhere.json"), "cannot be read"),
         (("ttft", "--link-gbps", "dram=fast"), "not a list of rates"),
         (("ttft", "--link-gbps", "/nowhere"), "not a readable copy"),
         (("ttft", "--timeline", "timeline.jsonl"), "this machine has none"),
@@ -234,6 +240,82 @@ def test_refused_before_it_runs(
     assert sentence in err
     assert len(err.splitlines()) == 1
     assert err.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("ttft", "--rounds", "-1"), "--rounds"),
+        (("ttft", "--passes", "0"), "--passes"),
+        (("ttft", "--page-size", "0"), "--page-size"),
+        (("ttft", "--tp-size", "0"), "--tp-size"),
+        (("ttft", "--output-tokens", "-5"), "--output-tokens"),
+        (("ttft", "--max-unproven", "nan"), "--max-unproven"),
+        (("ttft", "--timeout", "inf"), "--timeout"),
+        (("throughput", "--requests", "-1"), "--requests"),
+        (("multiturn", "--agents", "0"), "--agents"),
+        (("multiturn", "--think", "-1"), "--think"),
+        (("trace", "x.jsonl", "--concurrency", "0"), "--concurrency"),
+        (("trace", "x.jsonl", "--limit", "many"), "--limit"),
+        (("roundtrip", "--gb", "nan"), "--gb"),
+        (("copy", "--gpu", "-3"), "--gpu"),
+    ],
+)
+def test_impossible_numbers_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], option: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *arguments])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: '{arguments[-1]}' is not a number" in last
+
+
+def test_an_output_that_cannot_be_written_is_refused(
+    bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "rows.jsonl"
+    assert cli.main(["bench", *TTFT, "--backends", "dram", "--shape", "tiny", "--output", str(output)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert f"--output {output} cannot be written" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_resuming_makes_no_failure_good(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (*TTFT, "--backends", "dram", "--no-plots")
+    assert bench(*arguments, how={"wrong_output": True})[0] == 1
+    capsys.readouterr()
+    status, rows = bench(*arguments, "--resume")
+    assert status == 1
+    assert len({row["run"] for row in rows}) == 1
+    assert "outputs differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_hit_of_few_pages_has_to_be_one(bench: Bench, size: int) -> None:
+    few = ("ttft", "--sizes", str(size), "--rounds", "1", "--quick", "--backends", "dram", "--no-plots")
+    assert bench(*few)[0] == 0
+    assert bench(*few, "--seed", "1", how={"no_host": True})[0] == 1
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_each_rank_has_a_link(bench: Bench, tp: int) -> None:
+    _, rows = bench(*TTFT, "--backends", "dram", "--link-gbps", "dram=10", "--tp-size", str(tp), "--no-plots")
+    assert {row["link_gbps"] for row in rows if row["backend"] == "dram"} == {10.0 * tp}
+
+
+def test_a_trace_ends_with_its_engine(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Not when its last request is due."""
+    path = tmp_path / "trace.jsonl"
+    requests = [{"timestamp": at, "input_length": 64, "output_length": 2, "hash_ids": [at]} for at in (0, 1, 300_000)]
+    path.write_text("\n".join(json.dumps(request) for request in requests))
+    start = time.monotonic()
+    arguments = ("trace", str(path), "--backends", "hbm", "--speed", "1", "--no-plots")
+    status, _ = bench(*arguments, how={"crash_after": 1})
+    assert status == 1
+    assert time.monotonic() - start < 60
+    assert "gives up" in capsys.readouterr().err
 
 
 def test_links_are_measured_where_nobody_says_them(

@@ -152,6 +152,14 @@ def test_unfinished_last_line_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"b": ')
     assert report.read_rows(path) == [{"a": 1}]
+    report.append_rows(path, [{"c": 3}])
+    assert report.read_rows(path) == [{"a": 1}, {"c": 3}]
+    path.write_text('{"a": 1}\n{"b": 2}')  # all there but its end
+    report.append_rows(path, [{"c": 3}])
+    assert report.read_rows(path) == [{"a": 1}, {"b": 2}, {"c": 3}]
+    path.write_text('{"a": ')
+    report.append_rows(path, [{"c": 3}])
+    assert report.read_rows(path) == [{"c": 3}]
     path.write_text('{"b": \n{"a": 1}\n')
     with pytest.raises(ConfigError, match="line 1"):
         report.read_rows(path)
@@ -179,6 +187,30 @@ def test_more_tokens_per_second_is_faster() -> None:
     assert compare.compare([b], [a])[0].verdict == compare.SLOWER
 
 
+def test_what_b_did_not_measure_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A tier without a proven hit is no faster for that."""
+    for name, ms in (("a", [50.0, 51.0, 52.0]), ("b", [])):
+        rows = [ttft_row("stock", 256, [9.0, 9.1]), ttft_row("dram", 256, ms)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    assert cli.main(["bench", "compare", *files]) == 0
+    assert compare.MISSING in capsys.readouterr().out
+    assert cli.main(["bench", "compare", *files, "--fail-on-slower"]) == 1
+    assert cli.main(["bench", "compare", *reversed(files), "--fail-on-slower"]) == 0
+
+
+def test_passes_put_together_have_rates_of_all() -> None:
+    more: dict[str, Any] = {"kv_bytes": 8_000_000, "link_gbps": 10.0}
+    passes = [
+        ttft_row("dram", 256, [ms], gbps=0.008 / ms * 1e3, link_share=1.0, transfer_hidden=0.9, **more)
+        for ms in (1.0, 3.0)
+    ]
+    (row,) = report.merged(passes)
+    assert row["ttft_ms"]["p50"] == 2.0
+    assert (row["gbps"], row["link_share"]) == (4.0, 0.4)
+    assert "transfer_hidden" not in row
+
+
 def test_compare_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runs = ["20261121-012344-ae284a", "20261121-020639-070796"]
     assert cli.main(["bench", "compare", *runs, "--results", str(COMMITTED.parent)]) == 0
@@ -189,6 +221,8 @@ def test_compare_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "faster" not in out
     assert "slower" not in out
     assert cli.main(["bench", "compare", *reversed(runs), "--results", str(COMMITTED.parent), "--fail-on-slower"]) == 1
+    with_timelines = ["20261121-123832-9e24d5", "20261121-124542-4dc62c"]
+    assert cli.main(["bench", "compare", *with_timelines, "--results", str(COMMITTED.parent)]) == 0
     assert cli.main(["bench", "compare", runs[0], "nothing", "--results", str(COMMITTED.parent)]) == 2
 
 

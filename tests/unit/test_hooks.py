@@ -316,15 +316,24 @@ def keywords() -> Any:
         ],
         "off": [
             hasattr(_keyword_record(**more), "_sglang_xmem")
-            for more in ({}, {"hicache_use_xmem": False}, {"hicache_xmem_tier": "dram"})
+            for more in ({}, {"hicache_use_xmem": False}, {"hicache_use_xmem": False, "hicache_xmem_tier": "dram"})
         ],
         "subclass": Fork.server_args_class(**_options(**KEYWORDS))._sglang_xmem == asked,
         "wrapped once": _engine_class().server_args_class is factory,
         "wrong types": [
             _message(functools.partial(factory, **_options(hicache_use_xmem=on))) for on in ("yes", 1, None)
         ],
+        "without the switch": [
+            _message(functools.partial(factory, **_options(**{name: KEYWORDS[name]})))
+            for name in ("hicache_xmem_tier", "hicache_xmem_config")
+        ],
         "unknown keyword": _message(lambda: factory(**_options(**KEYWORDS, hicache_xmem_teir="dram"))),
     }
+
+
+def tier_without_the_switch() -> None:
+    _load_plugins()
+    _command_record("--hicache-xmem-tier", "peer")
 
 
 def flags() -> Any:
@@ -339,7 +348,11 @@ def flags() -> Any:
         == stock,
         "off": [
             hasattr(_command_record(*given), "_sglang_xmem")
-            for given in ((), ("--hicache-use-xmem", "--no-hicache-use-xmem"), ("--hicache-xmem-tier", "dram"))
+            for given in (
+                (),
+                ("--hicache-use-xmem", "--no-hicache-use-xmem"),
+                ("--no-hicache-use-xmem", "--hicache-xmem-tier", "dram"),
+            )
         ],
     }
 
@@ -361,6 +374,7 @@ SCENARIOS: tuple[Callable[[], Any], ...] = (
     target_of_another_plugin_in_a_scheduler,
     unplanned_record_in_a_scheduler,
     keywords,
+    tier_without_the_switch,
     flags,
 )
 
@@ -545,6 +559,7 @@ def test_unknown_version_refuses_the_keyword_of_the_first_engine(reports: dict[s
                 "keep transfers from waiting",
             ],
         ),
+        ("tier_without_the_switch", ["--hicache-xmem-tier peer says nothing without --hicache-use-xmem"]),
         ("unplanned_record_in_a_scheduler", ["--hicache-use-xmem", "use sglang serve or sgl.Engine"]),
     ],
 )
@@ -580,6 +595,13 @@ def test_keywords_of_the_engine(reports: dict[str, Report]) -> None:
     assert value["wrapped once"] is True
     for (kind, message), given in zip(value["wrong types"], ("'yes'", "1", "None"), strict=True):
         assert (kind, message) == ("ConfigError", f"hicache_use_xmem is {given}; give True or False.")
+    for (kind, message), name in zip(
+        value["without the switch"], ("hicache_xmem_tier", "hicache_xmem_config"), strict=True
+    ):
+        assert (kind, message.partition(";")[0]) == (
+            "ConfigError",
+            f"{name} says nothing without hicache_use_xmem=True",
+        )
     assert value["unknown keyword"][0] == "TypeError"
     assert "hicache_xmem_teir" in value["unknown keyword"][1]
 
