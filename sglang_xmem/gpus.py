@@ -57,6 +57,10 @@ def driver() -> Any:
     return bindings
 
 
+def _device(gpu: int) -> Any:
+    return checked(driver().cuDeviceGet(gpu), f"opening GPU {gpu}")
+
+
 def visible_gpus() -> range:
     """All CUDA ordinals."""
     return range(checked(driver().cuDeviceGetCount(), "counting GPUs"))
@@ -79,15 +83,15 @@ def check_named(option: str, named: Iterable[int], engine: Collection[int | None
 def can_access_peer(gpu: int, peer: int) -> bool:
     """Whether kernels on `gpu` can be given access to memory of `peer`."""
     d = driver()
-    a, b = (checked(d.cuDeviceGet(i), f"opening GPU {i}") for i in (gpu, peer))
-    return bool(checked(d.cuDeviceCanAccessPeer(a, b), f"asking for peer access from GPU {gpu} to GPU {peer}"))
+    answer = d.cuDeviceCanAccessPeer(_device(gpu), _device(peer))
+    return bool(checked(answer, f"asking for peer access from GPU {gpu} to GPU {peer}"))
 
 
 def attribute(gpu: int, name: str) -> int:
     """A CUdevice_attribute by its name without CU_DEVICE_ATTRIBUTE_."""
     d = driver()
     key = getattr(d.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-    return int(checked(d.cuDeviceGetAttribute(key, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), name))
+    return int(checked(d.cuDeviceGetAttribute(key, _device(gpu)), name))
 
 
 def peer_atomics(gpu: int, peer: int) -> bool:
@@ -96,13 +100,12 @@ def peer_atomics(gpu: int, peer: int) -> bool:
     Over PCIe such an addition is a read and a write, and one of two at a time may be lost.
     """
     d = driver()
-    a, b = (checked(d.cuDeviceGet(i), f"opening GPU {i}") for i in (gpu, peer))
     # All operations of CUDA, or since CUDA 13 some: an integer addition is the first that any link has.
     for name in ("NATIVE_ATOMIC_SUPPORTED", "ONLY_PARTIAL_NATIVE_ATOMIC_SUPPORTED"):
         key = getattr(d.CUdevice_P2PAttribute, f"CU_DEVICE_P2P_ATTRIBUTE_{name}", None)
         if key is None:
             continue  # cuda-bindings of before
-        status, value = d.cuDeviceGetP2PAttribute(key, a, b)
+        status, value = d.cuDeviceGetP2PAttribute(key, _device(gpu), _device(peer))
         if not status.value and value:  # an older driver refuses the question
             return True
     return False
@@ -117,7 +120,7 @@ def hold_context(gpu: int, undo: ExitStack) -> Any:
         TierUnavailable: the GPU gives none.
     """
     d = driver()
-    device = checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")
+    device = _device(gpu)
     context = checked(d.cuDevicePrimaryCtxRetain(device), f"making a context on GPU {gpu}")
     undo.callback(d.cuDevicePrimaryCtxRelease, device)
     return context
@@ -138,7 +141,7 @@ def _nvml() -> Any:
 
 def _nvml_handle(gpu: int) -> Any:
     d = driver()
-    uuid = checked(d.cuDeviceGetUuid(checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), f"naming GPU {gpu}")
+    uuid = checked(d.cuDeviceGetUuid(_device(gpu)), f"naming GPU {gpu}")
     raw = bytes(uuid.bytes).hex()
     name = f"GPU-{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"
     nvml = _nvml()
@@ -166,13 +169,13 @@ def sm_clock_mhz(gpu: int) -> int | None:
 def total_bytes(gpu: int) -> int:
     """Bytes of a GPU's memory."""
     d = driver()
-    return int(checked(d.cuDeviceTotalMem(checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), f"sizing GPU {gpu}"))
+    return int(checked(d.cuDeviceTotalMem(_device(gpu)), f"sizing GPU {gpu}"))
 
 
 def name(gpu: int) -> str:
     """A GPU's product name."""
     d = driver()
-    raw = checked(d.cuDeviceGetName(128, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), f"naming GPU {gpu}")
+    raw = checked(d.cuDeviceGetName(128, _device(gpu)), f"naming GPU {gpu}")
     return str(raw.split(b"\0")[0].decode(errors="replace"))
 
 
@@ -235,7 +238,7 @@ def mark_as_rank() -> None:
 def numa_node(gpu: int) -> int | None:
     """The NUMA node that a GPU hangs on, None where the machine does not say."""
     d = driver()
-    bus = checked(d.cuDeviceGetPCIBusId(16, checked(d.cuDeviceGet(gpu), f"opening GPU {gpu}")), "reading its bus id")
+    bus = checked(d.cuDeviceGetPCIBusId(16, _device(gpu)), "reading its bus id")
     name = bus.split(b"\0")[0].decode().lower()
     with suppress(OSError, ValueError), open(f"/sys/bus/pci/devices/{name}/numa_node", encoding="ascii") as file:
         node = int(file.read())

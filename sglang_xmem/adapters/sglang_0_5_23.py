@@ -102,11 +102,11 @@ def _add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
 
 
 def _from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
+    on = getattr(args, "hicache_use_xmem", False)
     layout = getattr(args, "hicache_mem_layout", None)
     if isinstance(layout, _Default):
-        args.hicache_mem_layout = LAYOUT if getattr(args, "hicache_use_xmem", False) else layout.value
+        args.hicache_mem_layout = LAYOUT if on else layout.value
     record = original(cls, args)
-    on = getattr(args, "hicache_use_xmem", False)
     if on is None:  # neither on nor off; who says where the pool goes expects it there
         for option, value, default in (
             ("--hicache-xmem-tier", args.hicache_xmem_tier, AUTO),

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sglang_xmem.bench import copy_jobs, copy_memory, report, runs
+from sglang_xmem.bench import copy_jobs, copy_memory, report
 from sglang_xmem.bench.copy_jobs import CASES, CPU_PATHS, MEMORIES, PATHS, Job, Row, RunsOn
 from sglang_xmem.bench.progress import Progress
-from sglang_xmem.bench.runs import INTERRUPTED, Results, add_output_arguments, terminated_as_interrupt
+from sglang_xmem.bench.runs import INTERRUPTED, Results, add_output_arguments, at_least, terminated_as_interrupt
 from sglang_xmem.copies.tuning import CudaTuning
 from sglang_xmem.errors import ConfigError, TierUnavailable
 
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases = "; ".join(f"{number} {case.label}" for number, case in enumerate(CASES))
     parser.add_argument("--paths", default=",".join(PATHS), help="comma-separated: " + ",".join(PATHS))
     parser.add_argument("--cases", default="", help=f"comma-separated numbers; default: what fits the time; {cases}")
-    parser.add_argument("--gpu", type=runs.at_least(0), default=0, help="CUDA ordinal of the rank's GPU")
+    parser.add_argument("--gpu", type=at_least(0), default=0, help="CUDA ordinal of the rank's GPU")
     parser.add_argument(
-        "--peer", type=runs.at_least(0), default=None, help="GPU whose memory is the peer's; default: the next one"
+        "--peer", type=at_least(0), default=None, help="GPU whose memory is the peer's; default: the next one"
     )
     parser.add_argument(
         "--relays",

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sglang_xmem.bench import copy_jobs, stats
 from sglang_xmem.errors import ConfigError
@@ -86,17 +87,21 @@ def read_rows(path: Path) -> list[Row]:
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a JSON Lines file, in place of a last line that an ended process left unfinished."""
-    with path.open("a+b") as there:
-        there.seek(0)
-        whole, _, last = there.read().rpartition(b"\n")
-        if last:
-            try:
-                json.loads(last)
-                there.write(b"\n")
-            except ValueError:
-                there.truncate(len(whole) + 1 if whole else 0)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with path.open("a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+            _mend_end(file)
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _mend_end(file: BinaryIO) -> None:
+    """End a file's last line if it is whole, else take it out."""
+    file.seek(0)
+    whole, newline, last = file.read().rpartition(b"\n")
+    try:
+        json.loads(last)
+        file.write(b"\n")
+    except ValueError:
+        file.truncate(len(whole + newline))
 
 
 def rows_of_run(rows: Iterable[Row], run_id: str | None) -> list[Row]:
@@ -154,9 +159,7 @@ def _derive_again(row: Row) -> None:
     p50 = row["ttft_ms"]["p50"]
     row.pop("transfer_hidden", None)  # that takes the HBM hit's as well
     if p50 and "kv_bytes" in row:
-        row["gbps"] = round(stats.gbps(row["kv_bytes"], p50), 3)
-        if "link_gbps" in row:
-            row["link_share"] = round(stats.gbps(row["kv_bytes"], p50) / row["link_gbps"], 4)
+        row.update(stats.transfer_rates(row["kv_bytes"], p50, row.get("link_gbps")))
 
 
 # ---- tables ----

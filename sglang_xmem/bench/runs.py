@@ -203,8 +203,7 @@ def settle(args: argparse.Namespace) -> None:
         raise ConfigError(f"--engine-args {args.engine_args!r} is not a JSON object; give one of keywords.") from None
     for name in sorted(OWN_ENGINE_ARGUMENTS & args.engine_options.keys()):
         raise ConfigError(f"--engine-args names {name}, which the benchmark sets itself; use its own options.")
-    if args.xmem_config is not None:
-        parse_options(AUTO, args.xmem_config)
+    parse_options(AUTO, args.xmem_config)
     args.config = shapes.SHAPES[args.shape] if args.model is None else _model_config(Path(args.model))
     args.kv = KVShape.of(args.config, args.tp_size, str(args.engine_options.get("kv_cache_dtype", "auto")))
 
@@ -420,18 +419,15 @@ class Results:
         machine = {"gpus": about["gpus"], "commit": about["commit"], "sglang": about["versions"].get("sglang")}
         self.key = hashlib.sha256(json.dumps([parameters, machine], sort_keys=True).encode()).hexdigest()[:12]
         self.run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-        self.done: set[tuple[str, int]] = set()
         #: Rows of engines that are done.
         self.earlier: list[dict[str, Any]] = []
-        earlier = report.read_rows(self.path) if self.path.exists() else []
+        rows = report.read_rows(self.path) if self.path.exists() else []
         if args.resume:
-            mine = [row for row in earlier if row.get("bench") == bench and row.get("parameters") == self.key]
+            mine = [row for row in rows if row.get("bench") == bench and row.get("parameters") == self.key]
             if mine:
                 self.run = mine[-1]["run"]
-                self.done = {
-                    (row["engine"], row.get("pass", 0)) for row in mine if row["run"] == self.run and row["complete"]
-                }
                 self.earlier = [row for row in mine if row["run"] == self.run and row["complete"]]
+        self.done: set[tuple[str, int]] = {(row["engine"], row.get("pass", 0)) for row in self.earlier}
         header = {"bench": bench, "run": self.run, "parameters": self.key, **about, "settings": parameters}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -591,6 +587,14 @@ def terminated_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def least_hit(tokens: int, page: int) -> int:
+    """Tokens that a hit of so many has at least: up to two pages less, but one page.
+
+    A prompt's last token is always computed again, with what else is in its page, and a page more may be.
+    """
+    return max(tokens - 2 * page, min(tokens, page))
 
 
 def unproven(row: dict[str, Any], limit: float) -> str | None:

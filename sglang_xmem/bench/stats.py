@@ -58,6 +58,13 @@ def gbps(nbytes: float, ms: float) -> float:
     return nbytes / ms / 1e6
 
 
+def transfer_rates(nbytes: float, ms: float, link_gbps: float | None) -> dict[str, float]:
+    """What a hit's bytes by its TTFT amount to, for its row: `gbps`, and the share of a known link's rate."""
+    rate = gbps(nbytes, ms)
+    found = {"gbps": round(rate, 3)}
+    return {**found, "link_gbps": link_gbps, "link_share": round(rate / link_gbps, 4)} if link_gbps else found
+
+
 def transfer_hidden(tier_ms: float, hbm_ms: float, nbytes: float, link_gbps: float) -> float:
     """Share of a transfer that hid behind compute, 0 to 1.
 

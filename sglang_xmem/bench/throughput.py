@@ -260,8 +260,7 @@ def summarize(samples: list[Sample], backend: str, workload: Workload) -> list[d
 
 
 def proven(answer: Any, backend: str, hit_tokens: int, page: int) -> bool:
-    """Whether a request found what it should, where it should: a page more or less, as the last is computed again."""
+    """Whether a request found what it should, where it should."""
     hit = answer.device if backend == HBM else answer.host
     other = answer.host if backend == HBM else answer.device
-    least = max(hit_tokens - 2 * page, min(page, hit_tokens))
-    return bool(least <= hit <= hit_tokens and other <= page)
+    return bool(runs.least_hit(hit_tokens, page) <= hit <= hit_tokens and other <= page)

@@ -189,7 +189,6 @@ def measure(engine: Any, replay: Replay, measurement: Measurement) -> None:
     count = replay.concurrency if replay.speed is None else max(1, min(len(replay.requests), 1024))
     with engine.concurrent(), threads(count) as pool:
         start = time.perf_counter()
-
         failed = threading.Event()
 
         def send(request: TraceRequest, due_s: float | None) -> None:

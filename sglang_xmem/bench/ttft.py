@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     links = link_gbps(args.link_gbps)
     if not links and args.on_gpu and not args.quick and any(runs.has_pool(name) for name in args.names):
         links = measured_links(int(args.engine_options.get("base_gpu_id", 0)))
+    links = {tier: gbps * args.tp_size for tier, gbps in links.items()}  # each rank's part comes through its own
     workload = Workload(sizes, rounds, args.page_size, args.output_tokens, args.seed, args.quick, args.on_gpu)
     # The floor and the ceiling come with every engine; alone they need one.
     engines = [name for name in args.names if name not in (HBM, RECOMPUTE)] or [HBM]
@@ -114,9 +115,7 @@ def run(args: argparse.Namespace) -> int:
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
         about = {"shape": args.model or args.shape, "page_size": args.page_size, "tp_size": args.tp_size}
         about["outputs_tell_prompts_apart"] = outputs_tell_prompts_apart(samples)
-        # Each rank moves its part of the bytes through its own link.
-        of_all_ranks = {tier: gbps * args.tp_size for tier, gbps in links.items()}
-        found = [{**row, **about} for row in summarize(samples, name, args.kv.bytes, of_all_ranks)]
+        found = [{**row, **about} for row in summarize(samples, name, args.kv.bytes, links)]
         return [outputs.compare(row, samples, plan.backend) for row in found]
 
     def check(row: dict[str, Any]) -> str | None:
@@ -274,8 +273,7 @@ def record(engine: Any, workload: Workload, size: int, tier: bool) -> list[dict[
 
 def _is_hit(answer: Any, kind: str, size: int, page: int) -> bool:
     """Whether an answer's prompt came from where it should have."""
-    # The last page is always computed again: its last token's logits are what the answer needs.
-    least = max(size - 2 * page, page)
+    least = runs.least_hit(size, page)
     if kind == HBM:
         return bool(answer.device >= least)
     return bool(answer.host >= least and answer.device <= page)
@@ -326,11 +324,9 @@ def _transfer(row: dict[str, Any], token_bytes: int, link: float | None, hbm_ms:
     """Bytes that a hit moved, the rate that its TTFT amounts to, and what that is of the link's."""
     moved = row["hits"]["host"] * token_bytes
     p50 = row["ttft_ms"]["p50"]
-    found: dict[str, Any] = {"kv_bytes": moved, "gbps": round(stats.gbps(moved, p50), 3)}
-    if link:
-        found.update(link_gbps=link, link_share=round(stats.gbps(moved, p50) / link, 4))
-        if hbm_ms is not None and moved:
-            found["transfer_hidden"] = round(stats.transfer_hidden(p50, hbm_ms, moved, link), 4)
+    found: dict[str, Any] = {"kv_bytes": moved, **stats.transfer_rates(moved, p50, link)}
+    if link and hbm_ms is not None and moved:
+        found["transfer_hidden"] = round(stats.transfer_hidden(p50, hbm_ms, moved, link), 4)
     return found
 
 

@@ -87,7 +87,10 @@ class DramTier(MemoryTier):
                 if node is not None:
                     _libnuma()
             chosen.append(node if len(nodes) > 1 else None)
-        users = Counter(chosen)
+        # All ranks ask for room before any has touched its memory, and a bound thread that finds none is killed.
+        shares = {
+            node: _node_available_bytes(node) // users for node, users in Counter(chosen).items() if node is not None
+        }
         seats = []
         for index, (gpu, node) in enumerate(zip(ranks.gpus, chosen, strict=True)):
             relays = settings.relays[index :: len(ranks.gpus)]
@@ -97,9 +100,7 @@ class DramTier(MemoryTier):
                     raise TierUnavailable(
                         f"GPU {relay}, which dram.relays names, has no peer access to GPU {gpu}; name another GPU"
                     )
-            # All ranks ask for room before any has touched its memory, and a bound thread that finds none is killed.
-            share = None if node is None else _node_available_bytes(node) // users[node]
-            seats.append(DramSeat(node, relays, share))
+            seats.append(DramSeat(node, relays, None if node is None else shares[node]))
         return tuple(seats)
 
     def capacity_bytes(self) -> int:

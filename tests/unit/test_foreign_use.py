@@ -44,11 +44,9 @@ def test_children_of_a_launcher_are_another_engines(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(gpus, "memory_bytes", lambda gpu: (140 * GB, GB))
         assert gpus.foreign_use(1) == f"GPU 1 is in use by process {child.pid}"
         # As its sibling asks, whose parent is this process too.
-        code = (
-            "import sys; from sglang_xmem import gpus; gpus.mark_as_rank(); print(int(sys.argv[1]) in gpus._own_pids())"
-        )
-        for mark, own in (("gpus.mark_as_rank(); ", "True"), ("", "False")):
-            asked = [sys.executable, "-c", code.replace("gpus.mark_as_rank(); ", mark), str(child.pid)]
+        for mark, own in (("gpus.mark_as_rank()", "True"), ("", "False")):
+            code = f"from sglang_xmem import gpus; {mark}\nprint({child.pid} in gpus._own_pids())"
+            asked = [sys.executable, "-c", code]
             assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == own
     finally:
         child.kill()
