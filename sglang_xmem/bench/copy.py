@@ -261,7 +261,7 @@ class Runner:
         if len(self.jobs) < len(jobs):
             done = len(jobs) - len(self.jobs)
             print(f"{done} of {len(jobs)} are in {results.path} already, run {results.run}", file=sys.stderr)
-        self.failed = False
+        self.failed = any(map(_is_wrong, results.earlier))  # resuming makes no wrong byte right
 
     def run(self) -> int:
         """Exit status: 0, 1 with an error or a wrong byte, INTERRUPTED."""
@@ -401,10 +401,14 @@ class Runner:
         complete = not any("error" in row for row in rows)
         self.results.write(rows, job.key, 0, complete)
         for row in rows:
-            self.failed = self.failed or "error" in row or row.get("verified") is False
+            self.failed = self.failed or _is_wrong(row)
             if row.get("tuning") != "candidate" or "error" in row:
                 self.progress.say(report.copy_line(row))
         self.progress.step(str(job), 0 if job.tuning == "best" else 1)
+
+
+def _is_wrong(row: Row) -> bool:
+    return "error" in row or row.get("verified") is False
 
 
 def _on_each_path(jobs: Sequence[Job], **what: str) -> list[Row]:

@@ -605,6 +605,9 @@ def test_wrong_bytes_of_the_copy_engine_are_found(run_copy: RunCopy, fake_gpu: F
     assert status == 1
     wrong = [(row["path"], row["kernel"]) for row in rows if not row["verified"]]
     assert wrong == [("peer_load", "copy engine"), ("host_store", "copy engine")]
+    fake_gpu.engine_forgets = False
+    again = run_copy("--quick", "--no-plots", "--cases", "0", "--paths", "peer_load,host_store", "--resume")
+    assert again == (1, rows)
 
 
 def test_one_failure_leaves_the_others(
