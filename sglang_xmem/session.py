@@ -17,6 +17,7 @@ class Session:
         plan: what the launcher found.
         placement: gives memory to this rank's arenas.
         arenas: of this rank, in the order they were made.
+        notes: what to log as soon as logging is set up.
         counts: events by name, such as "loads" or "fallback_loads"; plain integers, since the hot path bumps them.
     """
 
@@ -24,6 +25,7 @@ class Session:
         self.plan = plan
         self.placement = placement
         self.arenas: list[Arena] = []
+        self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
         #: Host RAM that this rank may claim, as it was when SGLang began to size an automatic pool.
         self.sized_against: int | None = None

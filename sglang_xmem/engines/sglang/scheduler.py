@@ -65,10 +65,10 @@ def _settle_layout() -> None:
     given = (memory.hicache_mem_layout, memory.hicache_io_backend)
     if given != (LAYOUT, IO_BACKEND):
         get_context().override("sglang_xmem", hicache_mem_layout=LAYOUT, hicache_io_backend=IO_BACKEND)
-        logger.info(
-            "sglang_xmem: --hicache-mem-layout %s and --hicache-io-backend %s have no effect: the tier keeps a page's "
-            "bytes side by side and copies them itself",
-            *given,
+        # Logging is set up after this.
+        session.current().notes.append(
+            f"--hicache-mem-layout {given[0]} and --hicache-io-backend {given[1]} have no effect: the tier keeps a "
+            "page's bytes side by side and copies them itself"
         )
 
 
@@ -92,24 +92,30 @@ def _host_budget(nbytes: int) -> int:
     return int(getattr(budget, "__wrapped__", budget)(nbytes))
 
 
-def host_memory_budget_bytes(original: Any, requested_bytes: int = 0, *, auto_size: bool = False) -> int:
-    """Size an automatic pool by its tier's capacity (hook): SGLang knows host RAM alone."""
+def host_memory_budget_bytes(original: Any, requested_bytes: int = 0, **auto_size: bool) -> int:
+    """Size an automatic pool by its tier's capacity (hook): SGLang knows host RAM alone.
+
+    Args:
+        auto_size: SGLang's flag of that name, which 0.5.21 does not have: its automatic sizes ask for 0 bytes.
+    """
     active = session.current()
     if _measuring:
         return 1 << 62
+    sizing = auto_size.get("auto_size", requested_bytes == 0) and not active.arenas
     try:
         tier = active.placement.first_tier()
         capacity = tier.capacity_bytes()
     except ConfigError as error:
         refuse(str(error))
     if not tier.traits.counts_as_host_ram:
-        if auto_size:
-            active.sized_against = int(original(auto_size=False))
+        if sizing:
+            active.sized_against = int(original())
         return capacity
-    budget = int(original(requested_bytes, auto_size=auto_size))
-    if auto_size:
+    budget = int(original(requested_bytes, **auto_size))
+    if sizing:
         active.sized_against = budget
-    return min(budget, capacity) if not active.arenas else budget
+    # What an arena holds already is no longer free, and the tier's capacity says so.
+    return budget if active.arenas else min(budget, capacity)
 
 
 # --------------------------------------------------------------------------------------------------------------- pools
@@ -143,7 +149,10 @@ def group_pools(result: Any, self: Any, entries: Any) -> None:
             sidecars = pools.draft_sidecars(self, _announced, getattr(build, "__wrapped__", build))
     finally:
         _measuring = False
-    pools.adopt_group(session.current(), self, sidecars)
+    active = session.current()
+    while active.notes:
+        logger.info("sglang_xmem: %s", active.notes.pop(0))
+    pools.adopt_group(active, self, sidecars)
     self._refresh_transfer_capabilities()
 
 
