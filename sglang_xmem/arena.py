@@ -186,6 +186,31 @@ class Arena:
         """Enqueue device -> tier on the current stream; as `load`."""
         self.copier.store(program, pages)
 
+    def copy_plainly(self, steps: Sequence[Step], pages: Sequence[Pages], *, load: bool) -> None:
+        """Copy by torch's own operations on the current stream, for a copy that the copier refused.
+
+        Slow: some operations per plane and slab, and it waits for the GPU where there is more than one slab.
+        """
+        slabs = [slab for space in self.spaces.values() for slab in space.slabs]
+        rows = [
+            bytes_at(s.address, s.frames * s.frame_bytes, self.device).view(s.frames, s.frame_bytes) for s in slabs
+        ]
+        for step in steps:
+            plane, (frames, slots) = step.plane, pages[step.vector]
+            array = bytes_at(
+                plane.device_address, (plane.device_units - 1) * plane.device_stride + plane.unit_bytes, self.device
+            ).as_strided((plane.device_units, plane.unit_bytes), (plane.device_stride, 1))
+            units = slots // plane.divisor
+            for slab, frame_rows in zip(slabs, rows, strict=True):
+                part = frame_rows[:, plane.offset : plane.offset + plane.unit_bytes]
+                numbers = (frames - slab.address).div(slab.frame_bytes, rounding_mode="floor")
+                here = (numbers >= 0) & (numbers < slab.frames)
+                chosen = (numbers, units) if len(slabs) == 1 else (numbers[here], units[here])
+                if load:
+                    array[chosen[1]] = part[chosen[0]]
+                else:
+                    part[chosen[0]] = array[chosen[1]]
+
     def address(self, space: str, page: int) -> int:
         """Address of a page's frame."""
         return int(self.spaces[space].table[page])
@@ -258,16 +283,9 @@ class Arena:
         raise RuntimeError(f"page {page} of {space} lies in no slab")
 
     def _view(self, slab: Slab) -> torch.Tensor:
-        """A slab's bytes as a uint8 tensor; valid until the arena is closed.
-
-        Memory that the CPU does not address gets the label of the rank's own GPU, which can: operations run there.
-        Asking the driver for the owner, as other ways to wrap a pointer do, would run torch's kernels on the peer.
-        """
-        nbytes = slab.frames * slab.frame_bytes
-        if self.tier.traits.cpu_addressable:
-            return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(slab.address), dtype=torch.uint8)
-        storage = torch._C._construct_storage_from_data_pointer(slab.address, self.device, nbytes)
-        return torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage, 0, (nbytes,), (1,))
+        """A slab's bytes as a uint8 tensor; valid until the arena is closed."""
+        device = torch.device("cpu") if self.tier.traits.cpu_addressable else self.device
+        return bytes_at(slab.address, slab.frames * slab.frame_bytes, device)
 
     def _warm_pinned_cache(self) -> None:
         """Have torch's pinned cache hold a block of every size that `frames` asks for.
@@ -279,3 +297,15 @@ class Arena:
         while nbytes < most:
             torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
             nbytes *= 2
+
+
+def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory at an address as a uint8 tensor (nbytes,) with the label `device`; valid as long as the memory is there.
+
+    Memory of another GPU gets the label of the rank's own, which can address it: operations run there. Asking the
+    driver for the owner, as other ways to wrap a pointer do, would run torch's kernels on the other GPU.
+    """
+    if device.type == "cpu":
+        return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+    storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))

@@ -213,28 +213,23 @@ def _mla(pool: Any) -> Description | None:
         return None
     if getattr(pool, "_native_buffers", None) is not None:
         raise Unsupported("the GPU's MLA cache keeps its parts in arrays of their own")
-    if hasattr(pool, "device_kv_buffers"):
+    host_layer: Callable[[int, bool], int | None]
+    if hasattr(pool, "_host_layer_by_controller"):
         buffers = pool.device_kv_buffers
-        targets, first_draft = len(pool._target_layer_indices), pool._device_layer_num
-        owned = set(pool._target_layer_indices)
-        host_layers = [
-            *range(targets),
-            *range(pool.target_layer_num, pool.target_layer_num + len(buffers) - targets),
-        ]
+        owned = pool._target_layer_indices
+        drafts = range(pool.target_layer_num, pool.target_layer_num + len(buffers) - len(owned))
+        host_layers = [*range(len(owned)), *drafts]
 
         def host_layer(layer: int, is_draft: bool) -> int | None:
             if not is_draft and layer not in owned:
                 return None
-            return pool._host_layer_by_controller.get(layer)
-
-        del first_draft
+            found: int | None = pool._host_layer_by_controller.get(layer)
+            return found
     else:  # SGLang 0.5.21 and 0.5.22
-        pools = (pool.device_pool, *_drafts(pool))
-        buffers = [b for p in pools for b in p.kv_buffer]
         if getattr(pool.device_pool, "layer_shard_enabled", False):
             raise Unsupported("layers of the GPU's MLA cache are sharded over ranks")
-        host_layers = list(range(len(buffers)))
-        host_layer = _same_layer
+        buffers = [b for p in (pool.device_pool, *_drafts(pool)) for b in p.kv_buffer]
+        host_layers, host_layer = list(range(len(buffers))), _same_layer
     units = token_rows(buffers, pool.page_size)
     return Description(
         (tuple(zip(host_layers, units, strict=True)),), pool.page_size, host_layer, buffers[0].device
@@ -247,6 +242,8 @@ def _dsa_indexer(pool: Any) -> Description | None:
     buffers = pool.packed_device_index_buffers
 
     def host_layer(layer: int, is_draft: bool) -> int | None:
+        if not hasattr(pool, "_device_to_host_layer"):  # SGLang 0.5.21: a host layer per layer, drafts too
+            return layer
         if is_draft:
             return int(pool._draft_host_layer(layer))
         found: int | None = pool._device_to_host_layer.get(layer)
@@ -258,6 +255,12 @@ def _dsa_indexer(pool: Any) -> Description | None:
 
 
 def _mamba(pool: Any) -> Description:
+    if not hasattr(pool, "temporal_device_layers"):  # SGLang 0.5.21
+        state = pool.device_pool.mamba_cache
+        temporal = [state.temporal[layer] for layer in range(pool.num_mamba_layers)]
+        parts = [temporal, *([conv[layer] for layer in range(pool.num_mamba_layers)] for conv in state.conv)]
+        units = tuple(_numbered(indexed_rows(part, 1)) for part in parts if part[0][0].numel())
+        return Description(units, 1, _same_layer, temporal[0].device)
     components = []
     if pool.temporal_state_elem_size:
         components.append(_numbered(indexed_rows(pool.temporal_device_layers, 1)))

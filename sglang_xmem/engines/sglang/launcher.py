@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from sglang_xmem.config import parse_options
 from sglang_xmem.engines.sglang import flags, versions
 from sglang_xmem.engines.sglang.hooks import place, verify, verify_members
 from sglang_xmem.engines.sglang.host_budget import launcher_host_budget
 from sglang_xmem.errors import REFUSED_EXIT_STATUS, ConfigError, UnsupportedSGLang, refuse
 from sglang_xmem.plan import make_plan
-from sglang_xmem.tiers import Ranks
+from sglang_xmem.tiers import Ranks, tier_classes
 
 if TYPE_CHECKING:
     from sglang_xmem.plan import Plan
@@ -22,6 +24,7 @@ INFO_KEY = "hicache_xmem_tier"
 FLAT_BACKENDS = ("file",)
 #: Storage backends that take addresses of host memory.
 ADDRESS_BACKENDS = ("mooncake", "nixl", "hf3fs")
+BACKENDS = (*FLAT_BACKENDS, "dynamic", *ADDRESS_BACKENDS)
 
 #: Whether the engine that this process is starting has the flag on.
 _launching_with_tier = False
@@ -80,20 +83,34 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
         )
     gpus = local_gpus(cfg)
     pool_bytes = int(cfg.hicache_size * 1e9) or None
-    plan = make_plan(
-        options, Ranks(gpus=gpus), pool_bytes, launcher_host_budget(len(gpus)), needs_cpu=needs_addresses(cfg)
-    )
+    plan = make_plan(options, Ranks(gpus=gpus), pool_bytes, launcher_host_budget(len(gpus)))
+    backend = cfg.hicache_storage_backend
+    if needs_addresses(backend, cfg.hicache_storage_backend_extra_config):
+        plan = _with_addresses(plan, f"--hicache-storage-backend {backend}")
     return plan
 
 
-def needs_addresses(cfg: Any) -> str | None:
-    """Which setting needs pages that the CPU can address; None if none does."""
-    backend = cfg.hicache_storage_backend
-    if backend in ADDRESS_BACKENDS:
-        return f"--hicache-storage-backend {backend}"
-    if backend == "dynamic" and _interface_v1(cfg.hicache_storage_backend_extra_config):
-        return "--hicache-storage-backend dynamic with interface_v1"
-    return None
+def _with_addresses(plan: Plan, option: str) -> Plan:
+    """A plan without the tiers whose memory the CPU does not address.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    classes = tier_classes()
+    kept = tuple(c for c in plan.candidates if classes[c.tier].traits.cpu_addressable)
+    if not kept:
+        names = ", ".join(c.tier for c in plan.candidates)
+        raise ConfigError(
+            f"{option} needs memory that the CPU can address, and tier {names} is GPU memory. Use --hicache-xmem-tier "
+            "dram, or --hicache-storage-backend file."
+        )
+    gone = tuple((c.tier, f"{option} cannot address it") for c in plan.candidates if c not in kept)
+    return msgspec.structs.replace(plan, candidates=kept, skipped=plan.skipped + gone)
+
+
+def needs_addresses(backend: str | None, extra: Any) -> bool:
+    """Whether a storage backend needs pages that the CPU can address."""
+    return backend in ADDRESS_BACKENDS or (backend == "dynamic" and _interface_v1(extra))
 
 
 def _interface_v1(extra: Any) -> bool:
@@ -109,7 +126,7 @@ def _interface_v1(extra: Any) -> bool:
 
 def _unsupported(cfg: Any) -> list[tuple[str, Any, tuple[Any, ...], str]]:
     """(option, value, values that work, why others do not)."""
-    backends = (None, *FLAT_BACKENDS, "dynamic", *ADDRESS_BACKENDS)
+    backends = (None, *BACKENDS)
     return [
         (
             "--hicache-host-memory-mode",

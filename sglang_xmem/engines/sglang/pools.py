@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_xmem import session
-from sglang_xmem.arena import Arena, SpaceSpec
+from sglang_xmem.arena import Arena, SpaceSpec, bytes_at
+from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.engines.sglang import storage
 from sglang_xmem.engines.sglang.geometry import (
@@ -199,14 +200,52 @@ def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
 def _attach(
     active: Session, arena: Arena, pool: Any, description: Description | None, section: Section | None
 ) -> None:
-    active.counts["pools"] += 1
     view = AdoptedPool(
-        pool, active.counts["pools"], arena, description, section or Section(space="", offset=0, nbytes=0)
+        pool, len(active.pools) + 1, arena, description, section or Section(space="", offset=0, nbytes=0)
     )
+    active.pools.append(view)
     setattr(pool, ADOPTED, view)
     pool.can_use_write_back_jit = False
     if description is not None:
         storage.attach(view)
+
+
+def self_test(active: Session) -> None:
+    """Send a page of random bytes through every pool and back, before anything is served.
+
+    The GPU's page is as before afterwards. Waits for the GPU.
+
+    Raises:
+        CopyError: bytes came back wrong, or a copy was refused.
+    """
+    for view in active.pools:
+        if not view.layers:
+            continue
+        arena = view.arena
+        planes = [plane for layer in view.layers.values() for plane in layer]
+        unit = 1 if all(plane.device_units > 1 for plane in planes) else 0
+        arrays = [
+            bytes_at(p.device_address + unit * p.device_stride, p.unit_bytes, arena.device) for p in planes
+        ]
+        before = [array.clone() for array in arrays]
+        slots = torch.tensor([unit * view.slots], dtype=torch.int64, device=arena.device)
+        (frames,) = arena.frames([(view.section.space, torch.zeros(1, dtype=torch.int64))])
+        program = arena.compile([Step(plane, 0, 0) for plane in planes], 1)
+        random = [torch.randint(0, 256, array.shape, dtype=torch.uint8, device=array.device) for array in arrays]
+        for array, data in zip(arrays, random, strict=True):
+            array.copy_(data)
+        arena.store(program, [Pages(frames, slots)])
+        for array in arrays:
+            array.fill_(0xFF)
+        arena.load(program, [Pages(frames, slots)])
+        wrong = sum(not torch.equal(array, data) for array, data in zip(arrays, random, strict=True))
+        for array, data in zip(arrays, before, strict=True):
+            array.copy_(data)
+        if wrong:
+            raise CopyError(
+                f"{wrong} of {len(planes)} arrays of {type(view.pool).__name__} came back from tier {arena.tier.name} "
+                "with other bytes. Leave out --hicache-use-xmem, and report it."
+            )
 
 
 def _name(name: Any) -> str:
@@ -229,9 +268,8 @@ def draft_sidecars(group: Any, device_pools: Sequence[Any], build: Callable[...,
     """
     if not device_pools:
         return []
-    layers = max((int(entry.host_pool.layer_num) for entry in group.entries if entry.host_pool.layer_num), default=0)
     controller = types.SimpleNamespace(
-        mem_pool_host=group, page_size=group.page_size, transfer_layer_id_max=max(layers, 1 << 16)
+        mem_pool_host=group, page_size=group.page_size, transfer_layer_id_max=1 << 16
     )
     _, entries = build(draft_device_pools=device_pools, tree_cache=types.SimpleNamespace(cache_controller=controller))
     return [(_name(entry.name), entry.host_pool) for entry in entries]

@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 from sglang_xmem import gpus, session
-from sglang_xmem.engines.sglang import flags, pools, versions
+from sglang_xmem.engines.sglang import flags, launcher, pools, storage, versions
 from sglang_xmem.engines.sglang.hooks import place
 from sglang_xmem.engines.sglang.launcher import INFO_KEY
-from sglang_xmem.errors import ConfigError, UnsupportedSGLang, refuse
+from sglang_xmem.errors import ConfigError, CopyError, UnsupportedSGLang, refuse
 from sglang_xmem.plan import Placement, Plan
 from sglang_xmem.session import Session
 
@@ -56,6 +56,12 @@ def _begin(plan: Plan, ranks: Any) -> None:
     else:
         index = ranks.world_rank % len(local)
     session.start(Session(plan, Placement(plan, index, _host_budget)))
+    version = versions.installed()
+    if not versions.proven(version):
+        session.current().notes.append(
+            f"SGLang {version} is newer than what this package was tested with ({', '.join(versions.known())}); its "
+            "functions were verified, and the tier is tried out before it serves"
+        )
 
 
 def _settle_layout() -> None:
@@ -182,25 +188,52 @@ def transfer_streams(result: Any, self: Any, io_backend: str) -> None:
 
 
 def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
-    """Tell the launcher about the tier (hook)."""
-    result[INFO_KEY] = ",".join(session.current().tier_names())
+    """Try the tier out, and tell the launcher about it (hook)."""
+    active = session.current()
+    try:
+        pools.self_test(active)
+    except CopyError as error:
+        refuse(str(error))
+    active.serve(_labels(self) if getattr(self, "enable_metrics", False) else None)
+    result[INFO_KEY] = ",".join(active.tier_names())
     return result
 
 
-def attach_storage(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a storage backend at run time that cannot work over the tier (hook)."""
-    from sglang_xmem.engines.sglang import launcher
+def _labels(scheduler: Any) -> dict[str, str]:
+    from sglang.srt.runtime_context import get_parallel, get_serving
 
-    backend = kwargs.get("storage_backend", args[0] if args else None)
-    extra = kwargs.get("storage_backend_extra_config")
+    parallel = get_parallel()
+    return {
+        "model_name": str(get_serving().served_model_name),
+        "tp_rank": str(parallel.tp_rank),
+        "pp_rank": str(parallel.pp_rank),
+        "dp_rank": str(getattr(scheduler, "dp_rank", None) or 0),
+    }
+
+
+def internal_state(result: Any, self: Any, recv_req: Any) -> None:
+    """Add the tier to what `/server_info` shows of a rank (hook)."""
+    result.internal_state["sglang_xmem"] = session.current().describe()
+
+
+def attach_storage(
+    original: Any,
+    self: Any,
+    storage_backend: str,
+    prefetch_threshold: int = 256,
+    model_name: str | None = None,
+    storage_backend_extra_config: Any = None,
+) -> Any:
+    """Refuse a storage backend that cannot work over the tier, also one that is attached at run time (hook)."""
     arenas = session.current().arenas
-    known = (*launcher.FLAT_BACKENDS, "dynamic", *launcher.ADDRESS_BACKENDS)
-    needs = backend in launcher.ADDRESS_BACKENDS or (backend == "dynamic" and launcher._interface_v1(extra))
-    if backend is not None and backend not in known:
-        raise ValueError(f"sglang_xmem: storage backend {backend} does not work over a tier. Use file.")
+    needs = launcher.needs_addresses(storage_backend, storage_backend_extra_config)
+    if storage_backend not in launcher.BACKENDS:
+        raise ValueError(f"sglang_xmem: storage backend {storage_backend} does not work over a tier. Use file.")
     if needs and arenas and not arenas[-1].cpu_addressable:
         raise ValueError(
-            f"sglang_xmem: storage backend {backend} needs addresses, and tier {arenas[-1].tier.name} is GPU memory. "
-            "Use file, or start with --hicache-xmem-tier dram."
+            f"sglang_xmem: storage backend {storage_backend} needs addresses, and tier {arenas[-1].tier.name} is GPU "
+            "memory. Use file, or start with --hicache-xmem-tier dram."
         )
-    return original(self, *args, **kwargs)
+    if not hasattr(type(self.mem_pool_host.anchor_entry.host_pool), "storage_format_tag"):  # SGLang 0.5.21
+        model_name = f"{model_name}-{storage.FORMAT}" if model_name else storage.FORMAT
+    return original(self, storage_backend, prefetch_threshold, model_name, storage_backend_extra_config)

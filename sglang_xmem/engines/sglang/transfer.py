@@ -6,13 +6,16 @@ Replaces the two `submit_*` of `L2TransferEngine`, and `LayerLoadingEvent.wait`,
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from sglang_xmem import session
 from sglang_xmem.copies.base import Pages, Step
+from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
     from sglang_xmem.copies.base import Program
@@ -53,44 +56,117 @@ def submit_host_to_device(
     start_event: Any = None,
     on_layer_done: Any = None,
 ) -> Any:
-    """Enqueue a load: one launch, however many pools and layers."""
-    moves = [t for t in transfers if adopted(t).layers]
-    counts = session.current().counts
+    """Enqueue a load: one launch, however many pools and layers (hook)."""
+    begun = time.perf_counter_ns()
+    active = session.current()
     event: Any = getattr(on_layer_done, "__self__", None)
     stream = self.host_to_device_stream
-    with self._submission(transfers, stream, "host_to_device", start_event) as (prepared, completion):
-        prepared_moves = [t for t in prepared if adopted(t).layers]
-        counters = None
-        if moves:
-            arena = adopted(moves[0]).arena
-            pages = _pages(arena, prepared_moves)
-            counters = _counters_of(event, arena, transfer_layer_id_max)
-            if counters is not None or on_layer_done is None or arena.device.type == "cpu":
-                arena.load(_load_program(arena, moves, transfer_layer_id_max), pages, counters)
-            else:
-                _load_by_layers(arena, moves, pages, transfer_layer_id_max, on_layer_done)
-            counts["loads"] += 1
-        if event is not None and hasattr(event, "finish_event"):
-            setattr(event, _COUNTERS, counters)
-        if on_layer_done is not None and (counters is not None or not moves or arena.device.type == "cpu"):
-            if counters is not None:
-                event.finish_event.record(stream)
-            else:
-                for layer in range(transfer_layer_id_max):
-                    on_layer_done(layer)
+    with active.watch.over("load") as flight:
+        with self._submission(transfers, stream, "host_to_device", start_event) as (prepared, completion):
+            moves = [t for t in prepared if adopted(t).layers]
+            counters = _load(moves, transfer_layer_id_max, event, on_layer_done)
+            if hasattr(event, "finish_event"):
+                setattr(event, _COUNTERS, counters)
+                if counters is not None:
+                    event.finish_event.record(stream)
+        flight.done = completion.finish_event.query
+    active.counts["load_ns"] += time.perf_counter_ns() - begun
     return completion
+
+
+def _load(moves: Sequence[Any], num_parts: int, event: Any, on_layer_done: Any) -> LayerCounters | None:
+    """Enqueue a load's copies, and the events of its layers where no counters signal them."""
+    counters = None
+    if moves:
+        arena = adopted(moves[0]).arena
+        pages = _pages(arena, moves)
+        counters = _counters_of(event, arena, num_parts)
+        if counters is None and on_layer_done is not None and arena.device.type != "cpu":
+            _load_by_layers(arena, moves, pages, num_parts, on_layer_done)
+            return None
+        key = ("load", num_parts, *_identity(moves))
+        prepared = arena.programs.get(key)
+        if prepared is None:
+            prepared = arena.programs[key] = Prepared.of(arena, load_steps(moves, num_parts), num_parts)
+        try:
+            arena.load(prepared.program, pages, counters)
+        except CopyError as error:
+            _refused("load", error)
+            arena.copy_plainly(prepared.steps, pages, load=True)
+            counters = None
+        _count("load", prepared, pages)
+    if counters is None and on_layer_done is not None:
+        for layer in range(num_parts):
+            on_layer_done(layer)
+    return counters
 
 
 def submit_device_to_host(original: Any, self: Any, transfers: Any) -> Any:
-    """Enqueue a store: one launch, however many pools."""
-    moves = [t for t in transfers if adopted(t).layers]
-    with self._submission(transfers, self.device_to_host_stream, "device_to_host") as (prepared, completion):
-        prepared_moves = [t for t in prepared if adopted(t).layers]
-        if moves:
-            arena = adopted(moves[0]).arena
-            arena.store(_store_program(arena, moves), _pages(arena, prepared_moves))
-            session.current().counts["stores"] += 1
+    """Enqueue a store: one launch, however many pools (hook)."""
+    begun = time.perf_counter_ns()
+    active = session.current()
+    with active.watch.over("store") as flight:
+        with self._submission(transfers, self.device_to_host_stream, "device_to_host") as (prepared, completion):
+            moves = [t for t in prepared if adopted(t).layers]
+            if moves:
+                _store(moves)
+        flight.done = completion.finish_event.query
+    active.counts["store_ns"] += time.perf_counter_ns() - begun
     return completion
+
+
+def _store(moves: Sequence[Any]) -> None:
+    arena = adopted(moves[0]).arena
+    key = ("store", *_identity(moves))
+    prepared = arena.programs.get(key)
+    if prepared is None:
+        prepared = arena.programs[key] = Prepared.of(arena, _store_steps(moves), 1)
+    pages = _pages(arena, moves)
+    try:
+        arena.store(prepared.program, pages)
+    except CopyError as error:
+        _refused("store", error)
+        arena.copy_plainly(prepared.steps, pages, load=False)
+    _count("store", prepared, pages)
+
+
+def _refused(what: str, error: CopyError) -> None:
+    """Note that the copier refused a copy, which is made another way: a request is slower, and the server lives."""
+    active = session.current()
+    active.counts["refusals"] += 1
+    active.healthy = False
+    logger.warning("sglang_xmem: a %s was refused and is made by plain copies instead: %s", what, error)
+
+
+class Prepared(NamedTuple):
+    """A compiled load or store.
+
+    Attributes:
+        steps: what it was compiled from.
+        page_bytes: bytes that one page of each vector moves.
+    """
+
+    program: Program
+    steps: tuple[Step, ...]
+    page_bytes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arena: Any, steps: Sequence[Step], num_parts: int) -> Prepared:
+        """Compile `steps`."""
+        page_bytes: Counter[int] = Counter()
+        for step in steps:
+            page_bytes[step.vector] += step.plane.unit_bytes
+        vectors = range(max(page_bytes, default=-1) + 1)
+        return cls(arena.compile(steps, num_parts), tuple(steps), tuple(page_bytes[vector] for vector in vectors))
+
+
+def _count(direction: str, prepared: Prepared, pages: Sequence[Pages]) -> None:
+    counts = session.current().counts
+    counts[f"{direction}s"] += 1
+    for each, nbytes in zip(pages, prepared.page_bytes, strict=False):
+        pages_moved = each.frames.numel()
+        counts[f"{direction}_pages"] += pages_moved
+        counts[f"{direction}_bytes"] += pages_moved * nbytes
 
 
 def layer_wait(original: Any, self: Any, layer_index: int) -> None:
@@ -151,28 +227,19 @@ def _on_cpu(indices: torch.Tensor) -> torch.Tensor:
     return indices if indices.device.type == "cpu" else indices.cpu()
 
 
-def _load_program(arena: Any, moves: Sequence[Any], num_parts: int) -> Program:
-    """The compiled load of these pools in this order. The order differs from load to load, and drafts bring a new layer
-    map each time, so the key is the pools and not the maps."""
-    key = ("load", num_parts, *((adopted(t).number, id(t.device_pool) if t.is_draft else 0) for t in moves))
-    program: Program | None = arena.programs.get(key)
-    if program is None:
-        program = arena.programs[key] = arena.compile(load_steps(moves, num_parts), num_parts)
-    return program
+def _identity(moves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    """What a compiled move depends on. Drafts bring a new layer map each time, so it is the pools and not the maps; the
+    order of pools differs from load to load."""
+    return tuple((adopted(t).number, id(t.device_pool) if t.is_draft else 0) for t in moves)
 
 
-def _store_program(arena: Any, moves: Sequence[Any]) -> Program:
-    key = ("store", *(adopted(t).number for t in moves))
-    program: Program | None = arena.programs.get(key)
-    if program is None:
-        steps = [
-            Step(plane, vector, 0)
-            for vector, transfer in enumerate(moves)
-            for planes in adopted(transfer).layers.values()
-            for plane in planes
-        ]
-        program = arena.programs[key] = arena.compile(steps, 1)
-    return program
+def _store_steps(moves: Sequence[Any]) -> list[Step]:
+    return [
+        Step(plane, vector, 0)
+        for vector, transfer in enumerate(moves)
+        for planes in adopted(transfer).layers.values()
+        for plane in planes
+    ]
 
 
 def load_steps(moves: Sequence[Any], num_parts: int) -> list[Step]:
@@ -192,7 +259,7 @@ def load_steps(moves: Sequence[Any], num_parts: int) -> list[Step]:
 
 def _load_by_layers(arena: Any, moves: Sequence[Any], pages: Any, num_parts: int, on_layer_done: Any) -> None:
     """A launch and an event per layer, for GPUs whose streams cannot wait for counters."""
-    key = ("layers", num_parts, *((adopted(t).number, id(t.device_pool) if t.is_draft else 0) for t in moves))
+    key = ("layers", num_parts, *_identity(moves))
     programs = arena.programs.get(key)
     if programs is None:
         by_layer: list[list[Step]] = [[] for _ in range(num_parts)]

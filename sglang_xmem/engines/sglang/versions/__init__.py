@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
+import re
 from dataclasses import dataclass
 
 from sglang_xmem.engines.sglang.hooks import Hook
@@ -45,19 +45,26 @@ def known() -> tuple[str, ...]:
 
 
 def load(version: str) -> VersionTable:
-    """The table of a version.
+    """The table of a version; for one that is newer than all tables, the newest one's, to be verified and tried out.
 
     Raises:
-        UnsupportedSGLang: it has none; the message names the versions that have.
+        UnsupportedSGLang: there is none; the message names the versions that have one.
     """
     base = _base(version)
-    if base not in TABLES:
+    newest = next(iter(TABLES))
+    name = base if base in TABLES else newest if _release(base) > _release(newest) else None
+    if name is None:
         raise UnsupportedSGLang(
             f"SGLang {version} is installed, and sglang_xmem works with {', '.join(TABLES)}. Run pip install "
-            f"'sglang=={next(iter(TABLES))}'."
+            f"sglang=={newest}."
         )
-    table: VersionTable = importlib.import_module(f"{__name__}.{TABLES[base]}").TABLE
+    table: VersionTable = importlib.import_module(f"{__name__}.{TABLES[name]}").TABLE
     return table
+
+
+def proven(version: str) -> bool:
+    """Whether a version has a table of its own, with which it was tested."""
+    return version in TABLES
 
 
 def _base(version: str) -> str:
@@ -65,15 +72,26 @@ def _base(version: str) -> str:
     return version.split("+")[0].split(".post")[0]
 
 
-@functools.cache
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def installed() -> str:
+    """The version of SGLang that is installed.
+
+    Raises:
+        UnsupportedSGLang: none is.
+    """
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        raise UnsupportedSGLang("SGLang is not installed. Run pip install sglang.") from None
+
+
 def current() -> VersionTable:
     """The table of the SGLang that is installed.
 
     Raises:
         UnsupportedSGLang: it has none, or SGLang is not installed.
     """
-    try:
-        version = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedSGLang("SGLang is not installed. Run pip install sglang.") from None
-    return load(version)
+    return load(installed())

@@ -147,6 +147,13 @@ SCHEDULER_HOOKS = (
         f"{_OURS}.scheduler:init_info",
         "tell the launcher about the tier",
     ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        ("self", "recv_req"),
+        "after",
+        f"{_OURS}.scheduler:internal_state",
+        "show the tier in server information",
+    ),
 )
 MEMBERS = (
     "sglang.srt.arg_groups.overrides.resolving_view",
