@@ -6,10 +6,11 @@ registry and applied by SGLang behind all plugins; those that come later are put
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sglang_xmem.errors import UnsupportedSGLang
 
@@ -31,6 +32,9 @@ class Hook(NamedTuple):
     function: str
     why: str
 
+
+#: Module that a SGLang with one of `patches/` has: functions in it call this package by themselves.
+SEAM = "sglang.srt.tier_seam"
 
 #: Targets that this package has patched, or that SGLang will patch for it.
 _placed: set[str] = set()
@@ -73,7 +77,7 @@ def register(hooks: Iterable[Hook]) -> None:
     hooks = [hook for hook in hooks if hook.target not in _placed]
     verify(hooks)
     for hook in hooks:
-        if hook.target in HookRegistry._patched:
+        if hook.target in HookRegistry._patched or seam() is not None:
             _wrap(hook)
         else:
             HookRegistry.register(hook.target, pkgutil.resolve_name(hook.function), HookType(hook.kind))
@@ -93,9 +97,26 @@ def place(hooks: Iterable[Hook]) -> None:
         _placed.add(hook.target)
 
 
+def seam() -> Any:
+    """The module of functions that call this package by themselves, in a SGLang that was built with its patch; or None."""
+    try:
+        return importlib.import_module(SEAM)
+    except ImportError:
+        return None
+
+
 def _wrap(hook: Hook) -> None:
+    function = pkgutil.resolve_name(hook.function)
+    native = seam()
+    if native is not None:
+        pkgutil.resolve_name(hook.target)  # a function is known as a seam once its module is imported
+        try:
+            native.provide(hook.target, hook.kind, function)
+        except LookupError as error:
+            raise UnsupportedSGLang(f"{error}, needed to {hook.why}. Apply the patch of this SGLang version") from None
+        return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry._apply_target(hook.target, [(HookType(hook.kind), pkgutil.resolve_name(hook.function), None)])
+    HookRegistry._apply_target(hook.target, [(HookType(hook.kind), function, None)])
     if not hasattr(pkgutil.resolve_name(hook.target), "__wrapped__"):
         raise UnsupportedSGLang(f"SGLang did not patch {hook.target}, needed to {hook.why}")
