@@ -104,6 +104,8 @@ def _with_addresses(plan: Plan, option: str) -> Plan:
             f"{option} needs memory that the CPU can address, and tier {names} is GPU memory. Use --hicache-xmem-tier "
             "dram, or --hicache-storage-backend file."
         )
+    if len(kept) == len(plan.candidates):
+        return plan
     gone = tuple((c.tier, f"{option} cannot address it") for c in plan.candidates if c not in kept)
     return msgspec.structs.replace(plan, candidates=kept, skipped=plan.skipped + gone)
 
