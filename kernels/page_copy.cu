@@ -443,7 +443,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         } else {
             // Tiny units: every lane fetches the pages of its own vectors, a batch of them before the first use.
             // `on_tier` is whether that is the tier's side; each side reads the plane's record, which L1 has.
-            auto addresses = [&](bool on_tier, const u32 batch, u64(&address)[BATCH]) {
+            auto addresses = [&](u32 on_tier, const u32 batch, u64(&address)[BATCH]) {
+                work_out_anew(on_tier);  // else nvcc makes this code twice, once for each direction
                 const Plane *record = planes + this_plane;
                 const Pages &pages = vectors.of[Shape(load_index(&record->shape)).vector];
                 const u64 vector = on_tier ? pages.frames : pages.slots;

@@ -106,7 +106,7 @@ class PageCopier(ABC):
             raise ValueError("a copier needs at least one slab of frames")
         self.slabs = tuple(slabs)
         # With its number, as tensors have it.
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
     @abstractmethod
     def compile(self, steps: Sequence[Step], num_parts: int) -> Program:

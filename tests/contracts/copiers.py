@@ -8,7 +8,6 @@ lies between frames and units, and all that was not asked for, is a guard.
 
 from __future__ import annotations
 
-import ctypes
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -313,8 +312,3 @@ class CopierContract(ABC):
             program = copier.compile(given, 3)
             copier.load(program, [Pages(none, none)])
             copier.store(program, [Pages(none, none)])
-
-
-def bytes_at(address: int, count: int) -> Bytes:
-    """View of this process's memory."""
-    return np.frombuffer((ctypes.c_uint8 * count).from_address(address), dtype=np.uint8)

@@ -32,13 +32,20 @@ static void resume(Warp &next, u32 number) {
 
 }  // namespace machine
 
-// Returns null, or what the kernel did wrong. `parameters` is what cuLaunchKernel is given.
+// Returns null, or what the kernel did wrong. `parameters` is what cuLaunchKernel is given; `ranges` are pairs of an
+// address and a number of bytes, the first `num_written` of which the kernel may write and all of which it may read.
 extern "C" const char *emulate(u32 grid, u32 threads, u32 shared_bytes, void **parameters, u64 seed,
-                               void (*raised)(u32 *)) {
+                               void (*raised)(u32 *), const u64 *ranges, u32 num_written, u32 num_ranges) {
     using namespace machine;
     launch = {*(const Plane **)parameters[0], *(u32 *)parameters[1], *(u32 *)parameters[2], *(u32 **)parameters[3],
               *(u32 *)parameters[4],          (const Vectors *)parameters[5]};
     machine::raised = raised;
+    readable.clear();
+    writable.clear();
+    for (u32 i = 0; i < num_ranges; ++i) {
+        readable.push_back({ranges[2 * i], ranges[2 * i + 1]});
+        if (i < num_written) writable.push_back(readable.back());
+    }
     chance.seed(seed);
     failure.clear();
     gridDim.x = grid;

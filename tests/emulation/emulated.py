@@ -24,26 +24,25 @@ from sglang_xmem.kernels import source
 
 _HERE = Path(__file__).parent
 _RAISED = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
+_ARGUMENTS: list[Any] = [ctypes.c_uint32] * 3 + [ctypes.c_void_p, ctypes.c_uint64, _RAISED, ctypes.c_void_p]
+_ARGUMENTS += [ctypes.c_uint32] * 2
 _BUILDS = tempfile.TemporaryDirectory(prefix="page_copy_")
 _LIBRARIES: dict[str, Any] = {}
 
 
 def library(text: str, tuning: CudaTuning, vector_bytes: int) -> Any:
-    """The kernel's source compiled by g++ for one tuning; a function of six arguments (see emulate.cpp)."""
+    """The kernel's source compiled by g++ for one tuning; a function of _ARGUMENTS (see emulate.cpp)."""
     macros = [f"-D{key}={value}" for key, value in tuning.macros(vector_bytes).items()]
     key = hashlib.sha256(repr((text, macros)).encode()).hexdigest()[:16]
     if key not in _LIBRARIES:
         kernel, built = Path(_BUILDS.name) / f"{key}.cu", Path(_BUILDS.name) / f"{key}.so"
         kernel.write_text(text)
         names = [f'-DPAGE_COPY_MACHINE="{_HERE / "machine.h"}"', f'-DKERNEL="{kernel}"']
-        subprocess.run(
-            ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, *names, str(_HERE / "emulate.cpp")]
-            + ["-o", str(built)],
-            check=True,
-        )
+        options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, *names, "-o", str(built)]
+        subprocess.run(["g++", *options, str(_HERE / "emulate.cpp")], check=True)
         function = ctypes.CDLL(str(built)).emulate
         function.restype = ctypes.c_char_p
-        function.argtypes = [ctypes.c_uint32] * 3 + [ctypes.c_void_p, ctypes.c_uint64, _RAISED]
+        function.argtypes = _ARGUMENTS
         _LIBRARIES[key] = function
     return _LIBRARIES[key]
 
@@ -89,13 +88,26 @@ class EmulatedCopier(PageCopier):
         if grid == 0:
             return 0
         numbers: list[int] = []
+        tier = [(slab.address, slab.frames * slab.frame_bytes) for slab in self.slabs]
+        device = [(step.plane.device_address, step.plane.device_bytes) for step in program.steps]
+        ranges = [*(device if load else tier), *(tier if load else device), program.table]
         for frames, slots in pages:
             numbers += (frames.data_ptr(), slots.data_ptr(), slots.stride(0), frames.numel())
+            ranges += [(frames.data_ptr(), 8 * frames.numel()), (slots.data_ptr(), 8 * slots.stride(0) * slots.numel())]
         parameters = program.parameters[load]
         parameters.pack(counters, numbers)
         self.launches += 1
+        flat = [number for place in ranges for number in place]
         wrong = program.run(
-            grid, 32 * tuning.warps, tuning.shared_bytes, parameters.address, self.launches, _RAISED(self.on_raise)
+            grid,
+            32 * tuning.warps,
+            tuning.shared_bytes,
+            parameters.address,
+            self.launches,
+            _RAISED(self.on_raise),
+            (ctypes.c_uint64 * len(flat))(*flat),
+            len(device if load else tier),
+            len(ranges),
         )
         assert wrong is None, wrong.decode()
         return grid * tuning.warps
@@ -110,6 +122,7 @@ class EmulatedProgram(Program):
         self.tuning = fit_tuning(copier.tuning, capability=(9, 0), max_shared_bytes=1 << 20, alignment=alignment)
         self.work = Work(steps, self.tuning, alignment)
         self._table = ctypes.create_string_buffer(b"".join(record(one, self.tuning, alignment) for one in steps), None)
+        self.table = (ctypes.addressof(self._table), 64 * len(steps))
         self.parameters = {
             load: Parameters(ctypes.addressof(self._table), len(steps), num_parts, load=load) for load in (True, False)
         }

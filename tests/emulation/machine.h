@@ -80,12 +80,29 @@ static std::mt19937_64 chance;
 static std::string failure;
 static void (*raised)(u32 *counter);
 
+struct Range {
+    u64 begin, bytes;
+};
+static std::vector<Range> readable, writable;  // one behind the other
+
 static Lane &lane() { return warp->lanes[lane_number]; }
 
 static void fail(const std::string &why) {
     failure = "block " + std::to_string(warp->block->number) + " warp " + std::to_string(warp->number) + " lane " +
               std::to_string(lane_number) + ": " + why;
     setcontext(&scheduler);
+}
+
+// Fails unless the bytes lie within one of the ranges.
+static void check(std::vector<Range> &ranges, u64 address, u64 bytes, const char *what) {
+    for (size_t i = 0; i < ranges.size(); ++i)
+        if (address >= ranges[i].begin && address + bytes <= ranges[i].begin + ranges[i].bytes) {
+            std::swap(ranges[i], ranges[i / 2]);  // the next access is likely to be there too
+            return;
+        }
+    char text[80];
+    std::snprintf(text, sizeof text, "%s of %llu bytes at %#llx, which is nowhere", what, bytes, address);
+    fail(text);
 }
 
 // All lanes' values, once all lanes of the warp have come here.
@@ -156,6 +173,7 @@ static u64 min(u64 a, u64 b) { return a < b ? a : b; }
 
 static u64 load_index(const void *address) {
     if ((u64)address % 8) machine::fail("a misaligned read of a table");
+    machine::check(machine::readable, (u64)address, 8, "a read of a table");
     return *(const u64 *)address;
 }
 static void raise_counter(u32 *counter) { machine::raised(counter); }
@@ -169,10 +187,12 @@ struct Vec {
 };
 static void load_vec(Vec &v, u64 address) {
     if (address % VEC_BYTES) machine::fail("a misaligned load");
+    machine::check(machine::readable, address, VEC_BYTES, "a load");
     std::memcpy(&v, (const void *)address, VEC_BYTES);
 }
 static void store_vec(u64 address, const Vec &v) {
     if (address % VEC_BYTES) machine::fail("a misaligned store");
+    machine::check(machine::writable, address, VEC_BYTES, "a store");
     std::memcpy((void *)address, &v, VEC_BYTES);
 }
 
@@ -208,11 +228,13 @@ static void check_bulk(u64 global, u32 shared, u32 bytes) {
 }
 static void bulk_load(u32 to, u64 from, u32 bytes, u32 barrier) {
     check_bulk(from, to, bytes);
+    machine::check(machine::readable, from, bytes, "a bulk load");
     machine::pass_time();
     machine::warp->block->loads.push_back({from, to, bytes, barrier});
 }
 static void bulk_store(u64 to, u32 from, u32 bytes) {
     check_bulk(to, from, bytes);
+    machine::check(machine::writable, to, bytes, "a bulk store");
     machine::Store store;
     store.global = to, store.shared = from, store.bytes = bytes, store.barrier = 0;
     machine::lane().open.push_back(store);
