@@ -154,8 +154,8 @@ def _fix(remedy: Remedy, flags: FlagStyle) -> str:
 
 def _capital(text: str) -> str:
     """`text` with a capital, unless its first word is a name that is written small."""
-    first = text.split(" ", 1)[0]
-    return text if first.startswith(("-", "/")) or not first.isalpha() else text[:1].upper() + text[1:]
+    first = text.split(" ", 1)[0].rstrip(",;:")
+    return text[:1].upper() + text[1:] if first.isalpha() else text
 
 
 def refuse(message: str) -> NoReturn:

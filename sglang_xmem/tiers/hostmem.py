@@ -12,7 +12,7 @@ import resource
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from sglang_xmem import gpus
 from sglang_xmem.errors import LOWER_SIZE, ConfigError, Remedy, Unavailable
@@ -86,18 +86,25 @@ def _variable(name: str, least: int) -> int | None:
 # ---- mapping ----
 
 
-class Mapping(NamedTuple):
+class Mapping:
     """Memory that is mapped.
 
     Attributes:
-        owner: buffer over the bytes; keeps them mapped.
-        close: unmaps, or leaves that to the last view; never raises.
+        address, nbytes: of the memory.
+        owner: buffer over the bytes, which keeps them mapped; None after `close`.
     """
 
-    address: int
-    nbytes: int
-    owner: Any
-    close: Callable[[], None]
+    def __init__(self, mapping: mmap.mmap, nbytes: int) -> None:
+        self._mapping = mapping
+        self.owner: Any = (ctypes.c_uint8 * nbytes).from_buffer(mapping)
+        self.address = ctypes.addressof(self.owner)
+        self.nbytes = nbytes
+
+    def close(self) -> None:
+        """Unmap, or leave that to the last view of the memory; never raises."""
+        self.owner = None
+        with suppress(BufferError):  # there is one
+            self._mapping.close()
 
 
 def map_anonymous(nbytes: int, *, hugepage: int | None = None) -> Mapping:
@@ -126,7 +133,7 @@ def map_anonymous(nbytes: int, *, hugepage: int | None = None) -> Mapping:
     if hugepage is None:
         with suppress(AttributeError, OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)  # fewer faults and TLB misses; a hint, so no error if refused
-    return _mapped(mapping, nbytes)
+    return Mapping(mapping, nbytes)
 
 
 UNSET_HUGEPAGES = Remedy("set_variable", HUGEPAGE_VARIABLE)
@@ -138,19 +145,7 @@ def map_file(fd: int, offset: int, nbytes: int) -> Mapping:
     Raises:
         OSError: the kernel refuses.
     """
-    return _mapped(mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, offset=offset), nbytes)
-
-
-def _mapped(mapping: mmap.mmap, nbytes: int) -> Mapping:
-    views = [(ctypes.c_uint8 * nbytes).from_buffer(mapping)]
-    owner = views[0]
-
-    def close() -> None:
-        views.clear()
-        with suppress(BufferError):  # a tensor still views the memory, which goes with the last view
-            mapping.close()
-
-    return Mapping(ctypes.addressof(owner), nbytes, owner, close)
+    return Mapping(mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, offset=offset), nbytes)
 
 
 def keep_from_children(address: int, nbytes: int) -> None:
