@@ -42,6 +42,10 @@ class Skipped(msgspec.Struct, frozen=True):
     reason: str
     remedies: tuple[Remedy, ...] = ()
 
+    def words(self, flags: FlagStyle = SGLANG_FLAGS) -> str:
+        """`reason; fix`, for a line of a list."""
+        return clause(self.reason, self.remedies, flags)
+
 
 class Plan(msgspec.Struct, frozen=True):
     """What the launcher found, for every rank's process.
@@ -167,7 +171,7 @@ class Placement:
         """
         return self._first()[0]
 
-    def automatic_bytes(self, host_bytes: int) -> int:
+    def automatic_bytes(self, host_bytes: int, granules: Sequence[int] = (1,)) -> int:
         """Bytes that automatically sized pools of this rank may have together, in the first tier.
 
         The next `allocate` is judged by the same `host_bytes`: until then other ranks take of the machine's memory what
@@ -175,11 +179,13 @@ class Placement:
 
         Args:
             host_bytes: what the engine's own rule gives this rank of the host's RAM.
+            granules: of the spaces that `allocate` will be asked for.
 
         Raises:
             ConfigError: no tier is left.
         """
         tier, capacity = self._first()
+        capacity -= sum(tier.waste_bytes(granule) for granule in granules)
         self._sized_against = host_bytes
         return max(0, min(capacity, host_bytes) if tier.traits.counts_as_host_ram else capacity)
 
@@ -222,6 +228,7 @@ class Placement:
         total = sum(-(-nbytes // granule) * granule for nbytes, granule in wanted)
         budget = self._host_budget if host_bytes is None else lambda _: host_bytes
         _check_capacity(tier, total, budget)
+        tier.expect(total)
         with ExitStack() as undo:
             regions = []
             for nbytes, granule in wanted:
@@ -253,7 +260,7 @@ def _skipped(tier: str, error: Unavailable) -> Skipped:
 
 def describe_skipped(skipped: Iterable[Skipped], flags: FlagStyle = SGLANG_FLAGS) -> str:
     """For the log line and for errors: `peer (reason; fix); dram (reason)`."""
-    return "; ".join(f"{one.tier} ({clause(one.reason, one.remedies, flags)})" for one in skipped)
+    return "; ".join(f"{one.tier} ({one.words(flags)})" for one in skipped)
 
 
 def _nothing_left(options: Options, skipped: Sequence[Skipped]) -> str:

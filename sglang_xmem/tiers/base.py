@@ -9,6 +9,7 @@ A tier says facts. Who copies follows from them and from the settings in one pla
 from __future__ import annotations
 
 import logging
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -167,6 +168,17 @@ class MemoryTier(ABC):
 
         Raises:
             Unavailable: what was planned has been taken since.
+        """
+
+    def waste_bytes(self, granule: int) -> int:
+        """Bytes of the capacity that an allocation in pieces of `granule` may leave unused, at most."""
+        return mmap.PAGESIZE
+
+    def expect(self, nbytes: int) -> None:  # noqa: B027  most tiers have one place alone
+        """Hear that the next allocations will be of so many bytes together; they are to lie side by side if they can.
+
+        Raises:
+            Unavailable: as `capacity_bytes`.
         """
 
     def allocate(self, nbytes: int, granule: int = 1) -> Region:

@@ -143,6 +143,9 @@ class DaxTier(MemoryTier):
             return self.rank_plan.nbytes
         return self._claim.largest_gap()
 
+    def waste_bytes(self, granule: int) -> int:
+        return self.rank_plan.align
+
     def _reopen(self) -> int:
         fd, identity, _ = _open(self.rank_plan.device, self._stand_in)
         if identity != self.rank_plan.identity:

@@ -117,6 +117,9 @@ class DramTier(MemoryTier):
         available = _capacity_bytes(plan.nodes, plan.bound, plan.hugepage_bytes)
         return available if plan.share_bytes is None else min(available, plan.share_bytes)
 
+    def waste_bytes(self, granule: int) -> int:
+        return self.rank_plan.hugepage_bytes or super().waste_bytes(granule)
+
     def _allocate(self, nbytes: int, granule: int) -> Region:
         plan = self.rank_plan
         with ExitStack() as undo:

@@ -106,6 +106,10 @@ class MTierTier(MemoryTier):
     def capacity_bytes(self) -> int:
         return sum(self._free().values())
 
+    def waste_bytes(self, granule: int) -> int:
+        # A granule that does not fit and what the service rounds up to, in each bank.
+        return (granule + GRANULE_BYTES) * len(self.rank_plan.banks)
+
     def _free(self) -> dict[int, int]:
         """Bytes that the rank may take of each of its banks now."""
         return {

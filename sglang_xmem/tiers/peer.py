@@ -8,6 +8,7 @@ awake, since a resting GPU serves its memory more slowly, and lets an idle peer 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
 #: Left free on each peer: for this process's context there and the driver's page tables.
 RESERVE_BYTES = 1 << 30
+#: What of it the context takes, and has taken of the free memory once a region is there.
+CONTEXT_BYTES = 600 << 20
 
 
 class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,8 +103,25 @@ class PeerTier(MemoryTier):
             plans.append(PeerRankPlan(gpus=mine, named=named is not None))
         return tuple(plans)
 
+    def __init__(self, settings: Any, rank_plan: Any, gpu: int | None) -> None:
+        super().__init__(settings, rank_plan, gpu)
+        #: Regions on each peer.
+        self._awake: Counter[int] = Counter()
+        #: Peers that hold all of what is expected.
+        self._expected: tuple[int, ...] | None = None
+
     def capacity_bytes(self) -> int:
-        return max(self._free_bytes(peers) for peers in self._choices())
+        free = self._free()
+        return max(self._pool_bytes(peers, free) for peers in self._choices(free))
+
+    def waste_bytes(self, granule: int) -> int:
+        # On one GPU its granularity; over several up to a stripe that is begun and one that others are ahead, on each.
+        count = len(self.rank_plan.gpus)
+        return 2 << 20 if count == 1 else 2 * self._stripe_bytes * count
+
+    def expect(self, nbytes: int) -> None:
+        free = self._free()
+        self._expected = next((p for p in self._choices(free) if self._pool_bytes(p, free) >= nbytes), None)
 
     def _usable(self) -> tuple[int, ...]:
         """The rank's peers, less those that others have come to use since; a GPU that the user named stays."""
@@ -113,34 +133,58 @@ class PeerTier(MemoryTier):
             raise Unavailable("; ".join(use for use in uses.values() if use is not None))
         return usable
 
-    def _free_bytes(self, peers: tuple[int, ...]) -> int:
+    def _free(self) -> dict[int, int]:
+        """Bytes that pools could take of each usable peer."""
+        free = {}
+        for gpu in self._usable():
+            reserve = RESERVE_BYTES - CONTEXT_BYTES * (self._awake[gpu] > 0)
+            free[gpu] = max(0, gpus.memory_bytes(gpu)[0] - reserve)
+        return free
+
+    def _pool_bytes(self, peers: tuple[int, ...], free: dict[int, int]) -> int:
         """Bytes of a pool over `peers`: the emptiest cannot make up for the fullest, since stripes take turns."""
-        least = min(gpus.memory_bytes(gpu)[0] for gpu in peers) - RESERVE_BYTES
+        least = min(free[gpu] for gpu in peers)
         if len(peers) == 1:
-            return max(0, least)
+            return least
         # Stripes are whole on each GPU, so up to one stripe a GPU stays unused.
-        return max(0, (least // self._stripe_bytes) * self._stripe_bytes * len(peers))
+        return (least // self._stripe_bytes) * self._stripe_bytes * len(peers)
 
     @property
     def _stripe_bytes(self) -> int:
         return self.settings.stripe_mib << 20
 
-    def _choices(self) -> list[tuple[int, ...]]:
+    def _choices(self, free: dict[int, int]) -> list[tuple[int, ...]]:
         """Sets of peers that a pool may lie on, in order of preference: all GPUs that the user named; else the first
-        idle one, the first two, and so on, so that others stay free."""
-        usable = self._usable()
-        return [usable] if self.rank_plan.named else [usable[:count] for count in range(1, len(usable) + 1)]
+        idle one, the first two, and so on, so that others stay free; then those with the most free memory."""
+        usable = tuple(free)
+        if self.rank_plan.named:
+            return [usable]
+        emptiest = sorted(usable, key=lambda gpu: -free[gpu])
+        counts = range(1, len(usable) + 1)
+        return [usable[:count] for count in counts] + [tuple(emptiest[:count]) for count in counts]
+
+    def _chosen(self, nbytes: int) -> tuple[int, ...]:
+        """The peers for a pool of `nbytes`.
+
+        Raises:
+            Unavailable: none have so much.
+        """
+        free = self._free()
+        choices = self._choices(free)
+        if self._expected is not None and set(self._expected) <= set(free):
+            choices.insert(0, self._expected)
+        for peers in choices:
+            if self._pool_bytes(peers, free) >= nbytes:
+                return peers
+        most = max(choices, key=lambda peers: self._pool_bytes(peers, free))
+        have = self._pool_bytes(most, free)
+        raise Unavailable(
+            f"{nbytes / 1e9:.2f} GB are asked for on GPU {_listed(most)} and {have / 1e9:.2f} GB are free", LOWER_SIZE
+        )
 
     def _allocate(self, nbytes: int, granule: int) -> Region:
         d = gpus.driver()
-        choices = self._choices()
-        peers = next((peers for peers in choices if self._free_bytes(peers) >= nbytes), choices[-1])
-        free = self._free_bytes(peers)
-        if free < nbytes:
-            raise Unavailable(
-                f"{nbytes / 1e9:.2f} GB are asked for on GPU {_listed(peers)} and {free / 1e9:.2f} GB are free",
-                LOWER_SIZE,
-            )
+        peers = self._chosen(nbytes)
         props = [_allocation_properties(d, gpu) for gpu in peers]
         granularity = math.lcm(
             *(
@@ -160,6 +204,8 @@ class PeerTier(MemoryTier):
         with ExitStack() as undo:
             for gpu in peers:
                 gpus.hold_context(gpu, undo)  # a peer without one rests
+                self._awake[gpu] += 1
+                undo.callback(self._awake.subtract, [gpu])
             base = int(gpus.checked(d.cuMemAddressReserve(total, granularity, 0, 0), "reserving addresses"))
             undo.callback(d.cuMemAddressFree, base, total)
             for number, offset in enumerate(range(0, total, stripe)):

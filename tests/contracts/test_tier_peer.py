@@ -8,7 +8,7 @@ import pytest
 from test_peer_tier import MIB, RESERVE_BYTES, machine_with
 from tiers import Case, TierContract, planned
 
-from sglang_xmem.tiers.peer import PeerSettings, PeerTier
+from sglang_xmem.tiers.peer import CONTEXT_BYTES, PeerSettings, PeerTier
 
 
 class TestPeer(TierContract):
@@ -16,6 +16,7 @@ class TestPeer(TierContract):
     def case(self, request: pytest.FixtureRequest) -> Iterator[Case]:
         with machine_with([0] + [RESERVE_BYTES + 64 * MIB] * 2) as machine:
             driver = machine.driver
+            driver.context_bytes = CONTEXT_BYTES
 
             def fail(number: int | None) -> None:
                 driver.fail_at, driver._acquired = number, 0

@@ -167,6 +167,18 @@ class TierContract:
             case.tier.allocate(2 * most + 64 * MIB)
         case.check_untouched()
 
+    @pytest.mark.parametrize(("granule", "share"), [(1, 0.5), (4096, 0.03), (700_000, 0.9)])
+    def test_an_automatic_size_fits(self, case: Case, granule: int, share: float) -> None:
+        """Two spaces of all the capacity, less what each may waste."""
+        if not case.counts:
+            pytest.skip("its capacity is what others leave")
+        size = case.tier.capacity_bytes() - 2 * case.tier.waste_bytes(granule)
+        first = int(size * share) // granule * granule
+        second = (size - first) // granule * granule
+        case.tier.expect(first + second)
+        with self.regions(case, *[(nbytes, granule) for nbytes in (first, second) if nbytes]):
+            pass
+
     # ---- refusals ----
 
     @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ class FakeTier(MemoryTier):
             raise Unavailable(self.taken)
         return int(self.settings.free_bytes)
 
+    def waste_bytes(self, granule: int) -> int:
+        return 0
+
     def _allocate(self, nbytes: int, granule: int) -> Region:
         if len(self.live) == self.fail_at:
             raise Unavailable("the card is broken")

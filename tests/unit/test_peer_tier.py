@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sglang_xmem import gpus
 from sglang_xmem.errors import ConfigError, Unavailable
 from sglang_xmem.tiers import Ranks
-from sglang_xmem.tiers.peer import RESERVE_BYTES, PeerRankPlan, PeerSettings, PeerTier
+from sglang_xmem.tiers.peer import CONTEXT_BYTES, RESERVE_BYTES, PeerRankPlan, PeerSettings, PeerTier
 
 MIB = 1 << 20
 GRANULARITY = 2 * MIB
@@ -34,6 +34,7 @@ class FakeDriver:
 
     Attributes:
         free: bytes that each GPU has left.
+        context_bytes: what a context takes of its GPU.
         fail_at: which of the calls that acquire something fails, counted from 0; None for none.
     """
 
@@ -46,6 +47,7 @@ class FakeDriver:
 
     def __init__(self, free: dict[int, int]) -> None:
         self.free = free
+        self.context_bytes = 0
         self.fail_at: int | None = None
         self.calls: list[str] = []
         self.ranges: dict[int, int] = {}
@@ -67,12 +69,16 @@ class FakeDriver:
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, Any]:
         if self._fails("retain"):
             return FAILURE, None
+        if device not in self.contexts:
+            self.free[device] -= self.context_bytes
         self.contexts.append(device)
         return SUCCESS, object()
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Any]:
         self.calls.append("release context")
         self.contexts.remove(device)
+        if device not in self.contexts:
+            self.free[device] += self.context_bytes
         assert not any(block.gpu == device for block in self.mapped.values()), "asleep with memory in use"
         return (SUCCESS,)
 
@@ -488,6 +494,64 @@ def test_memory_that_went_since_is_told_with_size_and_gpu() -> None:
         with pytest.raises(Unavailable, match=r"^2\.00 GB are asked for on GPU 1 and 0\.01 GB are free; lower"):
             tier(1).allocate(2_000_000_000)
         assert machine.driver.calls == []
+
+
+def test_pools_of_a_rank_share_what_they_are_expected_to_need() -> None:
+    """A second pool is not refused because the first filled a GPU; and one GPU runs the copies of both."""
+    with small_peers(3) as machine:
+        where = tier(1, 2, 3, stripe_mib=2)
+        where.expect(80 * MIB)
+        regions = [where.allocate(60 * MIB), where.allocate(20 * MIB)]
+        assert [region.gpus for region in regions] == [(1, 2), (1, 2)]
+        for region in regions:
+            region.release()
+        machine.check_untouched()
+
+
+def test_a_later_pool_finds_the_gpu_that_has_room() -> None:
+    with small_peers(3) as machine:
+        machine.driver.context_bytes = CONTEXT_BYTES
+        where = tier(1, 2, 3, stripe_mib=2)
+        regions = [where.allocate(60 * MIB)]
+        assert where.capacity_bytes() == 128 * MIB
+        regions += [where.allocate(64 * MIB), where.allocate(64 * MIB)]
+        assert [region.gpus for region in regions] == [(1,), (2,), (3,)]
+        for region in regions:
+            region.release()
+        machine.check_untouched()
+
+
+def test_a_context_is_reserved_once() -> None:
+    with machine_with([0, RESERVE_BYTES + 64 * MIB]) as machine:
+        machine.driver.context_bytes = CONTEXT_BYTES
+        where = tier(1)
+        first = where.allocate(32 * MIB)
+        assert where.capacity_bytes() == 32 * MIB
+        where.allocate(32 * MIB).release()
+        first.release()
+        assert where.capacity_bytes() == 64 * MIB
+        machine.check_untouched()
+
+
+@given(
+    frees=st.lists(st.integers(16 * MIB, 200 * MIB), min_size=1, max_size=3),
+    stripe_mib=st.sampled_from([2, 8]),
+    share=st.floats(0.01, 0.99),
+    named=st.booleans(),
+)
+def test_an_automatic_size_fits_in_two_pools(frees: list[int], stripe_mib: int, share: float, named: bool) -> None:
+    peers = range(1, len(frees) + 1)
+    with machine_with([0, *(RESERVE_BYTES + free for free in frees)]) as machine:
+        machine.driver.context_bytes = CONTEXT_BYTES
+        where = tier(*peers, stripe_mib=stripe_mib, named=named)
+        size = where.capacity_bytes() - 2 * where.waste_bytes(1)
+        if size < 2:
+            return
+        where.expect(size)
+        first = max(1, int(size * share))
+        for region in [where.allocate(nbytes) for nbytes in (first, size - first) if nbytes]:
+            region.release()
+        machine.check_untouched()
 
 
 def test_ranks_without_a_gpu_among_others_have_no_peer(eight: Machine) -> None:
