@@ -32,4 +32,4 @@ class TestPeer(TierContract):
             peers = len(request.param or (1,))
             # Granularity and context of each, addresses, stripes made and mapped, access.
             calls = 2 * peers + 1 + 2 * peers + 1
-            yield Case(tier, machine.check_untouched, False, covers, fail=fail, calls=calls)
+            yield Case(tier, machine.check_untouched, None, covers=covers, fail=fail, calls=calls)

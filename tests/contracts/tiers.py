@@ -18,6 +18,10 @@ from sglang_xmem.tiers import MemoryTier, Ranks, Region, tier_classes
 MIB = 1 << 20
 
 
+def _write(address: int, content: bytes) -> None:
+    ctypes.memmove(address, content, len(content))
+
+
 @dataclass
 class Case:
     """A tier on a machine of the test's.
@@ -25,9 +29,10 @@ class Case:
     Attributes:
         tier: for one rank; has 16 MiB at least.
         check_untouched: asserts that the machine is as it was: nothing is held, mapped or pinned.
-        writable: the CPU can write to the regions; else `covers`.
-        covers: whether memory is behind a range of addresses that the CPU cannot touch.
+        write, read: how bytes get into and out of the regions. None: they cannot, for there is no such hardware.
+        covers: whether memory is behind a range of addresses then.
         counts: what is allocated is missing from the capacity; a tier that says what others leave may not know.
+        slack: bytes by which a capacity may be off, where a driver keeps some of what it gave.
         fail: makes the acquiring call of a number, counted from 0, fail in every later allocation; None: none does.
         calls: acquiring calls of an allocation of 4 MiB.
         settings: to plan with.
@@ -36,9 +41,11 @@ class Case:
 
     tier: MemoryTier
     check_untouched: Callable[[], None] = lambda: None
-    writable: bool = True
+    write: Callable[[int, bytes], object] | None = _write
+    read: Callable[[int, int], bytes] = ctypes.string_at
     covers: Callable[[int, int], bool] = field(default=lambda address, nbytes: False)
     counts: bool = True
+    slack: int = 0
     fail: Callable[[int | None], None] | None = None
     calls: int = 0
 
@@ -102,13 +109,13 @@ class TierContract:
         """Every region is filled to its last byte, and then each still holds its own."""
         with self.regions(case, (MIB, 4096), (MIB + 5, 1), (100_000, 1000), (1, 1)) as regions:
             extents = [extent for region in regions for extent in region.extents]
-            if not case.writable:
+            if case.write is None:
                 assert all(case.covers(*extent) for extent in extents)
                 return
             for number, (address, nbytes) in enumerate(extents):
-                ctypes.memmove(address, pattern(number, nbytes), nbytes)
+                case.write(address, pattern(number, nbytes))
             for number, (address, nbytes) in enumerate(extents):
-                assert ctypes.string_at(address, nbytes) == pattern(number, nbytes)
+                assert case.read(address, nbytes) == pattern(number, nbytes)
 
     def test_an_owner_is_a_buffer_over_its_extent(self, case: Case) -> None:
         with self.regions(case, (MIB + 3, 1000)) as (region,):
@@ -142,11 +149,11 @@ class TierContract:
         assert before >= 16 * MIB
         with self.regions(case, (MIB, 1)) as (first,):
             after = case.tier.capacity_bytes()
-            assert after <= before - (first.nbytes if case.counts else 0)
+            assert after <= before - (first.nbytes if case.counts else 0) + case.slack
             with self.regions_beside(case, (MIB, 1)) as (second,):
-                assert case.tier.capacity_bytes() <= after - (second.nbytes if case.counts else 0)
-            assert case.tier.capacity_bytes() == after
-        assert case.tier.capacity_bytes() == before
+                assert case.tier.capacity_bytes() <= after - (second.nbytes if case.counts else 0) + case.slack
+            assert abs(case.tier.capacity_bytes() - after) <= case.slack
+        assert abs(case.tier.capacity_bytes() - before) <= case.slack
 
     @staticmethod
     @contextlib.contextmanager
@@ -194,7 +201,7 @@ class TierContract:
         assert len(words) < 500
         assert words.endswith(".")
         case.check_untouched()
-        assert case.tier.capacity_bytes() == before
+        assert abs(case.tier.capacity_bytes() - before) <= case.slack
 
     def test_a_failure_at_any_call_leaves_nothing(self, case: Case) -> None:
         if case.fail is None:
@@ -214,12 +221,12 @@ class TierContract:
     def test_release_is_idempotent_and_frees_its_own_alone(self, case: Case) -> None:
         first, second = case.tier.allocate(MIB), case.tier.allocate(MIB, 4096)
         address, nbytes = second.extents[0]
-        if case.writable:
-            ctypes.memset(address, 5, nbytes)
+        if case.write is not None:
+            case.write(address, b"\5" * nbytes)
         for _ in range(3):
             first.release()
-        if case.writable:
-            assert ctypes.string_at(address, nbytes) == b"\5" * nbytes
+        if case.write is not None:
+            assert case.read(address, nbytes) == b"\5" * nbytes
         else:
             assert case.covers(address, nbytes)
         assert first.owner is None
