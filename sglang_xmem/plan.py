@@ -43,8 +43,8 @@ class Skipped(msgspec.Struct, frozen=True):
     remedies: tuple[Remedy, ...] = ()
 
     def words(self, flags: FlagStyle = SGLANG_FLAGS) -> str:
-        """`reason; fix`, for a line of a list."""
-        return clause(self.reason, self.remedies, flags)
+        """`reason; fix`, for a line of a list of tiers, where to name another tier is no fix."""
+        return clause(self.reason, [remedy for remedy in self.remedies if remedy.kind != "use_tier"], flags)
 
 
 class Plan(msgspec.Struct, frozen=True):

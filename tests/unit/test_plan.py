@@ -12,7 +12,7 @@ from fakes import FakeSettings, FakeTier, ShyFakeTier, SlowFakeTier
 from sglang_xmem import plan as plan_module
 from sglang_xmem.config import CopySettings, Options
 from sglang_xmem.copies.policy import CopyPolicy
-from sglang_xmem.errors import LOWER_SIZE, ConfigError, FlagStyle, SettingError, Unavailable
+from sglang_xmem.errors import LOWER_SIZE, ConfigError, FlagStyle, Remedy, SettingError, Unavailable
 from sglang_xmem.plan import Candidate, Placement, Skipped, candidate_free_bytes, describe_skipped, examine, make_plan
 from sglang_xmem.tiers import MemoryTier, Ranks, tier_classes
 
@@ -200,12 +200,20 @@ def test_an_automatic_size_is_judged_by_what_it_was_made_of_and_the_next_pool_by
         where.allocate([(1000, 1)])
 
 
+def test_an_automatic_size_leaves_what_each_space_may_waste(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeTier, "waste_bytes", lambda self, granule: 10 + granule)
+    where = placement(options("fake", fast=1000))
+    assert where.automatic_bytes(0) == 1000 - 11
+    assert where.automatic_bytes(0, [100, 200]) == 1000 - 110 - 210
+    assert where.automatic_bytes(0, [1000]) == 0
+
+
 def test_a_tier_that_the_pool_has_filled_is_still_its_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     where = placement(options("fake", fast=1000))
     (region,) = where.allocate([(1000, 1)]).regions
     monkeypatch.setattr(FakeTier, "capacity_bytes", lambda self: 0)
     assert where.first_tier().name == "fake"
-    assert where.automatic_bytes(1) == 0
+    assert where.automatic_bytes(1) == 0, "and it is no error that it is full"
     region.release()
 
 
@@ -252,6 +260,18 @@ def test_words_are_the_engines_own() -> None:
     assert describe_skipped([Skipped("a", "why", (LOWER_SIZE,)), Skipped("b", "so")], flags) == (
         "a (why; lower --cache-gb); b (so)"
     )
+
+
+def test_another_tier_is_no_fix_among_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    use = Remedy("use_tier", value="dram")
+    assert describe_skipped([Skipped("a", "why", (use,))]) == "a (why)"
+
+    def plan_ranks(settings: Any, ranks: Ranks) -> tuple[Any, ...]:
+        raise Unavailable("it needs GPUs", use)
+
+    monkeypatch.setattr(FakeTier, "plan_ranks", plan_ranks)
+    with pytest.raises(ConfigError, match=r"fake is unavailable: it needs GPUs\. Use --hicache-xmem-tier dram\.$"):
+        make_plan(options("fake"), RANKS, None, budget)
 
 
 def test_a_setting_is_refused_by_the_name_of_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
