@@ -94,6 +94,13 @@ def make_plan(options: Options, ranks: Ranks, pool_bytes: int | None, host_budge
     return Plan(options=options, ranks=ranks, candidates=tuple(candidates), skipped=tuple(skipped))
 
 
+def tried_tiers(options: Options) -> list[str]:
+    """Names of the tiers that `options` allow, in the order of trying."""
+    if options.tier != AUTO:
+        return [options.tier]
+    return [name for name, tier in tier_classes().items() if tier.is_automatic(options.tiers[name])]
+
+
 def examine(
     options: Options, ranks: Ranks, pool_bytes: int | None, host_budget: HostBudget
 ) -> Iterator[Candidate | Skipped]:
@@ -105,12 +112,9 @@ def examine(
     if not ranks.gpus:
         raise ConfigError("No rank of this engine runs on this machine. Start it where one does.")
     check_copies(options, on_gpu=ranks.uses_gpu)
-    for name, tier_class in tier_classes().items():
-        settings = options.tiers[name]
-        if name != options.tier and (options.tier != AUTO or not tier_class.is_automatic(settings)):
-            continue
+    for name in tried_tiers(options):
         try:
-            candidate = Candidate(name, tier_class.plan_ranks(settings, ranks))
+            candidate = Candidate(name, tier_classes()[name].plan_ranks(options.tiers[name], ranks))
             if pool_bytes is not None:
                 for tier in _tiers_of(candidate, options, ranks):
                     _check_capacity(tier, pool_bytes, host_budget)
@@ -212,6 +216,8 @@ class Placement:
         Raises:
             ConfigError: no tier is left.
         """
+        if not wanted:
+            raise ValueError("no space is asked for")
         host_bytes, self._sized_against = self._sized_against, None
         while self._tiers:
             tier = self._tiers[0]

@@ -56,12 +56,13 @@ def hugepage_bytes() -> int | None:
 
 
 def register_bytes() -> int:
-    """Bytes to pin at a time: SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB (in GiB, as SGLang takes it), or 64 GiB.
+    """Bytes to pin at a time: SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB (GiB, at least 1, as SGLang has it), or 64 GiB.
 
     Raises:
-        ConfigError: it is no positive whole number.
+        ConfigError: it is no whole number.
     """
-    return (_variable(REGISTER_VARIABLE, least=1) or 0) << 30 or REGISTER_BYTES
+    chunk = _variable(REGISTER_VARIABLE)
+    return REGISTER_BYTES if chunk is None else max(chunk, 1) << 30
 
 
 def touch_threads(setting: int = 0) -> int:
@@ -70,16 +71,16 @@ def touch_threads(setting: int = 0) -> int:
     Raises:
         ConfigError: the variable is no whole number.
     """
-    asked = setting or min(_variable(THREADS_VARIABLE, least=0) or 0, 1024)
+    asked = setting or min(_variable(THREADS_VARIABLE) or 0, 1024)
     return asked or max(1, min(16, (os.cpu_count() or 2) // 2))
 
 
-def _variable(name: str, least: int) -> int | None:
+def _variable(name: str) -> int | None:
     value = os.environ.get(name, "").strip()
     if not value:
         return None
-    if not value.isdecimal() or int(value) < least:
-        raise ConfigError(f"{name} is {value!r}. Give a whole number from {least} on, or unset it.")
+    if not value.isdecimal() or len(value) > 6:
+        raise ConfigError(f"{name} is {value!r}. Give a whole number from 0 to 999999, or unset it.")
     return int(value)
 
 

@@ -159,7 +159,7 @@ def test_hugepages_as_sglang_names_them(monkeypatch: pytest.MonkeyPatch, value: 
     ("name", "value", "read"),
     [
         ("SGLANG_HUGEPAGE_SIZE", "4MB", hostmem.hugepage_bytes),
-        ("SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB", "0", hostmem.register_bytes),
+        ("SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB", "1234567", hostmem.register_bytes),
         ("SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB", "some", hostmem.register_bytes),
         ("SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS", "-1", hostmem.touch_threads),
     ],
@@ -175,6 +175,8 @@ def test_the_chunk_of_sglang_is_what_is_pinned_at_a_time(monkeypatch: pytest.Mon
     with pinning() as driver:
         pin(driver, 7 << 30).close()
     assert driver.tried == [3 << 30, 3 << 30, 1 << 30]
+    monkeypatch.setenv("SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB", "0")
+    assert hostmem.register_bytes() == 1 << 30
 
 
 def test_the_threads_of_sglang_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,16 @@ from sglang_xmem import plan as plan_module
 from sglang_xmem.config import CopySettings, Options
 from sglang_xmem.copies.policy import CopyPolicy
 from sglang_xmem.errors import LOWER_SIZE, ConfigError, FlagStyle, Remedy, SettingError, Unavailable
-from sglang_xmem.plan import Candidate, Placement, Skipped, candidate_free_bytes, describe_skipped, examine, make_plan
+from sglang_xmem.plan import (
+    Candidate,
+    Placement,
+    Skipped,
+    candidate_free_bytes,
+    describe_skipped,
+    examine,
+    make_plan,
+    tried_tiers,
+)
 from sglang_xmem.tiers import MemoryTier, Ranks, tier_classes
 
 FAKES: list[type[FakeTier]] = [FakeTier, ShyFakeTier, SlowFakeTier]
@@ -90,6 +99,8 @@ def test_auto_skips_a_full_tier_in_the_launcher() -> None:
 
 
 def test_a_tier_that_auto_does_not_try_serves_by_name() -> None:
+    assert tried_tiers(options()) == ["fake", "slowfake"]
+    assert tried_tiers(options("shyfake")) == ["shyfake"]
     plan = make_plan(options(), RANKS, None, budget)
     assert [c.tier for c in plan.candidates] == ["fake", "slowfake"]
     assert plan.skipped == ()
