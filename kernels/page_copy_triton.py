@@ -13,8 +13,22 @@ import triton
 import triton.language as tl
 
 #: Numbers of a plane's record in the table: address of unit 0, bytes from one unit to the next, offset in the frame,
-#: divisor, words of a unit, vector, and whether its tiles are wide.
+#: divisor, accesses of ALIGNMENT bytes of a unit, vector, and whether its tiles are wide.
 RECORD_WORDS = 7
+
+#: Triton compiles for each integer of a tuple that is 1, a multiple of 16 or below 2^31, also where it is told not to.
+#: So numbers come in a way that is none of these.
+_FAR = tl.constexpr(1 << 33)
+
+
+def disguised(number: int) -> int:
+    """A number, 0 to 2^60, as `page_copy` takes it in a tuple."""
+    return 2 * number + 1 + (1 << 33)
+
+
+@triton.jit
+def _number(disguised):
+    return (disguised - _FAR) >> 1
 
 
 @triton.jit
@@ -65,7 +79,7 @@ def _copy_tile(
 def page_copy(
     table,  # int64[num_planes, RECORD_WORDS]
     num_planes,
-    vectors,  # tuple of VECTORS times four integers: address of frames, of slots, slots_stride, pages
+    vectors,  # tuple of VECTORS times four numbers, disguised: address of frames, of slots, slots_stride, pages
     LOAD: tl.constexpr,
     WORD: tl.constexpr,  # integer type whose size all addresses and sizes are multiples of
     ALIGNMENT: tl.constexpr,  # bytes, 1 to 16, likewise
@@ -73,6 +87,7 @@ def page_copy(
     NARROW_WORDS: tl.constexpr,  # words of each unit in a tile of a plane whose tiles are not wide
     VECTORS: tl.constexpr,  # vectors that the program's planes name
     RECORD: tl.constexpr,
+    MERGED: tl.constexpr,  # words of an access of ALIGNMENT bytes
 ):
     """A fixed number of programs walks the tiles of all planes, plane by plane."""
     NARROW_UNITS: tl.constexpr = TILE_WORDS // NARROW_WORDS
@@ -84,16 +99,17 @@ def page_copy(
         stride = tl.load(record + 1)
         offset = tl.load(record + 2)
         divisor = tl.load(record + 3)
-        unit_words = tl.load(record + 4)
+        # The compiler sees that it is a multiple, and with it the mask of a merged access.
+        unit_words = tl.load(record + 4) * MERGED
         vector = tl.load(record + 5)
         wide = tl.load(record + 6)
-        frames, slots = vectors[0].to(tl.int64), vectors[1].to(tl.int64)
-        slots_stride, count = vectors[2].to(tl.int64), vectors[3].to(tl.int64)
+        frames, slots, slots_stride, count = vectors[0], vectors[1], vectors[2], vectors[3]
         for other in tl.static_range(1, VECTORS):
             frames = tl.where(vector == other, vectors[4 * other], frames)
             slots = tl.where(vector == other, vectors[4 * other + 1], slots)
             slots_stride = tl.where(vector == other, vectors[4 * other + 2], slots_stride)
             count = tl.where(vector == other, vectors[4 * other + 3], count)
+        frames, slots, slots_stride, count = _number(frames), _number(slots), _number(slots_stride), _number(count)
         if wide != 0:
             tiles = count * tl.cdiv(unit_words, TILE_WORDS)
             while mine < tiles:

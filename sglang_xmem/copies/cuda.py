@@ -136,7 +136,7 @@ class CudaPageCopier(PageCopier):
         """What runs, which is what was asked for unless that cannot run here."""
         tuning = self._given[direction]
         if not isinstance(tuning, CudaTuning):
-            tuning = dataclasses.replace(default_tuning(direction, self._path, spaces), **tuning)
+            tuning = dataclasses.replace(default_tuning(direction, self._path, spaces, alignment), **tuning)
         return fit_tuning(tuning, capability=self._capability, max_shared_bytes=self._shared_bytes, alignment=alignment)
 
     def _copy(self, program: Program, pages: Sequence[Pages], *, load: bool, counters: LayerCounters | None) -> None:

@@ -65,6 +65,7 @@ class TritonProgram(Program):
         from sglang_xmem.kernels import page_copy_triton
 
         self._kernel: Any = page_copy_triton.page_copy
+        self._disguised = page_copy_triton.disguised
         alignment = alignment_of(copier.slabs, [step.plane for step in steps], 16)
         word_bytes = min(alignment, 8)
         tile_words = _TILE_BYTES // word_bytes
@@ -77,7 +78,7 @@ class TritonProgram(Program):
                 step.plane.device_stride,
                 step.plane.offset,
                 step.plane.divisor,
-                number,
+                step.plane.unit_bytes // alignment,
                 step.vector,
                 int(2 * number > tile_words),
             ]
@@ -94,23 +95,21 @@ class TritonProgram(Program):
             "NARROW_WORDS": max(triton.next_power_of_2(least), _LEAST_BYTES // word_bytes),
             "VECTORS": self.num_vectors,
             "RECORD": page_copy_triton.RECORD_WORDS,
+            "MERGED": alignment // word_bytes,
         }
 
     def launch(self, pages: Sequence[Pages], *, load: bool, ctas: int) -> None:
         """Enqueue a move by so many thread blocks, on the current stream."""
-        # What Triton compiles for depends on whether a number needs 64 bits, so an empty vector has some address too.
-        somewhere = self._table.data_ptr()
-        vectors: list[int] = []
+        numbers: list[int] = []
         for frames, slots in pages[: self.num_vectors]:
-            count = frames.numel()
-            vectors += (frames.data_ptr() or somewhere, slots.data_ptr() or somewhere, slots.stride(0), count)
+            numbers += (frames.data_ptr(), slots.data_ptr(), slots.stride(0), frames.numel())
         device = self.copier.device
         # Triton launches on the current device, which need not be that of the pools.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._kernel[(ctas,)](
                 self._table,
                 len(self.steps),
-                tuple(vectors),
+                tuple(self._disguised(number) for number in numbers),
                 LOAD=load,
                 num_warps=_NUM_WARPS,
                 **self._constants,

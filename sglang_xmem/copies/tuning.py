@@ -164,14 +164,20 @@ def defaults_of(direction: Direction) -> list[CudaTuning]:
     return [tuning for table in tables for (of, _), tuning in table.items() if of == direction]
 
 
-def default_tuning(direction: Direction, path: Path, spaces: Iterable[Sequence[int]]) -> CudaTuning:
+def default_tuning(
+    direction: Direction, path: Path, spaces: Iterable[Sequence[int]], alignment: int = VECTOR_BYTES
+) -> CudaTuning:
     """The measured choice.
 
     Args:
         spaces: for each index space, the bytes of each unit that a page of it has. Where small units make up most of
             what a page of some space has, as they do with page size 1, that decides.
+        alignment: bytes that every address and size is a multiple of. With less than bulk copies need, the register
+            variant runs, with narrower accesses; it then needs as many of them under way as for small units.
     """
     limit = SMALL_UNIT_BYTES.get(path, 0)
+    if limit and alignment % VECTOR_BYTES:
+        return SMALL_UNIT_TUNING[direction, path]
     for units in spaces:
         if 2 * sum(nbytes for nbytes in units if nbytes < limit) > sum(units):
             return SMALL_UNIT_TUNING[direction, path]

@@ -256,7 +256,7 @@ class CopierContract(ABC):
         copier.load(program, [Pages(torch.tensor(frames, **on), torch.tensor(slots, **on))])  # type: ignore[arg-type]
         assert torch.equal(device.cpu(), torch.arange(48, dtype=torch.uint8))
 
-    #: Whether the copier makes a view of all units of a plane.
+    #: Whether the copier looks at units of a plane that it does not move.
     reads_all_units = False
 
     def one(self) -> tuple[PageCopier, list[Step], Plane]:

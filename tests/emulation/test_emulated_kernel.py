@@ -118,7 +118,7 @@ WRONG = {
     "tells of the tile at hand": ("part > raised", "part + 1 > raised", "register"),
     "forgets to tell at the end": ("    progress.raise(num_parts, lane);\n}", "}", "register"),
     "ends before its copies": ("    bulk_wait_all();\n    progress.raise(num_parts, lane);", "", "bulk"),
-    "reads past a plane's end": ("n = min(mine + u * 32, last)", "n = mine + u * 32", "register"),
+    "reads past a vector's end": ("min((u64)page + lane, pages.count - 1)", "(u64)page + lane", "register"),
     "takes a plane's tiles for the next one's": ("end <= tile", "end < tile", "register"),
     "takes a plane's tiles for the next one's, by lanes": ("<= tile) at += step", "< tile) at += step", "bulk"),
     "never goes on to more planes": ("block + 32 >= num_planes", "true", "bulk"),

@@ -210,6 +210,7 @@ def test_small_units_have_settings_of_their_own() -> None:
             assert default_tuning(direction, path, [[1000] * 8]) == small
             assert default_tuning(direction, path, [[65536] * 8]) == large
             assert default_tuning(direction, path, [[65536] * 8 + [160] * 8]) == large, "most bytes are in large units"
+            assert default_tuning(direction, path, [[65536] * 8], alignment=8) == small, "bulk copies cannot run"
             assert default_tuning(direction, path, []) == default_tuning(direction, path, [[]]) == large
         assert default_tuning(direction, "nvlink", [kv, states]) == SMALL_UNIT_TUNING[direction, "nvlink"]
         assert default_tuning(direction, "nvlink", [mla]) == SMALL_UNIT_TUNING[direction, "nvlink"]
