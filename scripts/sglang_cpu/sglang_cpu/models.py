@@ -5,6 +5,7 @@ Nothing here knows about HiCache, and each function acts for the models that cal
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,60 @@ def gate_shared_expert(
     gate = torch.sigmoid(hidden_states.float() @ gate_weight.float())[:, None]
     gated = gate * shared_output.float()
     output.copy_(output.float() + gated if do_add else gated)
+
+
+@_around(f"{_TORCH_ATTENTION}.forward_extend")
+def extend_by_drafts(
+    original: Callable[..., Any], self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Verify drafts: each request is extended by a chain of them, which its batch does not say."""
+    if not batch.forward_mode.is_target_verify():
+        return original(self, q, k, v, layer, batch, *args, **kwargs)
+    prefixes = batch.seq_lens
+    drafts = torch.full_like(prefixes, batch.spec_info.draft_token_num)
+    extended = copy.copy(batch)
+    extended.extend_prefix_lens, extended.extend_seq_lens, extended.seq_lens = prefixes, drafts, prefixes + drafts
+    return original(self, q, k, v, layer, extended, *args, **kwargs)
+
+
+@_around("sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend")
+def draft_attention(original: Callable[..., Any], self: Any, backend_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Make the torch attention for drafts, which SGLang has for other backends alone."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    runner = self.draft_model_runner
+    if not isinstance(runner.attn_backend, TorchNativeAttnBackend):
+        return original(self, backend_name, *args, **kwargs)
+    if backend_name != "decode_attention_backend":
+        return TorchNativeAttnBackend(runner)
+    if self.topk != 1:
+        raise NotImplementedError(f"sglang_cpu has drafts for topk 1, not {self.topk}")
+
+    class DraftStep(TorchNativeAttnBackend):  # type: ignore[misc]
+        """Attention of one draft, which sees those before it."""
+
+        seen = 0
+
+        def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            longer = copy.copy(batch)
+            longer.seq_lens = batch.seq_lens + self.seen
+            return super().forward_decode(q, k, v, layer, longer, *args, **kwargs)
+
+    return _DraftSteps([DraftStep(runner) for _ in range(self.speculative_num_steps - 1)])
+
+
+class _DraftSteps:
+    """The attention of consecutive drafts, as SGLang's draft worker wants it."""
+
+    def __init__(self, attn_backends: list[Any]) -> None:
+        self.attn_backends = attn_backends
+        for step, backend in enumerate(attn_backends):
+            backend.seen = step + 1
+
+    def init_forward_metadata(self, batch: Any) -> None:
+        """Prepare a forward pass."""
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(batch)
 
 
 def register_latent_attention() -> None:

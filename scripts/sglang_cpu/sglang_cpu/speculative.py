@@ -15,6 +15,7 @@ import torch
 __all__ = [
     "assign_draft_cache_locs_contiguous_cpu",
     "assign_extend_cache_locs_cpu",
+    "assign_req_to_token_pool_cpu",
     "build_tree_kernel_efficient_cpu",
     "copy_all_layer_kv_cache_cpu",
     "fill_accept_out_cache_loc_cpu",
@@ -66,6 +67,22 @@ def assign_extend_cache_locs_cpu(
     rows = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     for request, start, end in rows:
         out_cache_loc[done : done + end - start] = req_to_token[request, start:end]
+        done += end - start
+
+
+def assign_req_to_token_pool_cpu(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    pool_len: int,
+) -> None:
+    """Write down each request's slots from start_offset to end_offset; one request's come behind the other's."""
+    done = 0
+    rows = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
+    for request, start, end in rows:
+        req_to_token[request, start:end] = out_cache_loc[done : done + end - start].to(req_to_token.dtype)
         done += end - start
 
 
