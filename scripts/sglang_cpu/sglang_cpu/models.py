@@ -109,7 +109,7 @@ def draft_attention(original: Callable[..., Any], self: Any, backend_name: str, 
     if self.topk != 1:
         raise NotImplementedError(f"sglang_cpu has drafts for topk 1, not {self.topk}")
 
-    class DraftStep(TorchNativeAttnBackend):  # type: ignore[misc]
+    class DraftStep(TorchNativeAttnBackend):
         """Attention of one draft, which sees those before it."""
 
         seen = 0
