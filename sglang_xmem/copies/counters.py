@@ -1,24 +1,21 @@
 """How the forward pass learns which layers of a load are in place, when the load is one kernel launch for all of them.
 
 An event behind each layer would take a launch a layer. Here the copy kernel raises a counter a layer in GPU memory, and
-a stream that needs the layer waits for the counter's value (cuStreamWaitValue32), which costs no multiprocessor.
+a stream that needs the layer waits for the counter's value (cuStreamWaitValue32), which costs no multiprocessor. What a
+counter stands for, the *part* of a load, the program's steps say; a part without steps is raised with the one before.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from sglang_xmem import gpus
 from sglang_xmem.errors import CopyError
 
-#: Whom a launch tells: the address of the first counter, and after how many of its planes each is raised.
-Counters = tuple[int, int]
-NOBODY: Final[Counters] = (0, 0)
 
-
-class LoadSignals:
+class LayerCounters:
     """Counters of one load at a time. A later load may use them once the one before is complete.
 
     Args:
@@ -56,15 +53,6 @@ class LoadSignals:
             # A GPU may reorder what others write to it. The copying GPU's fences order pages before counters; where the
             # driver offers it too, so does the wait.
             self._flags |= int(flags.CU_STREAM_WAIT_VALUE_FLUSH)
-
-    def check_parts(self, planes: range) -> None:
-        """Raises ValueError for planes that do not make as many equal parts as there are counters."""
-        if len(planes) % self.num_parts:
-            raise ValueError(f"{len(planes)} planes do not make {self.num_parts} equal parts")
-
-    def counters(self, planes: range) -> Counters:
-        """What a launch that copies `planes`, all parts of a load, is told: see `Counters`."""
-        return self.address, len(planes) // self.num_parts
 
     def announce(self, raises: int) -> None:
         """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""

@@ -10,8 +10,8 @@ import torch
 from cuda.bindings import driver
 
 from sglang_xmem import gpus
-from sglang_xmem.copies import signals
-from sglang_xmem.copies.signals import LoadSignals
+from sglang_xmem.copies import counters
+from sglang_xmem.copies.counters import LayerCounters
 from sglang_xmem.errors import CopyError
 
 CPU = torch.device("cpu", 0)
@@ -41,7 +41,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_a_part_is_its_own_counter_and_loads_add_up(fake: Driver) -> None:
-    made = LoadSignals(3, CPU)
+    made = LayerCounters(3, CPU)
     assert made._counters.tolist() == [0, 0, 0]
     made.wait(0)  # before any load: nothing to wait for
     made.announce(64)
@@ -54,7 +54,7 @@ def test_a_part_is_its_own_counter_and_loads_add_up(fake: Driver) -> None:
 
 
 def test_a_stream_waits_once_for_what_it_needs(fake: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = LoadSignals(4, CPU)
+    made = LayerCounters(4, CPU)
     made.announce(8)
     for part in (0, 0, 2, 1, 2, 3):
         made.wait(part)
@@ -72,7 +72,7 @@ def test_a_stream_waits_once_for_what_it_needs(fake: Driver, monkeypatch: pytest
 
 @pytest.mark.parametrize("target", [0, 7, 2**31 - 1, 2**31, 2**32 - 1])
 def test_counters_stand_again_where_the_last_load_was(fake: Driver, target: int) -> None:
-    made = LoadSignals(3, CPU)
+    made = LayerCounters(3, CPU)
     made.announce(target)
     made._counters.copy_(torch.tensor([5, 1, 0]))
     made.restore()
@@ -80,7 +80,7 @@ def test_counters_stand_again_where_the_last_load_was(fake: Driver, target: int)
 
 
 def test_a_refused_wait_is_asked_for_again(fake: Driver) -> None:
-    made = LoadSignals(1, CPU)
+    made = LayerCounters(1, CPU)
     made.announce(8)
     fake.status = driver.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(CopyError):
@@ -91,7 +91,7 @@ def test_a_refused_wait_is_asked_for_again(fake: Driver) -> None:
 
 
 def test_the_target_wraps_around_as_the_counters_do(fake: Driver) -> None:
-    made = LoadSignals(1, CPU)
+    made = LayerCounters(1, CPU)
     made._target = 2**32 - 10
     made.announce(64)
     made.wait(0)
@@ -103,14 +103,14 @@ def test_writes_of_another_gpu_are_flushed(
     fake: Driver, monkeypatch: pytest.MonkeyPatch, remote: bool, able: int, flush: bool
 ) -> None:
     monkeypatch.setattr(gpus, "attribute", lambda gpu, name: able)
-    made = LoadSignals(1, CPU, remote=remote)
+    made = LayerCounters(1, CPU, remote=remote)
     made.wait(0)
     flag = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_FLUSH)
     assert bool(fake.waits[0][3] & flag) is made.flushes is flush
 
 
 def test_a_refused_wait_is_an_error(fake: Driver) -> None:
-    made = LoadSignals(1, CPU)
+    made = LayerCounters(1, CPU)
     fake.status = driver.CUresult.CUDA_ERROR_NOT_SUPPORTED
     with pytest.raises(CopyError, match="CUDA_ERROR_NOT_SUPPORTED"):
         made.wait(0)
@@ -124,7 +124,7 @@ def test_support_is_asked_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr(gpus, "attribute", attribute)
-    assert signals.supported(torch.device("cuda", 3)) is False
+    assert counters.supported(torch.device("cuda", 3)) is False
     assert asked == [(3, "CAN_USE_64_BIT_STREAM_MEM_OPS")]
 
 
@@ -156,13 +156,13 @@ class Links:
         ("", "_ONLY_PARTIAL_NATIVE_ATOMIC_SUPPORTED", False),
     ],
 )
-def test_another_gpu_signals_where_its_additions_are_atomic(
+def test_another_gpu_counts_where_its_additions_are_atomic(
     monkeypatch: pytest.MonkeyPatch, has: str, refuses: str, atomic: bool
 ) -> None:
     """Peers over PCIe have access and no atomic additions, and one that is lost is waited for without end."""
     monkeypatch.setattr(gpus, "attribute", lambda gpu, name: 1)
     monkeypatch.setattr(gpus, "driver", lambda: Links(has, refuses))
     device = torch.device("cuda", 3)
-    assert signals.supported(device) is True, "the rank's own GPU needs no link"
-    assert signals.supported(device, 5) is atomic
-    assert signals.supported(device, 4) is False
+    assert counters.supported(device) is True, "the rank's own GPU needs no link"
+    assert counters.supported(device, 5) is atomic
+    assert counters.supported(device, 4) is False
