@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sglang_xmem.copies import make_copier
+from sglang_xmem.copies import make_program
 from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
 from sglang_xmem.copies.geometry import Slab
 from sglang_xmem.plan import Placement, describe_skipped
@@ -118,22 +118,10 @@ class Arena:
         self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         slabs = [slab for space in self.spaces.values() for slab in space.slabs]
         self._views = [(slab.address, self._view(slab)) for slab in slabs]
-        try:
-            self.copier: PageCopier
-            self.copier, refused = make_copier(
-                copy.kernel,
-                slabs,
-                device,
-                link=self.tier.traits.link,
-                load=copy.load,
-                store=copy.store,
-                policy=allocation.policy,
-            )
-        except Exception:
-            self.close()
-            raise
-        if refused is not None:
-            logger.info("sglang_xmem: %s executes the copies itself: %s", device, refused)
+        self._slabs = slabs
+        self._copy = copy
+        self._policy = allocation.policy
+        self.copier: PageCopier | None = None
         if device.type == "cuda":
             self._warm_pinned_cache()
         self.nbytes = sum(spec.pages * spec.frame_bytes for spec in spaces)
@@ -146,14 +134,40 @@ class Arena:
             device,
             f"; skipped: {describe_skipped(placement.skipped)}" if placement.skipped else "",
         )
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """Make the copier. It is settled with all planes whether the GPU that is to execute copies reaches the pools.
+
+        Args:
+            steps: all planes of all pools.
+
+        Raises:
+            CopyError: the copier cannot run on this machine, or cannot reach the pools.
+        """
+        copy = self._copy
+        self.copier, _, refused = make_program(
+            copy.kernel,
+            self._slabs,
+            self.device,
+            steps,
+            1,
+            link=self.tier.traits.link,
+            load=copy.load,
+            store=copy.store,
+            policy=self._policy,
+        )
+        if refused is not None:
+            logger.info("sglang_xmem: %s executes the copies itself: %s", self.device, refused)
         logger.info("sglang_xmem: pages are copied by %s", self.copier.describe())
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> Program:
         """Prepare a load or store of `steps`; once for a set of pools, since it may wait for the GPU."""
+        assert self.copier is not None, "begin() comes first"
         return self.copier.compile(steps, num_parts)
 
     def make_counters(self, num_parts: int) -> LayerCounters | None:
         """Counters for one load at a time; None where completion of layers has to be signalled by events."""
+        assert self.copier is not None, "begin() comes first"
         return self.copier.make_counters(num_parts)
 
     def frames(self, wanted: Sequence[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
@@ -180,10 +194,12 @@ class Arena:
         Raises:
             CopyError: the driver refuses; counters are as they were.
         """
+        assert self.copier is not None
         self.copier.load(program, pages, counters)
 
     def store(self, program: Program, pages: Sequence[Pages]) -> None:
         """Enqueue device -> tier on the current stream; as `load`."""
+        assert self.copier is not None
         self.copier.store(program, pages)
 
     def copy_plainly(self, steps: Sequence[Step], pages: Sequence[Pages], *, load: bool) -> None:
@@ -269,7 +285,7 @@ class Arena:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._views = []
-            self.copier = None  # type: ignore[assignment]
+            self.copier = None
             for region in self._regions:
                 region.release()
 

@@ -64,7 +64,7 @@ class Session:
         return {
             "tiers": self.tier_names(),
             "healthy": self.healthy,
-            "copiers": [arena.copier.describe() for arena in self.arenas],
+            "copiers": [arena.copier.describe() for arena in self.arenas if arena.copier is not None],
             "bytes": [arena.nbytes for arena in self.arenas],
             "counts": dict(self.counts),
         }

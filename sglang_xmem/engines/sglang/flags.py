@@ -6,7 +6,6 @@ SGLang itself is imported inside functions: plugins load early in every process,
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 import msgspec
@@ -23,7 +22,7 @@ ATTRIBUTE = "_sglang_xmem"
 class Request(msgspec.Struct, frozen=True):
     """The user's raw values, on a ServerArgs record. `from_cli`: a mistake ends the command, else it raises."""
 
-    tier: str
+    tier: str | None
     config: Any
     from_cli: bool
 
@@ -92,16 +91,8 @@ def from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
             if value is not None:
                 refuse(f"{option} {value} has no effect without --hicache-use-xmem. Add that flag, or leave it out.")
     if on:
-        attach(record, Request(*_values(args.hicache_xmem_tier, args.hicache_xmem_config), from_cli=True))
+        attach(record, Request(args.hicache_xmem_tier, args.hicache_xmem_config, from_cli=True))
     return record
-
-
-def _values(tier: str | None, config: Any) -> tuple[str, Any]:
-    if tier is None:
-        tier = os.environ.get("SGLANG_XMEM_TIER") or AUTO
-    if config is None:
-        config = os.environ.get("SGLANG_XMEM_CONFIG") or None
-    return tier, config
 
 
 class ServerArgsFactory:
@@ -127,7 +118,7 @@ class ServerArgsFactory:
                     )
         record = self.original(**kwargs)
         if said:
-            attach(record, Request(*_values(tier, config), from_cli=False))
+            attach(record, Request(tier, config, from_cli=False))
         return record
 
 

@@ -12,7 +12,7 @@ from sglang_xmem.engines.sglang import flags, versions
 from sglang_xmem.engines.sglang.hooks import place, verify, verify_members
 from sglang_xmem.engines.sglang.host_budget import launcher_host_budget
 from sglang_xmem.errors import REFUSED_EXIT_STATUS, ConfigError, UnsupportedSGLang, refuse
-from sglang_xmem.plan import make_plan
+from sglang_xmem.plan import Skipped, make_plan
 from sglang_xmem.tiers import Ranks, tier_classes
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _with_addresses(plan: Plan, option: str) -> Plan:
         )
     if len(kept) == len(plan.candidates):
         return plan
-    gone = tuple((c.tier, f"{option} cannot address it") for c in plan.candidates if c not in kept)
+    gone = tuple(Skipped(c.tier, f"{option} cannot address it", ()) for c in plan.candidates if c not in kept)
     return msgspec.structs.replace(plan, candidates=kept, skipped=plan.skipped + gone)
 
 

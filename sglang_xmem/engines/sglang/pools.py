@@ -31,7 +31,7 @@ from sglang_xmem.engines.sglang.geometry import (
     space_of,
 )
 from sglang_xmem.engines.sglang.transfer import ADOPTED
-from sglang_xmem.errors import ConfigError, CopyError, refuse
+from sglang_xmem.errors import ConfigError, CopyError, refuse, sentence
 
 if TYPE_CHECKING:
     from sglang_xmem.session import Session
@@ -179,6 +179,12 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
     active.arenas.append(arena)
     for name, pool, description in described:
         _attach(active, arena, pool, description, placed.get(name))
+    views = active.pools[-len(described) :]
+    planes = [plane for view in views for planes in view.layers.values() for plane in planes]
+    try:
+        arena.begin([Step(plane, 0, 0) for plane in planes])
+    except CopyError as error:
+        refuse(_sentence(error))
     setattr(group, _RESERVED, {name: placed[name] for name, _, description in later if description is not None})
 
 
@@ -255,7 +261,7 @@ def _name(name: Any) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, Unsupported):
         return f"--hicache-use-xmem cannot hold this model's KV cache: {error}. Leave the flag out for this model."
-    return str(error)
+    return sentence(error)
 
 
 def draft_sidecars(group: Any, device_pools: Sequence[Any], build: Callable[..., Any]) -> list[tuple[str, Any]]:

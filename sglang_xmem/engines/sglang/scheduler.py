@@ -86,14 +86,9 @@ def prepare_staging(original: Any, **kwargs: Any) -> None:
 
 
 def _host_budget(nbytes: int) -> int:
-    """Host RAM for a pool of so many bytes: SGLang's rule, also for a tier that is tried instead of another."""
+    """Host RAM for a pool of so many bytes by SGLang's rule."""
     from sglang.srt.mem_cache.pool_host import base
 
-    # Within an automatic size SGLang's function answers with what it sized by, which may be another tier's capacity,
-    # less what has been asked for; and the machine's memory is the other ranks' meanwhile.
-    sized_against = session.current().sized_against
-    if sized_against is not None:
-        return sized_against
     budget = base.host_memory_budget_bytes
     return int(getattr(budget, "__wrapped__", budget)(nbytes))
 
@@ -107,21 +102,16 @@ def host_memory_budget_bytes(original: Any, requested_bytes: int = 0, **auto_siz
     active = session.current()
     if _measuring:
         return 1 << 62
-    sizing = auto_size.get("auto_size", requested_bytes == 0) and not active.arenas
+    placement = active.placement
     try:
-        tier = active.placement.first_tier()
-        capacity = tier.capacity_bytes()
+        if auto_size.get("auto_size", requested_bytes == 0) and not active.arenas:
+            return placement.automatic_bytes(int(original(requested_bytes, **auto_size)))
+        tier = placement.first_tier()
+        if not tier.traits.counts_as_host_ram:
+            return tier.capacity_bytes()
     except ConfigError as error:
         refuse(str(error))
-    if not tier.traits.counts_as_host_ram:
-        if sizing:
-            active.sized_against = int(original())
-        return capacity
-    budget = int(original(requested_bytes, **auto_size))
-    if sizing:
-        active.sized_against = budget
-    # What an arena holds already is no longer free, and the tier's capacity says so.
-    return budget if active.arenas else min(budget, capacity)
+    return int(original(requested_bytes, **auto_size))
 
 
 # --------------------------------------------------------------------------------------------------------------- pools
