@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from sglang_xmem import doctor
-from sglang_xmem.bench import compare, copy, multiturn, report, roundtrip, throughput, trace, ttft
+from sglang_xmem.bench import compare, multiturn, report, throughput, trace, ttft
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.mtier import daemon
 
@@ -21,8 +21,6 @@ def parser() -> argparse.ArgumentParser:
         ("throughput", throughput, "tokens/s by hit ratio and concurrency"),
         ("multiturn", multiturn, "agents with growing shared context, TTFT by turn"),
         ("trace", trace, "a recorded trace of requests, replayed"),
-        ("copy", copy, "page copies against the link's contiguous copies"),
-        ("roundtrip", roundtrip, "a whole pool through a tier and back, byte by byte"),
         ("report", report, "table, CSV and plots of results"),
         ("compare", compare, "what changed between two results"),
     ):

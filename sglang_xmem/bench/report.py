@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sglang_xmem.bench import copy_jobs, stats
+from sglang_xmem.bench import stats
 from sglang_xmem.errors import ConfigError
 
 Row = dict[str, Any]
@@ -121,7 +121,6 @@ IDENTITY = {
     "multiturn": ("backend", "turn"),
     "trace": ("backend",),
     "timeline": ("backend", "hit", "gpu", "kernel"),
-    "copy": ("path", "case", "kernel", "tuning", "memory"),
     "roundtrip": ("tier", "bytes", "kernel"),
 }
 
@@ -172,7 +171,6 @@ def print_table(rows: Sequence[Row]) -> None:
         "throughput": _throughput_table,
         "multiturn": _multiturn_table,
         "trace": _trace_table,
-        "copy": _copy_table,
     }
     maker = makers.get(str(rows[0].get("bench")))
     if maker is None:
@@ -380,72 +378,6 @@ def _trace_table(rows: list[Row]) -> Table:
     return f"Trace {rows[0]['trace']} at speed {rows[0]['speed']}, {rows[0].get('shape')}", header, lines, notes
 
 
-def _copy_table(rows: list[Row]) -> Table:
-    shown = [row for row in rows if row.get("tuning") != "candidate"] or rows
-    lines, notes = [], []
-    for row in shown:
-        if "waived" in row or "error" in row:
-            what = ", ".join(str(row[key]) for key in ("path", "memory", "case", "tuning") if key in row)
-            notes.append(f"{what}: {'WAIVED' if 'waived' in row else 'ERROR'}: {row.get('waived', row.get('error'))}")
-            continue
-        measured, aim = _copy_result(row)
-        memory = row.get("memory", "tier")
-        lines.append(
-            [
-                row["path"] if memory == "tier" else f"{row['path']}, {memory}",
-                row["case"],
-                str(row["pages"]),
-                _copy_tuning(row) or "-",
-                row["kernel"],
-                f"{row['gbps']:.1f}" if "gbps" in row else "-",
-                f"{row['contiguous_gbps']:.1f}" if "contiguous_gbps" in row else "-",
-                measured,
-                aim,
-                {True: "yes", False: "NO", None: "-"}[row.get("reached")],
-                {True: "right", False: "WRONG", None: "-"}[row.get("verified")],
-            ]
-        )
-    header = ["path", "case", "pages", "settings", "kernel", "GB/s", "contiguous", "measured", "target", "reached"]
-    header.append("bytes")
-    notes.append(
-        "measured: share of the contiguous copy; beside a matrix product how much slower that is; the time to enqueue "
-        "a load of all layers."
-    )
-    for what, config in copy_jobs.tuned_configs(rows):
-        notes.append(f"{what}: --hicache-xmem-config '{json.dumps(config)}'")
-    return f"Page copies, {rows[0].get('device', 'run ' + str(rows[0].get('run')))}", header, lines, notes
-
-
-def _copy_tuning(row: Row) -> str:
-    """What a row's settings are called, and who copied where that was another GPU than the rank's; rows of before say
-    neither."""
-    by = "by the peer" if row.get("runs_on") == "peer" else ""
-    return ", ".join(text for text in (row.get("tuning"), by) if text)
-
-
-def _copy_result(row: Row) -> tuple[str, str]:
-    """What a row found and what it was to reach, as text."""
-    aim = row.get("target")
-    if "slowdown" in row:
-        return f"{row['slowdown']:+.1%}", "-" if aim is None else f"<= {aim:.0%}"
-    if "us" in row:
-        return f"{row['us']:.0f} us", "-" if aim is None else f"<= {aim:.0f} us"
-    return f"{row['ratio']:.1%}", "-" if aim is None else f">= {aim:.0%}"
-
-
-def copy_line(row: Row) -> str:
-    """One row of `bench copy` as it comes in."""
-    memory = row.get("memory", "tier")
-    path = row.get("path", "") if memory == "tier" else f"{row.get('path', '')}, {memory}"
-    what = f"{path:>20}  {row.get('case', '')}"
-    if "waived" in row or "error" in row:
-        return f"{what}  {'WAIVED' if 'waived' in row else 'ERROR'}: {row.get('waived', row.get('error'))}"
-    rates = f"{row['gbps']:.1f} GB/s of {row['contiguous_gbps']:.1f}" if "gbps" in row else ""
-    checked = {True: "bytes right", False: "bytes WRONG", None: ""}[row.get("verified")]
-    texts = (what, rates, _copy_result(row)[0], checked, _copy_tuning(row), row["kernel"])
-    return "  ".join(text for text in texts if text)
-
-
 def tokens_label(tokens: float) -> str:
     """81920 is 80K."""
     whole = round(tokens)
@@ -463,9 +395,8 @@ def write_files(rows: Sequence[Row], path: Path) -> list[Path]:
         "ttft": _plot_ttft,
         "throughput": _plot_throughput,
         "multiturn": _plot_multiturn,
-        "copy": _plot_copy,
     }.get(str(rows[0]["bench"]))
-    if plot is None or (plot is _plot_copy and not _copy_bars(rows)):
+    if plot is None:
         return written
     try:
         import matplotlib
@@ -620,58 +551,4 @@ def _plot_multiturn(rows: list[Row]) -> Any:
     axis.set_xlabel("turn")
     axis.set_title(f"{rows[0]['agents']} agents, TTFT by turn, {rows[0].get('shape', '')}: median and p90", fontsize=11)
     axis.legend(frameon=False)
-    return figure
-
-
-#: Colours of the paths of `bench copy`.
-PATH_COLOURS = {
-    "peer_load": "#009e73",
-    "peer_store": "#0072b2",
-    "peer_both_load": "#56b4e9",
-    "peer_both_store": "#cc79a7",
-    "host_load": "#e69f00",
-    "host_store": "#d55e00",
-}
-
-
-def _copy_bars(rows: Iterable[Row]) -> list[Row]:
-    """Rows with a share of the link, the fastest where several settings of one kind were tried."""
-    best: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        if "ratio" not in row or "slowdown" in row or row["path"] not in PATH_COLOURS:
-            continue
-        key = tuple(row.get(name) for name in ("path", "memory", "case", "tuning"))
-        if key not in best or row["ratio"] > best[key]["ratio"]:
-            best[key] = row
-    tuned = {(row["path"], row.get("memory"), row["case"]) for row in best.values() if row.get("tuning") == "best"}
-    return [
-        row
-        for row in best.values()
-        if row.get("tuning") != "candidate" or (row["path"], row.get("memory"), row["case"]) not in tuned
-    ]
-
-
-def _plot_copy(rows: list[Row]) -> Any:
-    order = list(PATH_COLOURS)
-    bars = sorted(_copy_bars(rows), key=lambda row: order.index(row["path"]))
-    figure, (axis,) = _figure(9, 1.2 + 0.24 * len(bars))
-    labels = []
-    for place, row in enumerate(bars):
-        axis.barh(place, 100 * row["ratio"], height=0.75, color=PATH_COLOURS[row["path"]])
-        axis.text(1, place, f"{row['gbps']:.0f} GB/s", va="center", fontsize=7, color="white")
-        if row.get("target") is not None:
-            # White around it, so that it shows on the bar as well as beyond its end.
-            for colour, width in (("white", 4), ("black", 1.8)):
-                ends = [place - 0.42, place + 0.42]
-                axis.plot([100 * row["target"]] * 2, ends, color=colour, linewidth=width, solid_capstyle="butt")
-        memory = "" if row.get("memory", "tier") == "tier" else f", {row['memory']}"
-        tuning = f", {_copy_tuning(row)}" if _copy_tuning(row) else ""
-        labels.append(f"{row['path']}{memory}: {row['case']}{tuning}")
-    axis.axvline(100, color="black", linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(bars)), labels, fontsize=7)
-    axis.set_ylim(len(bars) - 0.4, -0.6)
-    axis.grid(False, axis="y")
-    axis.set_xlim(0, max(105, *(100 * row["ratio"] + 5 for row in bars)))
-    axis.set_xlabel("share of a contiguous copy of as many bytes, % (black marks: targets)")
-    axis.set_title(f"Page copies, {bars[0].get('device', 'run ' + str(bars[0].get('run')))}", fontsize=11)
     return figure

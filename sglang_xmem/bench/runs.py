@@ -31,7 +31,7 @@ from sglang_xmem.bench.sizing import KVShape
 from sglang_xmem.config import parse_options
 from sglang_xmem.doctor import tiers
 from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.tiers import Locality, tier_classes
+from sglang_xmem.tiers import tier_classes
 
 #: Backends beside the tiers. `hbm` is SGLang without HiCache, `recompute` SGLang without any cache of prefixes,
 #: `auto` the tier that --hicache-xmem-tier auto takes.
@@ -394,7 +394,7 @@ def engine_options(
 def in_host_memory(backend: str) -> bool:
     """Whether a backend's pool lies in host memory, where SGLang's limits apply."""
     tier = tier_classes().get(tier_of(backend))
-    return backend == STOCK or (tier is not None and tier.locality is Locality.HOST)
+    return backend == STOCK or (tier is not None and tier.traits.counts_as_host_ram)
 
 
 def has_pool(backend: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from sglang_xmem import gpus
 from sglang_xmem.doctor.child import run_task
 from sglang_xmem.errors import TierUnavailable
-from sglang_xmem.tiers.peer import PeerSeat, PeerSettings, PeerTier
+from sglang_xmem.tiers.peer import PeerRankPlan, PeerSettings, PeerTier
 
 #: Bytes of a copy: enough for 99 % of a link's rate, small beside any GPU's memory.
 COPY_BYTES = 256 << 20
@@ -131,11 +131,11 @@ class _Bench:
 
     def peer(self, peer: int, share_s: float) -> Json:
         """Both directions between a peer's memory and the GPU."""
-        tier = PeerTier(PeerSettings(gpus=(peer,), copy_on="rank"), PeerSeat(gpus=(peer,), named=True), self._gpu)
+        tier = PeerTier(PeerSettings(gpus=(peer,), copy_on="rank"), PeerRankPlan(gpus=(peer,), named=True), self._gpu)
         region = tier.allocate(COPY_BYTES)
         try:
-            read = self._gbps(self._buffer, region.address, share_s / 2)
-            return {"read_gbps": read, "write_gbps": self._gbps(region.address, self._buffer, share_s / 2)}
+            read = self._gbps(self._buffer, region.extents[0].address, share_s / 2)
+            return {"read_gbps": read, "write_gbps": self._gbps(region.extents[0].address, self._buffer, share_s / 2)}
         finally:
             region.release()
 

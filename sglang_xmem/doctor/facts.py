@@ -38,10 +38,10 @@ def versions() -> Json:
 
 def plugin_problem(sglang: str | None) -> str | None:
     """Why `--hicache-use-xmem` would not be there, None where it would."""
-    known = ", ".join(plugin.ADAPTERS)
+    known = ", ".join(versions.known())
     if sglang is None:
         return f"SGLang is not installed; run pip install sglang=={known}"
-    if sglang not in plugin.ADAPTERS:
+    if sglang not in versions.known():
         return f"SGLang {sglang} is installed and sglang_xmem knows {known}; run pip install sglang=={known}"
     if "sglang_xmem" not in {point.name for point in importlib.metadata.entry_points(group=_ENTRY_POINTS)}:
         return "sglang_xmem is not installed as a plugin of SGLang; run pip install on it in this environment"

@@ -9,12 +9,13 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_xmem import gpus, plugin
-from sglang_xmem.adapters.host_budget import fallback_host_budget, launcher_host_budget
+from sglang_xmem import gpus
+from sglang_xmem.engines.sglang.host_budget import fallback_host_budget, launcher_host_budget
 from sglang_xmem.config import AUTO, parse_options
 from sglang_xmem.doctor.child import run_task
+from sglang_xmem.engines.sglang import versions
 from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.plan import Candidate, HostBudget, candidate_room_bytes
+from sglang_xmem.plan import Candidate, HostBudget, candidate_free_bytes
 from sglang_xmem.plan import examine as examine_tiers
 from sglang_xmem.tiers import Ranks, tier_classes
 from sglang_xmem.tiers.mtier import MTierTier, bank_rooms
@@ -53,7 +54,7 @@ def engine_gpus(tp_size: int, base_gpu_id: int) -> list[int | None]:
 def sglang_is_known() -> bool:
     """Whether the SGLang that is installed is one that this package patches."""
     try:
-        return importlib.metadata.version("sglang") in plugin.ADAPTERS
+        return importlib.metadata.version("sglang") in versions.known()
     except importlib.metadata.PackageNotFoundError:
         return False
 
@@ -74,11 +75,11 @@ def examine(steps: list[str], config: str | None, engine: list[int | None], pool
         (found,) = examine_tiers(options, ranks, pool_bytes, budget)
         if isinstance(found, Candidate):
             try:
-                yield _line(step, room_bytes=candidate_room_bytes(found, options, ranks, pool_bytes or 0, budget))
+                yield _line(step, room_bytes=candidate_free_bytes(found, options, ranks, pool_bytes or 0, budget))
             except TierUnavailable as error:  # as a rank would pass it over
                 yield _line(step, str(error))
         else:
-            yield _line(step, found.reason)
+            yield _line(step, found.words())
 
 
 def _banks() -> Json:
