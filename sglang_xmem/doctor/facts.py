@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 
 import sglang_xmem
-from sglang_xmem import gpus, plugin
+from sglang_xmem import gpus
+from sglang_xmem.engines.sglang import versions
 from sglang_xmem.errors import TierUnavailable
 from sglang_xmem.tiers.mtier import DEFAULT_LIBRARY, LIBRARY_VARIABLE
 
