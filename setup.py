@@ -24,7 +24,6 @@ setup(
         "psutil",
         "nvidia-ml-py>=12",
         "cuda-bindings>=13.0",
-        "py-libnuma==1.2",
         "rich>=13",
     ],
     extras_require={

@@ -1,17 +1,22 @@
-// Copies pages of the KV cache between two sets of planes. Compiled at run time by NVRTC, so: no #include.
+// Copies pages of the KV cache between frames of a memory tier and the arrays of any pools on the device, in one launch.
+// Compiled at run time by NVRTC, so: no #include.
 //
-// A plane is an array of rows; a page is some consecutive rows of one plane. Page p of plane q is copied
-//   from src_planes[q] + src_rows[p * src_rows_stride] * row_bytes
-//   to   dst_planes[q] + dst_rows[p * dst_rows_stride] * row_bytes,   page_bytes bytes.
-// The addresses may be local HBM, a peer GPU's HBM or pinned host memory; row strides count elements.
+// A plane is an array on the device of which each page has one contiguous unit. A page's units of all planes lie in one
+// frame, at an offset that the plane fixes. Pages come as vectors, one for each index space. Page i of a plane's vector
+// is copied, `load` one way and else the other, between
+//   frames[i] + offset                                    the tier's side, and
+//   device + slots[i * slots_stride] / divisor * stride   the device's side.
+// The addresses may be local HBM, a peer GPU's HBM or pinned host memory.
 //
 // Both variants have the same name and signature. They run beside the forward pass, so the grid is a few CTAs that
 // walk all the work ("persistent"): every *warp* takes tiles, tile by tile, `all warps of the grid` apart, and no
-// warp ever waits for another. A tile never crosses planes.
+// warp ever waits for another. Tiles are numbered plane after plane; a tile never crosses planes. How many tiles a plane
+// has is its number of pages times what the plane's record says, so the host computes nothing that depends on both.
 //
-// A load is one launch for all layers, and the forward pass wants to know layer by layer what is in place: `counters[i]`
-// (if counters is not null) rises by 1 for each warp of the grid when it is done with planes below
-// (i + 1) * planes_per_counter. A stream waits for the value that all warps make (cuStreamWaitValue32).
+// A load is one launch for all layers, and the forward pass wants to know layer by layer what is in place. Planes come
+// sorted by the part of the load (a layer) that they belong to: `counters[p]` (if counters is not null) rises by 1 for
+// each warp of the grid when it is done with parts up to p, also where a part has no planes or no pages. A stream waits
+// for the value that all warps make (cuStreamWaitValue32).
 //
 // Macros, all with defaults (PAGE_COPY_BULK chooses the variant):
 //   register variant: VEC_BYTES (1, 2, 4, 8, 16), THREADS, UNROLL, STREAMING
@@ -20,7 +25,7 @@
 // Correctness across streams: the caller orders this kernel by events behind whoever wrote the source, and a kernel
 // starts with a clean L1. Ordinary (weak) loads then see the data, local or peer. The non-coherent path (ld.global.nc)
 // would promise that nobody writes near these bytes while the kernel runs, which we cannot promise: other pages of the
-// same pools are written meanwhile by other streams and by the peer, and a 32-byte sector may hold two rows.
+// same pools are written meanwhile by other streams and by the peer, and a 32-byte sector may hold two units.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -32,63 +37,7 @@ typedef long long s64;
 #define PAGE_COPY_BULK 0
 #endif
 
-// Index tables: volatile asm keeps these loads where they are written, which is before a long wait, not behind it.
-static __device__ __forceinline__ u64 load_index(const void *address) {
-    u64 value;
-    asm volatile("ld.global.b64 %0, [%1];" : "=l"(value) : "l"(address));
-    return value;
-}
-
-// Position of a warp in the (plane, tile) space. A step adds the same number of tiles each time, so it is a two-digit
-// addition with carry, without a division. 32 bits do: a tile has at least 32 bytes, and no plane has 64 GiB of them.
-struct Cursor {
-    u32 plane, tile;
-
-    __device__ __forceinline__ void step(u32 planes, u32 tiles, u32 tiles_per_plane) {
-        plane += planes;
-        tile += tiles;
-        if (tile >= tiles_per_plane) {
-            tile -= tiles_per_plane;
-            plane += 1;
-        }
-    }
-};
-
-// Tells how far a warp is, by the plane of its next tile.
-struct Progress {
-    u32 *counters;
-    u32 planes_per_counter;
-    u32 boundary;  // a tile of this plane or a later one is due to raise a counter
-
-    __device__ __forceinline__ Progress(u32 *counters, u32 planes_per_counter)
-        : counters(counters), planes_per_counter(planes_per_counter), boundary(counters ? planes_per_counter : ~0u) {}
-
-    __device__ __forceinline__ bool due(u32 plane) const { return plane >= boundary; }
-
-    // All of the warp's tiles in planes before `plane` are in place, as their lanes see. All lanes call this.
-    __device__ __forceinline__ void raise(u32 plane, u32 lane) {
-        if (!due(plane)) return;
-        // Each lane's writes before the counter's, for everyone: a stream does not wait on a multiprocessor.
-        __threadfence_system();
-        __syncwarp();
-        do {
-            if (lane == 0)
-                asm volatile("red.release.sys.global.add.u32 [%0], 1;"
-                             :
-                             : "l"(counters + boundary / planes_per_counter - 1)
-                             : "memory");
-            boundary += planes_per_counter;
-        } while (due(plane));
-    }
-};
-
 #if !PAGE_COPY_BULK
-
-// ---------------------------------------------------------------------------------------------------- register variant
-//
-// A tile is 32 * UNROLL vectors of a plane's pages laid end to end. A lane loads UNROLL vectors before it stores the
-// first one; while those loads fly it computes the store addresses and fetches the next tile's indices.
-
 #ifndef VEC_BYTES
 #define VEC_BYTES 16
 #endif
@@ -101,6 +50,77 @@ struct Progress {
 #ifndef STREAMING
 #define STREAMING 0
 #endif
+#define WARPS (THREADS / 32)
+#define TILE_PIECES (32 * UNROLL)
+#else
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "the bulk variant needs sm_90 or newer"
+#endif
+#ifndef RINGS
+#define RINGS 1
+#endif
+#ifndef STAGES
+#define STAGES 8
+#endif
+#ifndef STAGE_BYTES
+#define STAGE_BYTES 16384
+#endif
+#ifndef PENDING_STORES
+#define PENDING_STORES 2
+#endif
+#define WARPS RINGS
+#define TILE_PIECES 1
+#endif
+
+#define MAX_VECTORS 16
+
+// One vector of pages of this launch. It comes with the launch's parameters, for nothing may be uploaded for a load.
+struct Pages {
+    u64 frames;        // address of s64[count]: where each page's frame begins
+    u64 slots;         // address of s64[count], slots_stride elements apart: first slot of each page on the device
+    s64 slots_stride;
+    u64 count;
+};
+
+struct Vectors {
+    Pages of[MAX_VECTORS];
+};
+
+// A plane's record, which the host writes once for all launches. A unit consists of *pieces*: vectors of VEC_BYTES in
+// the register variant, chunks of at most a stage in the bulk variant.
+struct Plane {
+    u64 device, stride;  // address of unit 0, bytes from one unit to the next
+    u64 offset;          // of the unit in its frame
+    u64 slot_magic;      // divides a slot by the plane's divisor: see `divide`
+    u64 piece_magic;     // divides by `pieces`
+    u64 shape;           // pieces of a unit (32 bits), number of the vector (16), part (16), from low to high
+    u32 first, second;   // register: magic and shift of Divider(pieces); bulk: bytes of a chunk and of a unit
+    u64 unused;
+};
+
+// ------------------------------------------------------------------------------- the machine's instructions, and no more
+//
+// Tests run the rest of this file on a CPU, with these written in C++ (tests/emulation/machine.h).
+
+#ifdef PAGE_COPY_MACHINE
+#include PAGE_COPY_MACHINE
+#else
+
+// Tables and vectors: volatile asm keeps these loads where they are written, which is before a long wait, not behind it.
+static __device__ __forceinline__ u64 load_index(const void *address) {
+    u64 value;
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(value) : "l"(address));
+    return value;
+}
+
+static __device__ __forceinline__ void raise_counter(u32 *counter) {
+    asm volatile("red.release.sys.global.add.u32 [%0], 1;" : : "l"(counter) : "memory");
+}
+
+#if !PAGE_COPY_BULK
+
+// What depends on the value is computed again behind this and not kept in registers from before.
+static __device__ __forceinline__ void work_out_anew(u32 &value) { asm volatile("" : "+r"(value)); }
 
 // L1 is of no use to either side: each byte passes once. STREAMING marks the lines evict-first in L2 too, which spares
 // the forward pass's working set but drops what attention is about to read after a load.
@@ -109,10 +129,6 @@ struct Progress {
 #else
 #define CACHE_HINT ".L1::no_allocate"
 #endif
-
-#define WARPS (THREADS / 32)
-#define TILE_VECS (32 * UNROLL)
-#define BATCH (UNROLL % 4 == 0 ? 4 : 1)
 
 #if VEC_BYTES == 16
 struct Vec {
@@ -157,159 +173,7 @@ static __device__ __forceinline__ void store_vec(u64 address, const Vec &v) {
 }
 #endif
 
-// Division by a number fixed for the launch, exact for 0 <= n < 2^31 and 1 <= divisor < 2^31 (Granlund, Montgomery).
-struct Divider {
-    u32 magic, shift;
-
-    __device__ __forceinline__ explicit Divider(u32 divisor) {
-        const u32 ceil_log2 = divisor > 1 ? 32 - __clz(divisor - 1) : 0;
-        shift = 31 + ceil_log2;
-        magic = (u32)((1ULL << shift) / divisor + 1);
-    }
-    __device__ __forceinline__ u32 operator()(u32 n) const { return (u32)(((u64)n * magic) >> shift); }
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    page_copy(const u64 *src_planes, const u64 *dst_planes, int num_planes, const s64 *src_rows, s64 src_rows_stride,
-              const s64 *dst_rows, s64 dst_rows_stride, s64 num_pages, s64 row_bytes, s64 page_bytes, u32 *counters,
-              s64 planes_per_counter) {
-    if (num_pages <= 0) return;
-    const u32 lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells nvcc: same in the warp
-    const u32 page_vecs = (u32)(page_bytes / VEC_BYTES), row_size = (u32)row_bytes, pages = (u32)num_pages;
-    const u64 plane_vecs = (u64)pages * page_vecs;
-    const u32 tiles_per_plane = (u32)((plane_vecs + TILE_VECS - 1) / TILE_VECS);
-
-    const u32 stride = gridDim.x * WARPS, first = blockIdx.x * WARPS + warp;
-    const u32 step_planes = stride / tiles_per_plane, step_tiles = stride % tiles_per_plane;
-    Cursor at = {first / tiles_per_plane, first % tiles_per_plane};
-    Progress progress(counters, (u32)planes_per_counter);
-    progress.raise(min(at.plane, (u32)num_planes), lane);
-    if (at.plane >= (u32)num_planes) return;
-
-    const Divider by_page(page_vecs);
-    // Do a tile's pages always fit the warp's lanes? Then lane i holds the addresses of the tile's i-th page.
-    const bool lanes_hold_pages = (page_vecs - 1 + TILE_VECS - 1) / page_vecs < 32;
-
-    // What lane i needs of the tile at hand: its plane's bases, and the rows of the tile's i-th page.
-    u32 page = (u32)((u64)at.tile * TILE_VECS / page_vecs);
-    u64 src_plane = load_index(src_planes + at.plane), dst_plane = load_index(dst_planes + at.plane);
-    u64 src_row = load_index(src_rows + min(page + lane, pages - 1) * src_rows_stride);
-    u64 dst_row = load_index(dst_rows + min(page + lane, pages - 1) * dst_rows_stride);
-
-    while (true) {
-        const u64 this_src_plane = src_plane, this_dst_plane = dst_plane;
-        const u64 src = src_plane + src_row * row_size, dst = dst_plane + dst_row * row_size;
-        const u64 start = (u64)at.tile * TILE_VECS;
-        const u32 offset = (u32)(start - (u64)page * page_vecs);  // of the tile's first vector in its page
-
-        at.step(step_planes, step_tiles, tiles_per_plane);
-        const bool more = at.plane < (u32)num_planes;
-        const u32 next_page = (u32)((u64)at.tile * TILE_VECS / page_vecs);
-        auto fetch_next = [&] {
-            if (!more) return;
-            src_plane = load_index(src_planes + at.plane);
-            dst_plane = load_index(dst_planes + at.plane);
-            src_row = load_index(src_rows + min(next_page + lane, pages - 1) * src_rows_stride);
-            dst_row = load_index(dst_rows + min(next_page + lane, pages - 1) * dst_rows_stride);
-        };
-
-        Vec data[UNROLL];
-        if (offset + TILE_VECS <= page_vecs) {
-            // The whole tile lies in one page: one base address, constant offsets.
-            const u32 within = (offset + lane) * VEC_BYTES;
-            const u64 from = __shfl_sync(~0u, src, 0) + within, to = __shfl_sync(~0u, dst, 0) + within;
-#pragma unroll
-            for (u32 u = 0; u < UNROLL; ++u) load_vec(data[u], from + u * 32 * VEC_BYTES);
-            fetch_next();
-#pragma unroll
-            for (u32 u = 0; u < UNROLL; ++u) store_vec(to + u * 32 * VEC_BYTES, data[u]);
-        } else {
-            // Loads past the plane's end repeat its last vector; only their stores are left out.
-            const u32 mine = offset + lane, last = offset + (u32)min(plane_vecs - start, (u64)TILE_VECS) - 1;
-            if (lanes_hold_pages) {
-#pragma unroll
-                for (u32 u = 0; u < UNROLL; ++u) {
-                    const u32 n = min(mine + u * 32, last), nth = by_page(n);
-                    load_vec(data[u], __shfl_sync(~0u, src, nth) + (n - nth * page_vecs) * VEC_BYTES);
-                }
-                fetch_next();
-#pragma unroll
-                for (u32 u = 0; u < UNROLL; ++u) {
-                    const u32 n = min(mine + u * 32, last), nth = by_page(n);
-                    const u64 to = __shfl_sync(~0u, dst, nth) + (n - nth * page_vecs) * VEC_BYTES;
-                    if (mine + u * 32 <= last) store_vec(to, data[u]);
-                }
-            } else {
-                // Tiny pages: every lane fetches the rows of its own vectors, a batch of them before the first use.
-                auto fetch_rows = [&](const s64 *rows, const s64 rows_stride, const u32 batch, u64(&row)[BATCH]) {
-#pragma unroll
-                    for (u32 b = 0; b < BATCH; ++b) {
-                        const u32 nth = by_page(min(mine + (batch + b) * 32, last));
-                        row[b] = load_index(rows + (page + nth) * rows_stride);
-                    }
-                };
-#pragma unroll
-                for (u32 batch = 0; batch < UNROLL; batch += BATCH) {
-                    u64 row[BATCH];
-                    fetch_rows(src_rows, src_rows_stride, batch, row);
-#pragma unroll
-                    for (u32 b = 0; b < BATCH; ++b) {
-                        const u32 n = min(mine + (batch + b) * 32, last), nth = by_page(n);
-                        load_vec(data[batch + b],
-                                 this_src_plane + row[b] * row_size + (n - nth * page_vecs) * VEC_BYTES);
-                    }
-                }
-                fetch_next();
-#pragma unroll
-                for (u32 batch = 0; batch < UNROLL; batch += BATCH) {
-                    u64 row[BATCH];
-                    fetch_rows(dst_rows, dst_rows_stride, batch, row);
-#pragma unroll
-                    for (u32 b = 0; b < BATCH; ++b) {
-                        const u32 n = min(mine + (batch + b) * 32, last), nth = by_page(n);
-                        const u64 to = this_dst_plane + row[b] * row_size + (n - nth * page_vecs) * VEC_BYTES;
-                        if (mine + (batch + b) * 32 <= last) store_vec(to, data[batch + b]);
-                    }
-                }
-            }
-        }
-        progress.raise(min(at.plane, (u32)num_planes), lane);
-        if (!more) return;
-        page = next_page;
-    }
-}
-
 #else  // PAGE_COPY_BULK
-
-// -------------------------------------------------------------------------------------------------------- bulk variant
-//
-// Every warp owns a ring of STAGES buffers of STAGE_BYTES in shared memory. A stage is filled by bulk copies that count
-// their bytes on its mbarrier, and emptied by bulk copies of the issuing lane's bulk group; no data passes registers.
-// PENDING_STORES stages may be on their way out while the other STAGES - PENDING_STORES are on their way in.
-// Needs 16-byte aligned addresses and row_bytes and page_bytes that are multiples of 16.
-//
-// A tile is one stage's worth: a chunk of a page larger than a stage, or else as many whole pages as fit.
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#error "the bulk variant needs sm_90 or newer"
-#endif
-
-#ifndef RINGS
-#define RINGS 1
-#endif
-#ifndef STAGES
-#define STAGES 8
-#endif
-#ifndef STAGE_BYTES
-#define STAGE_BYTES 16384
-#endif
-#ifndef PENDING_STORES
-#define PENDING_STORES 2
-#endif
-
-#if STAGE_BYTES % 128 != 0 || PENDING_STORES < 0 || PENDING_STORES >= STAGES
-#error "STAGE_BYTES must be a multiple of 128 and PENDING_STORES less than STAGES"
-#endif
 
 static __device__ __forceinline__ u32 shared_address(const void *pointer) {
     return (u32)__cvta_generic_to_shared(pointer);
@@ -346,185 +210,415 @@ static __device__ __forceinline__ void bulk_store(u64 to, u32 from, u32 bytes) {
                  : "memory");
 }
 
+static __device__ __forceinline__ void barrier_init(u32 barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(barrier) : "memory");
+}
+
+static __device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+}
+
+static __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" : : : "memory"); }
+
+// Waits until all but this lane's last PENDING_STORES groups have left shared memory.
+static __device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(PENDING_STORES) : "memory");
+}
+
+// Waits until all of this lane's groups have not only left shared memory but arrived.
+static __device__ __forceinline__ void bulk_wait_all() {
+    asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
+}
+
+#endif  // PAGE_COPY_BULK
+
+#endif  // PAGE_COPY_MACHINE
+
+// ------------------------------------------------------------------------------------------------ what both variants use
+
+// n / divisor by magic = ceil(2^64 / divisor), or 0 for divisor 1. Exact while n * divisor < 2^64, so for slots of 40
+// bits and divisors of 24.
+static __device__ __forceinline__ u64 divide(u64 n, u64 magic) { return magic ? __umul64hi(n, magic) : n; }
+
+struct Shape {
+    u32 pieces, vector, part;
+
+    __device__ __forceinline__ explicit Shape(u64 word)
+        : pieces((u32)word), vector((u32)(word >> 32) & 0xffff), part((u32)(word >> 48)) {}
+};
+
+// Tells how far a warp is, by the part of its next tile.
+struct Progress {
+    u32 *counters;
+    u32 raised;  // counters that the warp has raised; none is ever due without counters
+
+    __device__ __forceinline__ explicit Progress(u32 *counters) : counters(counters), raised(counters ? 0 : ~0u) {}
+
+    __device__ __forceinline__ bool due(u32 part) const { return part > raised; }
+
+    // All of the warp's tiles in parts before `part` are in place, as their lanes see. All lanes call this.
+    __device__ __forceinline__ void raise(u32 part, u32 lane) {
+        if (!due(part)) return;
+        // Each lane's writes before the counter's, for everyone: a stream does not wait on a multiprocessor.
+        __threadfence_system();
+        __syncwarp();
+        do {
+            if (lane == 0) raise_counter(counters + raised);
+            ++raised;
+        } while (due(part));
+    }
+};
+
+// Finds the planes of tiles whose numbers only rise. Each lane holds where one of 32 planes' tiles end; the warp goes
+// on to the next 32 planes when it is past these, with what that takes already fetched. Tiles are counted from the first
+// of the planes at hand, and the caller's count is changed as these change: 32 bits do, as the host sees to.
+struct Walk {
+    const Plane *planes;
+    const Vectors &vectors;
+    const u32 num_planes, lane;
+    u32 block = 0;  // first of the 32 planes at hand; lane i has plane block + i
+    u32 end = 0;    // of the tiles of this lane's plane
+    u64 ahead;      // shape of plane block + 32 + lane
+
+    __device__ __forceinline__ Walk(const Plane *planes, u32 num_planes, const Vectors &vectors, u32 lane)
+        : planes(planes), vectors(vectors), num_planes(num_planes), lane(lane) {
+        const u64 shape = fetch(lane);
+        ahead = fetch(32 + lane);
+        end = sum(lane, shape);
+    }
+
+    // Number of the plane that has this tile, and the tile's number in it; num_planes if no plane has. The same tile in
+    // all lanes.
+    __device__ __forceinline__ u32 find(u32 &tile, u32 &in_plane) {
+        while (tile >= __shfl_sync(~0u, end, 31)) {
+            if (block + 32 >= num_planes) return num_planes;
+            tile -= advance();
+        }
+        const u32 at = __popc(__ballot_sync(~0u, end <= tile));
+        const u32 begin = __shfl_sync(~0u, end, at - 1);  // of lane 31 for at = 0
+        in_plane = tile - (at ? begin : 0);
+        return block + at;
+    }
+
+    // The same, where each lane has a tile of its own and a higher lane a higher one.
+    __device__ __forceinline__ u32 find_each(u32 &tile, u32 &in_plane) {
+        u32 plane = num_planes;
+        while (true) {
+            const u32 size = __shfl_sync(~0u, end, 31);
+            u32 at = 0;
+#pragma unroll
+            for (u32 step = 16; step; step /= 2)
+                if (__shfl_sync(~0u, end, at + step - 1) <= tile) at += step;
+            const u32 begin = __shfl_sync(~0u, end, at - 1);
+            // A lane that has its plane already counts from farther on, below zero: what it finds means nothing.
+            if (plane == num_planes && tile < size) {
+                plane = block + at;
+                in_plane = tile - (at ? begin : 0);
+            }
+            // The last lane's tile is the farthest: done when that has its plane, or none can have it.
+            if (__shfl_sync(~0u, plane, 31) != num_planes || block + 32 >= num_planes) return plane;
+            tile -= advance();
+        }
+    }
+
+  private:
+    __device__ __forceinline__ u64 fetch(u32 plane) const {
+        return load_index(&planes[min(plane, num_planes - 1)].shape);
+    }
+
+    // Goes on to the next 32 planes; returns the number of tiles of those before.
+    __device__ __forceinline__ u32 advance() {
+        const u32 size = __shfl_sync(~0u, end, 31);
+        const u64 shape = ahead;
+        block += 32;
+        ahead = fetch(block + 32 + lane);
+        end = sum(block + lane, shape);
+        return size;
+    }
+
+    // Tiles of all lanes' planes up to this lane's.
+    __device__ __forceinline__ u32 sum(u32 plane, u64 word) const {
+        const Shape shape(word);
+        const u64 pieces = plane < num_planes ? vectors.of[shape.vector].count * shape.pieces : 0;
+        u32 tiles = (u32)((pieces + TILE_PIECES - 1) / TILE_PIECES);
+#pragma unroll
+        for (u32 distance = 1; distance < 32; distance *= 2) {
+            const u32 before = __shfl_up_sync(~0u, tiles, distance);
+            if (lane >= distance) tiles += before;
+        }
+        return tiles;
+    }
+};
+
+#if !PAGE_COPY_BULK
+
+// ---------------------------------------------------------------------------------------------------- register variant
+//
+// A tile is 32 * UNROLL vectors of a plane's units laid end to end. A lane loads UNROLL vectors before it stores the
+// first one; while those loads fly it computes the store addresses, finds the next tile and fetches its pages.
+
+#define BATCH (UNROLL % 4 == 0 ? 4 : 1)
+
+// Division by a number that the host has worked out magic and shift for: shift = 31 + ceil(log2(divisor)), magic =
+// 2^shift / divisor + 1. Exact for 0 <= n < 2^31 and 1 <= divisor < 2^31 (Granlund, Montgomery).
+struct Divider {
+    u32 magic, shift;
+
+    __device__ __forceinline__ u32 operator()(u32 n) const { return (u32)(((u64)n * magic) >> shift); }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    page_copy(const Plane *planes, u32 num_planes, u32 load, u32 *counters, u32 num_parts,
+              const __grid_constant__ Vectors vectors) {
+    const u32 lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells nvcc: same in the warp
+    const u32 stride = gridDim.x * WARPS;
+    u32 tile = blockIdx.x * WARPS + warp;
+    Walk walk(planes, num_planes, vectors, lane);
+    Progress progress(counters);
+
+    // The next tile: its plane, and lane i's entries of its vector for the tile's i-th page. The rest of the record is
+    // read when the tile comes, from L1: registers are what limits the loads in flight.
+    u32 plane, page, offset, vecs;  // offset: of the tile's first vector in its page
+    u64 frame, slot;
+    auto fetch = [&] {
+        u32 in_plane = 0;
+        plane = walk.find(tile, in_plane);
+        if (plane == num_planes) return;
+        const Plane *record = planes + plane;
+        const u64 piece_magic = load_index(&record->piece_magic), word = load_index(&record->shape);
+        const Shape shape(word);
+        const Pages &pages = vectors.of[shape.vector];
+        const u64 start = (u64)in_plane * TILE_PIECES;
+        page = (u32)divide(start, piece_magic);
+        offset = (u32)(start - (u64)page * shape.pieces);
+        vecs = (u32)min(pages.count * shape.pieces - start, (u64)TILE_PIECES);
+        const u64 mine = min((u64)page + lane, pages.count - 1);
+        frame = load_index((const void *)(pages.frames + 8 * mine));
+        slot = load_index((const void *)(pages.slots + 8 * mine * pages.slots_stride));
+    };
+    fetch();
+
+    while (plane != num_planes) {
+        const Plane *record = planes + plane;
+        const Shape shape(load_index(&record->shape));
+        progress.raise(shape.part, lane);
+        const u64 device = load_index(&record->device), device_stride = load_index(&record->stride);
+        const u64 slot_magic = load_index(&record->slot_magic);
+        const u64 there = frame + load_index(&record->offset), here = device + divide(slot, slot_magic) * device_stride;
+        const u64 src = load ? there : here, dst = load ? here : there;
+        const u64 division = load_index(&record->first);
+        const Divider nth_of = {(u32)division, (u32)(division >> 32)};
+        const u32 this_plane = plane, this_page = page, this_vecs = shape.pieces;
+        u32 mine = offset + lane;
+        const u32 last = offset + vecs - 1;
+        tile += stride;
+
+        Vec data[UNROLL];
+        if (offset + TILE_PIECES <= this_vecs) {
+            // The whole tile lies in one page: one base address, constant offsets.
+            const u64 from = __shfl_sync(~0u, src, 0) + (u64)mine * VEC_BYTES;
+            const u64 to = __shfl_sync(~0u, dst, 0) + (u64)mine * VEC_BYTES;
+#pragma unroll
+            for (u32 u = 0; u < UNROLL; ++u) load_vec(data[u], from + u * 32 * VEC_BYTES);
+            fetch();
+#pragma unroll
+            for (u32 u = 0; u < UNROLL; ++u) store_vec(to + u * 32 * VEC_BYTES, data[u]);
+        } else if (31 * this_vecs > TILE_PIECES - 2) {
+            // The tile's pages always fit the warp's lanes: lane i holds the addresses of the i-th. Loads past the
+            // plane's end repeat its last vector; only their stores are left out.
+#pragma unroll
+            for (u32 u = 0; u < UNROLL; ++u) {
+                const u32 n = min(mine + u * 32, last), nth = nth_of(n);
+                load_vec(data[u], __shfl_sync(~0u, src, nth) + (u64)(n - nth * this_vecs) * VEC_BYTES);
+            }
+            fetch();
+            work_out_anew(mine);
+#pragma unroll
+            for (u32 u = 0; u < UNROLL; ++u) {
+                const u32 n = min(mine + u * 32, last), nth = nth_of(n);
+                const u64 to = __shfl_sync(~0u, dst, nth) + (u64)(n - nth * this_vecs) * VEC_BYTES;
+                if (mine + u * 32 <= last) store_vec(to, data[u]);
+            }
+        } else {
+            // Tiny units: every lane fetches the pages of its own vectors, a batch of them before the first use.
+            // `on_tier` is whether that is the tier's side; each side reads the plane's record, which L1 has.
+            auto addresses = [&](u32 on_tier, const u32 batch, u64(&address)[BATCH]) {
+                work_out_anew(on_tier);  // else nvcc makes this code twice, once for each direction
+                const Plane *record = planes + this_plane;
+                const Pages &pages = vectors.of[Shape(load_index(&record->shape)).vector];
+                const u64 vector = on_tier ? pages.frames : pages.slots;
+                const u64 vector_stride = on_tier ? 8 : 8 * pages.slots_stride;
+                const u64 base = load_index(on_tier ? &record->offset : &record->device);
+                const u64 magic = on_tier ? 0 : load_index(&record->slot_magic);
+                const u64 factor = on_tier ? 1 : load_index(&record->stride);
+#pragma unroll
+                for (u32 b = 0; b < BATCH; ++b) {
+                    const u32 nth = nth_of(min(mine + (batch + b) * 32, last));
+                    address[b] = load_index((const void *)(vector + (u64)(this_page + nth) * vector_stride));
+                }
+#pragma unroll
+                for (u32 b = 0; b < BATCH; ++b) {
+                    const u32 n = min(mine + (batch + b) * 32, last);
+                    address[b] = base + divide(address[b], magic) * factor + (n - nth_of(n) * this_vecs) * VEC_BYTES;
+                }
+            };
+#pragma unroll
+            for (u32 batch = 0; batch < UNROLL; batch += BATCH) {
+                u64 from[BATCH];
+                addresses(load, batch, from);
+#pragma unroll
+                for (u32 b = 0; b < BATCH; ++b) load_vec(data[batch + b], from[b]);
+            }
+            fetch();
+            work_out_anew(mine);
+#pragma unroll
+            for (u32 batch = 0; batch < UNROLL; batch += BATCH) {
+                u64 to[BATCH];
+                addresses(!load, batch, to);
+#pragma unroll
+                for (u32 b = 0; b < BATCH; ++b)
+                    if (mine + (batch + b) * 32 <= last) store_vec(to[b], data[batch + b]);
+            }
+        }
+    }
+    progress.raise(num_parts, lane);
+}
+
+#else  // PAGE_COPY_BULK
+
+// -------------------------------------------------------------------------------------------------------- bulk variant
+//
+// Every warp owns a ring of STAGES buffers of STAGE_BYTES in shared memory. A stage is filled by a bulk copy that counts
+// its bytes on the stage's mbarrier, and emptied by another; no data passes registers, and lane 0 issues both.
+// PENDING_STORES stages may be on their way out while the other STAGES - PENDING_STORES are on their way in.
+// Needs addresses and sizes that are multiples of 16 on both sides.
+//
+// A tile is one stage's worth: a unit, or a chunk of a larger one. Small units are a bulk copy each; where most are
+// small, the host takes the register variant.
+//
+// All 32 lanes work out addresses, each those of one of the next 32 tiles, and a block of 32 ahead: reading the vectors
+// takes as long as a stage's copy, so a warp that read them tile by tile could not keep a link busy.
+
+#if STAGE_BYTES % 128 != 0 || PENDING_STORES < 0 || PENDING_STORES >= STAGES || STAGES > 32
+#error "STAGE_BYTES must be a multiple of 128, PENDING_STORES less than STAGES, and STAGES at most 32"
+#endif
+
 extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
-    page_copy(const u64 *src_planes, const u64 *dst_planes, int num_planes, const s64 *src_rows, s64 src_rows_stride,
-              const s64 *dst_rows, s64 dst_rows_stride, s64 num_pages, s64 row_bytes, s64 page_bytes, u32 *counters,
-              s64 planes_per_counter) {
-    extern __shared__ __align__(128) u8 rings[];
-    __shared__ __align__(8) u64 barriers[RINGS * STAGES];
+    page_copy(const Plane *planes, u32 num_planes, u32 load, u32 *counters, u32 num_parts,
+              const __grid_constant__ Vectors vectors) {
+    extern __shared__ __align__(128) u8 rings[];  // RINGS * STAGES stages, then as many barriers
 
     const u32 lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    if (num_pages <= 0) return;
-
-    // Pieces: the units of one bulk copy. Chunks of a large page are made equal, up to 128 bytes.
-    const u32 page_size = (u32)page_bytes;
-    u32 chunk = page_size, chunks_per_page = 1, pieces_per_tile = 1;
-    if (page_size > STAGE_BYTES) {
-        const u32 fewest = (page_size + STAGE_BYTES - 1) / STAGE_BYTES;
-        chunk = ((page_size + fewest - 1) / fewest + 127) / 128 * 128;
-        chunks_per_page = (page_size + chunk - 1) / chunk;
-    } else {
-        pieces_per_tile = STAGE_BYTES / page_size;
-    }
-    const u32 plane_pieces = (u32)num_pages * chunks_per_page;
-    const u32 tiles_per_plane = (plane_pieces + pieces_per_tile - 1) / pieces_per_tile;
-
-    const u32 stride = gridDim.x * RINGS, first = blockIdx.x * RINGS + warp;
-    const u32 step_planes = stride / tiles_per_plane, step_tiles = stride % tiles_per_plane;
-    Cursor out = {first / tiles_per_plane, first % tiles_per_plane};  // next tile to store
-    Cursor in = out;                                                  // next tile to load
-    Progress progress(counters, (u32)planes_per_counter);
-    // The tile at `out` is next: what was due before it is done, once this lane's bulk copies have not only left shared
-    // memory but arrived.
-    auto report = [&] {
-        const u32 plane = min(out.plane, (u32)num_planes);
-        if (!progress.due(plane)) return;
-        asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
-        progress.raise(plane, lane);
-    };
-    report();
-    if (out.plane >= (u32)num_planes) return;
-
     const u32 ring = shared_address(rings) + warp * (STAGES * STAGE_BYTES);
-    const u32 barrier = shared_address(barriers) + warp * (STAGES * 8);
+    const u32 barrier = shared_address(rings) + RINGS * STAGES * STAGE_BYTES + warp * (STAGES * 8);
     if (lane == 0) {
-        for (u32 s = 0; s < STAGES; ++s)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(barrier + 8 * s) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
-        asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+        for (u32 s = 0; s < STAGES; ++s) barrier_init(barrier + 8 * s);
+        fence_barrier_init();
     }
     __syncwarp();
 
-    if (pieces_per_tile == 1) {
-        // Large pages: a tile is one bulk copy, which lane 0 issues. All 32 lanes work out addresses, each that of one
-        // of the next 32 tiles, and a block of 32 ahead: reading the index tables takes as long as a stage's copy, so
-        // a warp that read them tile by tile could not keep a link busy.
-        const u64 total = (u64)num_planes * tiles_per_plane;
-        const u32 count = (u32)((total - first + stride - 1) / stride);  // first < total: out.plane < num_planes
-        struct Ahead {
-            const u64 *planes;
-            const s64 *rows;
-            u64 plane, row, address;  // plane and row of the block after the one at hand
-            u32 chunk, bytes;
-        };
-        auto fetch = [&](Ahead &side, const s64 rows_stride, u32 k) {
-            const u64 tile = first + (u64)min(k, count - 1) * stride;
-            const u32 at_plane = (u32)(tile / tiles_per_plane), in_plane = (u32)(tile % tiles_per_plane);
-            side.plane = load_index(side.planes + at_plane);
-            side.row = load_index(side.rows + in_plane / chunks_per_page * rows_stride);
-            side.chunk = in_plane % chunks_per_page;
-        };
-        auto rotate = [&](Ahead &side, const s64 rows_stride, u32 k) {
-            side.address = side.plane + side.row * (u32)row_bytes + side.chunk * chunk;
-            side.bytes = min(chunk, page_size - side.chunk * chunk);
-            fetch(side, rows_stride, k + 32 + lane);
-        };
-        Ahead from = {src_planes, src_rows, 0, 0, 0, 0, 0}, to = {dst_planes, dst_rows, 0, 0, 0, 0, 0};
-        fetch(from, src_rows_stride, lane);
-        fetch(to, dst_rows_stride, lane);
+    const u32 stride = gridDim.x * RINGS;
+    u32 tile = blockIdx.x * RINGS + warp + lane * stride;  // this lane's of the next block of 32
+    Walk walk(planes, num_planes, vectors, lane);
+    Progress progress(counters);
 
-        u32 loaded = 0, load_slot = 0;
-        auto load_next = [&] {
-            if (loaded % 32 == 0) rotate(from, src_rows_stride, loaded);
-            const u64 address = __shfl_sync(~0u, from.address, loaded % 32);
-            const u32 bytes = __shfl_sync(~0u, from.bytes, loaded % 32);
-            if (lane == 0) {
-                barrier_expect(barrier + 8 * load_slot, bytes);
-                bulk_load(ring + load_slot * STAGE_BYTES, address, bytes, barrier + 8 * load_slot);
-            }
-            load_slot = load_slot + 1 == STAGES ? 0 : load_slot + 1;
-            ++loaded;
-        };
-        while (loaded < min(count, (u32)(STAGES - PENDING_STORES))) load_next();
+    // What a lane knows of its tile, in one word: how many times 16 bytes (16 bits; 0: there is no such tile), and part.
+    auto bytes_of = [](u32 what) { return (what & 0xffff) * 16; };
+    auto part_of = [](u32 what) { return what >> 16; };
 
-        u32 slot = 0, phase = 0;
-        for (u32 stored = 0; stored < count; ++stored) {
-            if (stored % 32 == 0) rotate(to, dst_rows_stride, stored);
-            const u64 address = __shfl_sync(~0u, to.address, stored % 32);
-            const u32 bytes = __shfl_sync(~0u, to.bytes, stored % 32);
-            if (lane == 0) {
-                barrier_wait(barrier + 8 * slot, phase);
-                bulk_store(address, ring + slot * STAGE_BYTES, bytes);
-                asm volatile("cp.async.bulk.commit_group;" : : : "memory");
-                // load_slot was last emptied PENDING_STORES tiles ago: those bytes must have left shared memory.
-                asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(PENDING_STORES) : "memory");
-            }
-            __syncwarp();
-            if (loaded < count) load_next();
-            if (++slot == STAGES) {
-                slot = 0;
-                phase ^= 1;
-            }
-            out.step(step_planes, step_tiles, tiles_per_plane);
-            report();
+    // Lane i's tile of the block after the one that is being loaded; frame and slot may still be on their way.
+    u64 frame = 0, slot = 0, in_frame = 0, in_device = 0, device_stride = 0, slot_magic = 0;
+    u32 what_next = 0;
+    auto fetch = [&] {
+        u32 in_plane = 0;
+        const u32 plane = walk.find_each(tile, in_plane);
+        tile += 32 * stride;
+        what_next = num_parts << 16;
+        if (plane == num_planes) return;
+        const Plane *record = planes + plane;
+        const u64 piece_magic = load_index(&record->piece_magic), word = load_index(&record->shape);
+        const u64 sizes = load_index(&record->first);
+        in_device = load_index(&record->device);
+        in_frame = load_index(&record->offset);
+        device_stride = load_index(&record->stride);
+        slot_magic = load_index(&record->slot_magic);
+        const Shape shape(word);
+        const Pages &pages = vectors.of[shape.vector];
+        const u64 page = divide(in_plane, piece_magic);
+        frame = load_index((const void *)(pages.frames + 8 * page));
+        slot = load_index((const void *)(pages.slots + 8 * page * pages.slots_stride));
+        const u32 chunk = (u32)sizes, unit_bytes = (u32)(sizes >> 32);
+        const u32 begin = (in_plane - (u32)page * shape.pieces) * chunk;
+        in_device += begin;
+        in_frame += begin;
+        what_next = shape.part << 16 | min(chunk, unit_bytes - begin) / 16;
+    };
+
+    // Lane i's tile of the block that is being loaded, and of the one that is being stored. Loads are at most STAGES
+    // tiles ahead, so the two are the same block or neighbours.
+    u64 from = 0, to_next = 0, to = 0;
+    u32 what_in = 0, what_out = 0;
+    auto rotate = [&] {
+        const u64 there = frame + in_frame, here = in_device + divide(slot, slot_magic) * device_stride;
+        from = load ? there : here;
+        to_next = load ? here : there;
+        what_in = what_next;
+        fetch();
+    };
+
+    u32 loaded = 0, load_slot = 0;
+    bool more = true;
+    auto load_next = [&] {
+        if (loaded % 32 == 0) rotate();
+        const u64 address = __shfl_sync(~0u, from, loaded % 32);
+        const u32 bytes = bytes_of(__shfl_sync(~0u, what_in, loaded % 32));
+        if (bytes == 0) {
+            more = false;
+            return;
         }
-        asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
-        return;
-    }
+        if (lane == 0) {
+            barrier_expect(barrier + 8 * load_slot, bytes);
+            bulk_load(ring + load_slot * STAGE_BYTES, address, bytes, barrier + 8 * load_slot);
+        }
+        load_slot = load_slot + 1 == STAGES ? 0 : load_slot + 1;
+        ++loaded;
+    };
 
-    // Pieces of a tile: number, bytes of one, and a piece's address in the planes.
-    auto pieces_of = [&](const Cursor &at) {
-        return min(pieces_per_tile, plane_pieces - at.tile * pieces_per_tile);
-    };
-    auto chunk_of = [&](const Cursor &at) { return chunks_per_page == 1 ? 0 : at.tile % chunks_per_page; };
-    auto bytes_of = [&](const Cursor &at) { return min(chunk, page_size - chunk_of(at) * chunk); };
-    auto address_of = [&](const u64 *planes, const s64 *rows, s64 rows_stride, const Cursor &at, u32 piece) {
-        const u32 page = chunks_per_page == 1 ? at.tile * pieces_per_tile + piece : at.tile / chunks_per_page;
-        const u64 plane = load_index(planes + at.plane), row = load_index(rows + page * rows_stride);
-        return plane + row * (u32)row_bytes + chunk_of(at) * chunk;
-    };
-    // The first piece's address of each lane is an argument, because it is fetched ahead of a wait.
-    auto first_address = [&](const u64 *planes, const s64 *rows, s64 rows_stride, const Cursor &at) {
-        return lane < pieces_of(at) ? address_of(planes, rows, rows_stride, at, lane) : 0;
-    };
-    auto fill = [&](const Cursor &at, u32 slot, u64 address) {
-        const u32 pieces = pieces_of(at), bytes = bytes_of(at);
-        if (lane == 0) barrier_expect(barrier + 8 * slot, pieces * bytes);
+    fetch();
+    // Whoever waits for parts that this warp has no tile in need not wait for its first loads.
+    progress.raise(part_of(__shfl_sync(~0u, what_next, 0)), lane);
+    while (more && loaded < STAGES - PENDING_STORES) load_next();
+
+    u32 slot_out = 0, phase = 0;
+    for (u32 stored = 0; stored < loaded; ++stored) {
+        if (stored % 32 == 0) {
+            to = to_next;
+            what_out = what_in;
+        }
+        const u64 address = __shfl_sync(~0u, to, stored % 32);
+        const u32 what = __shfl_sync(~0u, what_out, stored % 32);
+        if (progress.due(part_of(what))) {
+            bulk_wait_all();
+            progress.raise(part_of(what), lane);
+        }
+        if (lane == 0) {
+            barrier_wait(barrier + 8 * slot_out, phase);
+            bulk_store(address, ring + slot_out * STAGE_BYTES, bytes_of(what));
+            bulk_commit();
+            // load_slot was last emptied PENDING_STORES tiles ago: those bytes must have left shared memory.
+            bulk_wait_read();
+        }
         __syncwarp();
-        for (u32 piece = lane; piece < pieces; piece += 32) {
-            if (piece != lane) address = address_of(src_planes, src_rows, src_rows_stride, at, piece);
-            bulk_load(ring + slot * STAGE_BYTES + piece * bytes, address, bytes, barrier + 8 * slot);
+        if (more) load_next();
+        if (++slot_out == STAGES) {
+            slot_out = 0;
+            phase ^= 1;
         }
-    };
-
-    u32 in_slot = 0, out_slot = 0, parity = 0;
-    for (u32 s = 0; s < STAGES - PENDING_STORES && in.plane < (u32)num_planes; ++s) {
-        fill(in, in_slot, first_address(src_planes, src_rows, src_rows_stride, in));
-        in_slot = in_slot + 1 == STAGES ? 0 : in_slot + 1;
-        in.step(step_planes, step_tiles, tiles_per_plane);
     }
-
-    while (out.plane < (u32)num_planes) {
-        const u32 pieces = pieces_of(out), bytes = bytes_of(out);
-        u64 to = first_address(dst_planes, dst_rows, dst_rows_stride, out);
-        const bool more = in.plane < (u32)num_planes;
-        const u64 from = more ? first_address(src_planes, src_rows, src_rows_stride, in) : 0;
-
-        barrier_wait(barrier + 8 * out_slot, parity);
-        for (u32 piece = lane; piece < pieces; piece += 32) {
-            if (piece != lane) to = address_of(dst_planes, dst_rows, dst_rows_stride, out, piece);
-            bulk_store(to, ring + out_slot * STAGE_BYTES + piece * bytes, bytes);
-        }
-        // Every lane commits each time, an empty group if need be, so that all lanes count the same groups.
-        asm volatile("cp.async.bulk.commit_group;" : : : "memory");
-
-        if (more) {
-            // in_slot was last emptied PENDING_STORES tiles ago: wait until those bytes have left shared memory.
-            asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(PENDING_STORES) : "memory");
-            __syncwarp();
-            fill(in, in_slot, from);
-            in_slot = in_slot + 1 == STAGES ? 0 : in_slot + 1;
-            in.step(step_planes, step_tiles, tiles_per_plane);
-        }
-        out.step(step_planes, step_tiles, tiles_per_plane);
-        if (++out_slot == STAGES) {
-            out_slot = 0;
-            parity ^= 1;
-        }
-        report();
-    }
-    // Shared memory and the kernel's end may not outrun the copies.
-    asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
+    // Shared memory and the kernel's end may not outrun the copies, nor the counters them.
+    bulk_wait_all();
+    progress.raise(num_parts, lane);
 }
 
 #endif  // PAGE_COPY_BULK

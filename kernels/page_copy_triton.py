@@ -1,7 +1,7 @@
 """The page copy in Triton: the portable variant, for a GPU (or an interpreter on the CPU) without NVRTC.
 
-The same contract as `page_copy.cu`: plane addresses come as tables of int64 and are made pointers in the kernel, so
-that memory of which torch knows nothing (a peer GPU, another process) can be named.
+The same contract as `page_copy.cu`: addresses come as integers and are made pointers in the kernel, so that memory of
+which torch knows nothing (a peer GPU, another process) can be named.
 """
 
 # The parameters of a kernel have no types that mypy knows.
@@ -12,48 +12,119 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: Numbers of a plane's record in the table: address of unit 0, bytes from one unit to the next, offset in the frame,
+#: divisor, accesses of ALIGNMENT bytes of a unit, vector, and whether its tiles are wide.
+RECORD_WORDS = 7
+
+#: Triton compiles for each integer of a tuple that is 1, a multiple of 16 or below 2^31, also where it is told not to.
+#: So numbers come in a way that is none of these.
+_FAR = tl.constexpr(1 << 33)
+
+
+def disguised(number: int) -> int:
+    """A number, 0 to 2^60, as `page_copy` takes it in a tuple."""
+    return 2 * number + 1 + (1 << 33)
+
+
+@triton.jit
+def _number(disguised):
+    return (disguised - _FAR) >> 1
+
+
+@triton.jit
+def _copy_tile(
+    frames,  # int64: address of the vector's frames
+    slots,  # int64: address of its slots
+    slots_stride,
+    count,  # pages of the vector
+    device,  # int64: address of unit 0
+    stride,
+    offset,
+    divisor,
+    unit_words,
+    tile,  # number of the tile in its plane
+    LOAD: tl.constexpr,
+    WORD: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    UNITS: tl.constexpr,  # a tile is UNITS units times WORDS words of each
+    WORDS: tl.constexpr,
+):
+    """Copy one tile by one masked 2-D load and store."""
+    chunks = tl.cdiv(unit_words, WORDS)
+    page = tile // chunks * UNITS + tl.arange(0, UNITS).to(tl.int64)
+    page_mask = page < count
+    frame_pointers = frames.to(tl.pointer_type(tl.int64), bitcast=True)
+    slot_pointers = slots.to(tl.pointer_type(tl.int64), bitcast=True)
+    there = tl.load(frame_pointers + page, page_mask, other=0) + offset
+    here = tl.load(slot_pointers + page * slots_stride, page_mask, other=0) // divisor * stride + device
+    # The hint is lost by casts, so it comes behind them: words are merged to accesses of up to 16 bytes.
+    tier_units = tl.multiple_of(there.to(tl.pointer_type(WORD), bitcast=True), [ALIGNMENT])
+    device_units = tl.multiple_of(here.to(tl.pointer_type(WORD), bitcast=True), [ALIGNMENT])
+
+    words = tile % chunks * WORDS + tl.arange(0, WORDS)
+    mask = page_mask[:, None] & (words < unit_words)[None, :]
+    if LOAD:
+        values = tl.load(tier_units[:, None] + words[None, :], mask)
+        tl.store(device_units[:, None] + words[None, :], values, mask)
+    else:
+        values = tl.load(device_units[:, None] + words[None, :], mask)
+        tl.store(tier_units[:, None] + words[None, :], values, mask)
+
 
 # Nothing may depend on what changes from call to call, or Triton would compile again in the middle of serving.
 @triton.jit(
-    do_not_specialize=["num_planes", "src_rows_stride", "dst_rows_stride", "num_pages"],
-    do_not_specialize_on_alignment=["src_planes", "dst_planes", "src_rows", "dst_rows"],
+    do_not_specialize=["num_planes", "vectors"],
+    do_not_specialize_on_alignment=["table"],
 )
 def page_copy(
-    src_planes,  # int64[num_planes]: base addresses
-    dst_planes,
+    table,  # int64[num_planes, RECORD_WORDS]
     num_planes,
-    src_rows,  # int64[num_pages] with an element stride: first row of each page
-    src_rows_stride,
-    dst_rows,
-    dst_rows_stride,
-    num_pages,
-    row_bytes,
-    WORD: tl.constexpr,  # integer type whose size all addresses are multiples of
-    PAGE_WORDS: tl.constexpr,  # words a page
-    ALIGNMENT: tl.constexpr,  # bytes, 1 to 16, that all addresses are multiples of
-    BLOCK_PAGES: tl.constexpr,  # a tile is BLOCK_PAGES pages times BLOCK_WORDS words of each
-    BLOCK_WORDS: tl.constexpr,
+    vectors,  # tuple of VECTORS times four numbers, disguised: address of frames, of slots, slots_stride, pages
+    LOAD: tl.constexpr,
+    WORD: tl.constexpr,  # integer type whose size all addresses and sizes are multiples of
+    ALIGNMENT: tl.constexpr,  # bytes, 1 to 16, likewise
+    TILE_WORDS: tl.constexpr,
+    NARROW_WORDS: tl.constexpr,  # words of each unit in a tile of a plane whose tiles are not wide
+    VECTORS: tl.constexpr,  # vectors that the program's planes name
+    RECORD: tl.constexpr,
+    MERGED: tl.constexpr,  # words of an access of ALIGNMENT bytes
 ):
-    """A fixed number of programs walks the tiles of all planes; a tile is one masked 2-D load and store."""
-    chunks: tl.constexpr = (PAGE_WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS
-    blocks = tl.cdiv(num_pages, BLOCK_PAGES)
-    tiles_per_plane = blocks * chunks
-    tile = tl.program_id(0)
-    while tile < num_planes * tiles_per_plane:  # not `for`: Triton's interpreter has no range with NumPy 2.4
-        plane = tile // tiles_per_plane
-        block = tile % tiles_per_plane // chunks
-        chunk = tile % chunks  # tiles_per_plane is a multiple of chunks
-
-        page = (block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)).to(tl.int64)
-        page_mask = page < num_pages
-        src = tl.load(src_planes + plane) + tl.load(src_rows + page * src_rows_stride, page_mask, other=0) * row_bytes
-        dst = tl.load(dst_planes + plane) + tl.load(dst_rows + page * dst_rows_stride, page_mask, other=0) * row_bytes
-        # The hint is lost by casts, so it comes behind them: words are merged to accesses of up to 16 bytes.
-        src_pages = tl.multiple_of(src.to(tl.pointer_type(WORD), bitcast=True), [ALIGNMENT])
-        dst_pages = tl.multiple_of(dst.to(tl.pointer_type(WORD), bitcast=True), [ALIGNMENT])
-
-        words = chunk * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-        mask = page_mask[:, None] & (words < PAGE_WORDS)[None, :]
-        values = tl.load(src_pages[:, None] + words[None, :], mask)
-        tl.store(dst_pages[:, None] + words[None, :], values, mask)
-        tile += tl.num_programs(0)
+    """A fixed number of programs walks the tiles of all planes, plane by plane."""
+    NARROW_UNITS: tl.constexpr = TILE_WORDS // NARROW_WORDS
+    mine = tl.program_id(0).to(tl.int64)  # number in its plane of this program's next tile
+    plane = 0
+    while plane < num_planes:  # not `for`: Triton's interpreter has no range with NumPy 2.4
+        record = table + plane * RECORD
+        device = tl.load(record)
+        stride = tl.load(record + 1)
+        offset = tl.load(record + 2)
+        divisor = tl.load(record + 3)
+        # The compiler sees that it is a multiple, and with it the mask of a merged access.
+        unit_words = tl.load(record + 4) * MERGED
+        vector = tl.load(record + 5)
+        wide = tl.load(record + 6)
+        frames, slots, slots_stride, count = vectors[0], vectors[1], vectors[2], vectors[3]
+        for other in tl.static_range(1, VECTORS):
+            frames = tl.where(vector == other, vectors[4 * other], frames)
+            slots = tl.where(vector == other, vectors[4 * other + 1], slots)
+            slots_stride = tl.where(vector == other, vectors[4 * other + 2], slots_stride)
+            count = tl.where(vector == other, vectors[4 * other + 3], count)
+        frames, slots, slots_stride, count = _number(frames), _number(slots), _number(slots_stride), _number(count)
+        if wide != 0:
+            tiles = count * tl.cdiv(unit_words, TILE_WORDS)
+            while mine < tiles:
+                _copy_tile(
+                    frames, slots, slots_stride, count, device, stride, offset, divisor, unit_words, mine,
+                    LOAD, WORD, ALIGNMENT, 1, TILE_WORDS,
+                )  # fmt: skip
+                mine += tl.num_programs(0)
+        else:
+            tiles = tl.cdiv(count, NARROW_UNITS) * tl.cdiv(unit_words, NARROW_WORDS)
+            while mine < tiles:
+                _copy_tile(
+                    frames, slots, slots_stride, count, device, stride, offset, divisor, unit_words, mine,
+                    LOAD, WORD, ALIGNMENT, NARROW_UNITS, NARROW_WORDS,
+                )  # fmt: skip
+                mine += tl.num_programs(0)
+        mine -= tiles
+        plane += 1

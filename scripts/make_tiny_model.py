@@ -1,49 +1,196 @@
 #!/usr/bin/env python3
-"""Writes a small random Qwen3 in Hugging Face format, without a tokenizer: make_tiny_model.py DIR [options].
+"""Writes a small random model in Hugging Face format, without a tokenizer: make_tiny_model.py DIR [options].
+
+`--kind` says which pools SGLang keeps for it: mha (Qwen3: K and V), mla (DeepSeek V2: latents), swa (Mellum: K and V of
+a full layer, and of sliding-window layers), gdn (Qwen3-Next: K and V of a full layer, and states of linear ones).
 
 A plain random model attends to all tokens alike, so its greedy output hardly depends on the prompt's prefix and a
-damaged KV load goes unnoticed. Here the attention is sharpened and made to outweigh the rest of each layer.
+damaged load goes unnoticed. Here the attention is sharpened and made to outweigh the rest of each layer, so much in
+each kind that the output depends on each of its pools.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+VOCABULARY = 1024
 
 
-def make_model(arguments: argparse.Namespace) -> Qwen3ForCausalLM:
-    """The model in bfloat16; equal arguments give equal weights."""
-    torch.manual_seed(arguments.seed)
-    config = Qwen3Config(
-        vocab_size=1024,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=2 * arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        head_dim=arguments.head_dim,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.15 * (256 / arguments.hidden_size) ** 0.5,
+def common(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the configurations of all kinds have."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": arguments.hidden_size,
+        "intermediate_size": 2 * arguments.hidden_size,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.heads,
+        "num_key_value_heads": arguments.kv_heads,
+        "head_dim": arguments.head_dim,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.15 * (256 / arguments.hidden_size) ** 0.5,
+    }
+
+
+def make_mha(arguments: argparse.Namespace) -> Any:
+    """Qwen3: one pool of K and V."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM(Qwen3Config(**common(arguments)))
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.weight.fill_(arguments.sharpness)
+        layer.self_attn.k_norm.weight.fill_(arguments.sharpness / 2)
+        layer.self_attn.o_proj.weight.mul_(6.0)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    return model
+
+
+def make_mla(arguments: argparse.Namespace) -> Any:
+    """DeepSeek V2: one pool of latents, which are K and V at once."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    dim = arguments.head_dim // 2
+    sizes = {**common(arguments), "num_key_value_heads": arguments.heads, "head_dim": dim}
+    config = DeepseekV2Config(
+        **sizes,
+        moe_intermediate_size=128,
+        q_lora_rank=None,
+        kv_lora_rank=2 * dim,
+        qk_rope_head_dim=dim,
+        qk_nope_head_dim=dim,
+        v_head_dim=dim,
+        # Dense in all layers; SGLang wants the experts to be described nevertheless.
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=arguments.layers + 1,  # SGLang also asks about the layer behind the last
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        # Scales nothing (factor 1), but SGLang has DeepSeek's attention for a CPU with its own rotary embedding alone.
+        rope_scaling={
+            "type": "yarn",
+            "rope_type": "yarn",
+            "factor": 1.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 32768,
+            "rope_theta": 10000.0,
+        },
     )
-    model = Qwen3ForCausalLM(config)
+    model = DeepseekV2ForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.mul_(0.75 * arguments.sharpness)
+        layer.self_attn.o_proj.weight.mul_(6.0)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    return model
+
+
+def layer_types(arguments: argparse.Namespace, other: str) -> list[str]:
+    """Each fourth layer has full attention."""
+    return ["full_attention" if index % 4 == 3 else other for index in range(arguments.layers)]
+
+
+def make_swa(arguments: argparse.Namespace) -> Any:
+    """Mellum: a pool of K and V for full layers, and one for layers that see the last 64 tokens."""
+    from transformers import MellumConfig, MellumForCausalLM
+
+    config = MellumConfig(
+        **common(arguments),
+        moe_intermediate_size=128,
+        sliding_window=64,
+        layer_types=layer_types(arguments, "sliding_attention"),
+        mlp_layer_types=["dense"] * arguments.layers,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = MellumForCausalLM(config)
+    for layer, kind in zip(model.model.layers, config.layer_types, strict=True):
+        layer.self_attn.q_norm.weight.fill_(arguments.sharpness)
+        layer.self_attn.k_norm.weight.fill_(arguments.sharpness / 2)
+        # What lies outside the window reaches the output through full layers alone.
+        layer.self_attn.o_proj.weight.mul_(40.0 if kind == "full_attention" else 6.0)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    return model
+
+
+def make_gdn(arguments: argparse.Namespace) -> Any:
+    """Qwen3-Next: a pool of K and V for full layers, and one of states (temporal and convolution) for linear ones."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **common(arguments),
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=128,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        # In SGLang all layers have experts.
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        layer_types=layer_types(arguments, "linear_attention"),
+        full_attention_interval=4,
+    )
+    model = Qwen3NextForCausalLM(config)
+    for layer in model.model.layers:
+        if hasattr(layer, "self_attn"):
+            layer.self_attn.q_norm.weight.fill_(0.75 * arguments.sharpness)
+            layer.self_attn.k_norm.weight.fill_(0.25 * arguments.sharpness)
+            layer.self_attn.o_proj.weight.mul_(8.0)
+        else:
+            layer.linear_attn.out_proj.weight.mul_(6.0)
+            # A slow decay: a state remembers its prefix.
+            layer.linear_attn.A_log.fill_(-3.0)
+        layer.mlp.shared_expert.down_proj.weight.mul_(0.3)
+        layer.mlp.experts.down_proj.mul_(0.3)
+    return model
+
+
+KINDS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "mha": make_mha,
+    "mla": make_mla,
+    "swa": make_swa,
+    "gdn": make_gdn,
+}
+
+
+def make_model(arguments: argparse.Namespace) -> Any:
+    """The model in bfloat16; equal arguments give equal weights."""
+    import torch
+
+    torch.manual_seed(arguments.seed)
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_norm.weight.fill_(arguments.sharpness)
-            layer.self_attn.k_norm.weight.fill_(arguments.sharpness / 2)
-            layer.self_attn.o_proj.weight.mul_(6.0)
-            layer.mlp.down_proj.weight.mul_(0.3)
-    return model.to(torch.bfloat16)
+        return KINDS[arguments.kind](arguments).to(torch.bfloat16)
+
+
+def has_gpu() -> bool:
+    """Whether the driver's own tool lists a GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return listing.stdout.startswith("GPU ")
 
 
 def main() -> None:
     """Parse the command line and write the model."""
-    parser = argparse.ArgumentParser(description="Write a small random Qwen3 whose output depends on its prefix.")
+    parser = argparse.ArgumentParser(description="Write a small random model whose output depends on its prefix.")
     parser.add_argument("directory")
+    parser.add_argument("--kind", choices=KINDS, default="mha", help="pools that SGLang keeps for it (default: mha)")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
@@ -57,6 +204,9 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1" and not has_gpu():
+        # Transformers would fail to import an SGLang environment's CUDA build of torchvision, many lines deep.
+        sys.exit("make_tiny_model.py: this machine has no GPU; set SGLANG_USE_CPU_ENGINE=1 and try again")
     make_model(arguments).save_pretrained(arguments.directory)
 
 

@@ -43,12 +43,14 @@ class Answer:
         logprobs: their log probabilities, if asked for.
         cached: prompt tokens that were taken from a cache, by where they were: device, host, storage.
         ttft_ms: time from sending the request to its first token.
+        verifications: how often the model looked at drafts; 0 without speculative decoding.
     """
 
     output_ids: list[int]
     logprobs: list[float]
     cached: dict[str, int]
     ttft_ms: float
+    verifications: int = 0
 
 
 def answer_from(reply: Mapping[str, Any], ttft_ms: float) -> Answer:
@@ -60,6 +62,7 @@ def answer_from(reply: Mapping[str, Any], ttft_ms: float) -> Answer:
         logprobs=[entry[0] for entry in meta.get("output_token_logprobs") or []],
         cached={place: count for place, count in details.items() if isinstance(count, int)},
         ttft_ms=ttft_ms,
+        verifications=meta.get("spec_verify_ct") or 0,
     )
 
 

@@ -1,24 +1,102 @@
-"""Errors of sglang_xmem. Each message is one sentence that names the option, its value and the way out."""
+"""Errors of sglang_xmem, and the one function that words them: "Problem. Fix." with the option and its value.
+
+What went wrong and what to do about it are data, for flags have other names in another engine: whoever shows an error
+gives `sentence` the names of its own. Imports the standard library alone.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, NoReturn
 
 #: Exit status of a scheduler that refused to start, so that the launcher can tell it from a crash
 #: (EX_CONFIG of sysexits.h).
 REFUSED_EXIT_STATUS = 78
 
 
+class FlagStyle(NamedTuple):
+    """What a user calls the options here, for messages.
+
+    Attributes:
+        size: the option, or options, that the pool's size comes from.
+        tier: the option that names a tier.
+        config: the option that takes settings.
+    """
+
+    size: str
+    tier: str
+    config: str
+
+
+SGLANG_FLAGS = FlagStyle("--hicache-size or --hicache-ratio", "--hicache-xmem-tier", "--hicache-xmem-config")
+
+RemedyKind = Literal[
+    "lower_size", "use_tier", "set_option", "leave_out", "install", "start_service", "set_variable", "do"
+]
+
+
+class Remedy(NamedTuple):
+    """One way to mend a problem; several of an error are alternatives.
+
+    Attributes:
+        kind: `lower_size`: a smaller pool. `use_tier`: tier `value`. `set_option`: give setting `option` (such as
+            "peer.gpus") the value `value`, or another one where that is None. `leave_out`: remove setting `option`.
+            `install`: run the command `value`. `start_service`: start `value`. `set_variable`: set the environment
+            variable `option` to `value`; unset it where that is None. `do`: a clause that names no option of ours.
+    """
+
+    kind: RemedyKind
+    option: str | None = None
+    value: str | None = None
+
+
+LOWER_SIZE = Remedy("lower_size")
+
+
 class ConfigError(ValueError):
     """A user's mistake in a flag, a keyword or the configuration; raised before anything is allocated."""
 
 
-class TierUnavailable(Exception):
-    """This machine cannot provide a tier, or not now; the message is a clause that says why.
+class SettingError(ConfigError):
+    """A setting of --hicache-xmem-config that asks for something impossible.
 
-    `auto` passes the tier over and tells this reason; an explicit choice turns it into a ConfigError.
+    Args:
+        setting: its name, such as "dram.threads".
+        problem: what follows the name: "is 1025".
+        fix: an imperative clause: "give 1 to 1024".
     """
+
+    def __init__(self, setting: str, problem: str, fix: str) -> None:
+        super().__init__(setting, problem, fix)
+        self.setting, self.problem, self.fix = setting, problem, fix
+
+    def __str__(self) -> str:
+        return sentence(self)
+
+
+class Unavailable(Exception):
+    """This machine cannot provide something, or not now.
+
+    `auto` skips such a tier and tells the reason; an explicit choice turns it into a ConfigError.
+
+    Args:
+        reason: a clause without a full stop.
+        remedies: what would help; each is an alternative.
+    """
+
+    def __init__(self, reason: str, *remedies: Remedy) -> None:
+        super().__init__(reason, *remedies)
+        self.reason = reason
+        self.remedies = remedies
+
+    def __str__(self) -> str:
+        """A clause with SGLang's flags: `reason; fix`."""
+        return clause(self.reason, self.remedies)
+
+
+#: The name until the first SGLang adapter was split; other modules still use it.
+TierUnavailable = Unavailable
 
 
 class CopyError(RuntimeError):
@@ -27,6 +105,57 @@ class CopyError(RuntimeError):
 
 class UnsupportedSGLang(RuntimeError):
     """The installed SGLang is not one that this package can patch."""
+
+
+def sentence(error: Exception, flags: FlagStyle = SGLANG_FLAGS) -> str:
+    """Word an error for people: "Problem. Fix."
+
+    Args:
+        flags: what the options are called where the message is shown.
+    """
+    if isinstance(error, SettingError):
+        return f"{flags.config} {error.setting!r} {error.problem}. {_capital(error.fix)}."
+    if isinstance(error, Unavailable):
+        fix = fixes(error.remedies, flags)
+        return f"{_capital(error.reason)}.{f' {_capital(fix)}.' if fix else ''}"
+    return str(error)
+
+
+def clause(reason: str, remedies: Iterable[Remedy], flags: FlagStyle = SGLANG_FLAGS) -> str:
+    """`reason; fix`, for lists of reasons."""
+    fix = fixes(remedies, flags)
+    return f"{reason}; {fix}" if fix else reason
+
+
+def fixes(remedies: Iterable[Remedy], flags: FlagStyle = SGLANG_FLAGS) -> str:
+    """Word remedies as one imperative clause of alternatives, empty where there are none."""
+    words = [_fix(remedy, flags) for remedy in remedies]
+    return ", or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _fix(remedy: Remedy, flags: FlagStyle) -> str:
+    kind, option, value = remedy
+    if kind == "lower_size":
+        return f"lower {flags.size}"
+    if kind == "use_tier":
+        return f"use {flags.tier} {value}"
+    if kind == "set_option":
+        return f"set {flags.config} {option!r} to {'another value' if value is None else value}"
+    if kind == "leave_out":
+        return f"leave {option!r} out of {flags.config}"
+    if kind == "install":
+        return f"run {value}"
+    if kind == "start_service":
+        return f"start {value}"
+    if kind == "set_variable":
+        return f"unset {option}" if value is None else f"set {option} to {value}"
+    return str(value)
+
+
+def _capital(text: str) -> str:
+    """`text` with a capital, unless its first word is a name that is written small."""
+    first = text.split(" ", 1)[0].rstrip(",;:")
+    return text[:1].upper() + text[1:] if first.isalpha() else text
 
 
 def refuse(message: str) -> NoReturn:

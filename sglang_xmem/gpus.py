@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.errors import Remedy, SettingError, Unavailable
 
 #: A GPU with more bytes in use than this by nobody whom NVML names counts as in use: an idle H200 shows under 10 MB, a
 #: bare CUDA context about 500 MB.
@@ -21,7 +21,7 @@ IDLE_USED_BYTES = 256 << 20
 
 
 def checked(result: Any, doing: str) -> Any:
-    """The values of a cuda-bindings call, or TierUnavailable with the driver's words.
+    """The values of a cuda-bindings call, or Unavailable with the driver's words.
 
     Args:
         result: what the call returned: (status, value, ...).
@@ -33,8 +33,12 @@ def checked(result: Any, doing: str) -> Any:
     if status != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(status)
         reason = text.decode() if text else str(status)
-        raise TierUnavailable(f"{doing} failed with CUDA error {int(status)}: {reason}")
+        raise Unavailable(f"{doing} failed with CUDA error {int(status)}: {reason}")
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _no_package(name: str) -> Unavailable:
+    return Unavailable(f"the Python package {name} is missing", Remedy("install", value=f"pip install {name}"))
 
 
 @functools.cache
@@ -42,18 +46,18 @@ def driver() -> Any:
     """cuda.bindings.driver, initialized.
 
     Raises:
-        TierUnavailable: no driver or no GPU.
+        Unavailable: no driver or no GPU.
     """
     try:
         from cuda.bindings import driver as bindings
     except ImportError:
-        raise TierUnavailable("the Python package cuda-bindings is missing; run pip install cuda-bindings") from None
+        raise _no_package("cuda-bindings") from None
     try:
         status = bindings.cuInit(0)[0]
     except Exception:  # cuda-bindings raises errors of several packages where libcuda is missing
-        raise TierUnavailable("this machine has no NVIDIA driver") from None
+        raise Unavailable("this machine has no NVIDIA driver") from None
     if status != bindings.CUresult.CUDA_SUCCESS:
-        raise TierUnavailable(f"the NVIDIA driver finds no usable GPU (cuInit: error {int(status)})")
+        raise Unavailable(f"the NVIDIA driver finds no usable GPU (cuInit: error {int(status)})")
     return bindings
 
 
@@ -66,18 +70,24 @@ def visible_gpus() -> range:
     return range(checked(driver().cuDeviceGetCount(), "counting GPUs"))
 
 
-def check_named(option: str, named: Iterable[int], engine: Collection[int | None]) -> None:
-    """Refuse GPUs that an option names for an engine's use and that are not there, or are the engine's own.
+def check_named(setting: str, named: Iterable[int], engine: Collection[int | None]) -> None:
+    """Refuse GPUs that a setting names for an engine's use and that are not there, or are the engine's own.
 
     Raises:
-        ConfigError: one sentence.
+        SettingError: one of them is.
     """
     visible = visible_gpus()
     for gpu in named:
         if gpu not in visible:
-            raise ConfigError(f"{option} names GPU {gpu}, but this process sees GPUs 0 to {len(visible) - 1}.")
+            raise SettingError(
+                setting, f"names GPU {gpu}, and this process sees {_gpu_list(visible)}", "name one of these"
+            )
         if gpu in engine:
-            raise ConfigError(f"{option} names GPU {gpu}, which this engine computes on; name another GPU.")
+            raise SettingError(setting, f"names GPU {gpu}, which this engine computes on", "name another GPU")
+
+
+def _gpu_list(visible: range) -> str:
+    return f"GPUs 0 to {len(visible) - 1}" if len(visible) > 1 else f"{len(visible)} GPU"
 
 
 def can_access_peer(gpu: int, peer: int) -> bool:
@@ -117,7 +127,7 @@ def hold_context(gpu: int, undo: ExitStack) -> Any:
     A GPU without any context rests, and other GPUs reach its memory at a lower rate (docs/performance.md).
 
     Raises:
-        TierUnavailable: the GPU gives none.
+        Unavailable: the GPU gives none.
     """
     d = driver()
     device = _device(gpu)
@@ -131,11 +141,11 @@ def _nvml() -> Any:
     try:
         import pynvml
     except ImportError:
-        raise TierUnavailable("the Python package nvidia-ml-py is missing; run pip install nvidia-ml-py") from None
+        raise _no_package("nvidia-ml-py") from None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        raise TierUnavailable(f"NVML does not start: {error}") from None
+        raise Unavailable(f"NVML does not start: {error}") from None
     return pynvml
 
 
@@ -148,7 +158,7 @@ def _nvml_handle(gpu: int) -> Any:
     try:
         return nvml.nvmlDeviceGetHandleByUUID(name)
     except nvml.NVMLError as error:
-        raise TierUnavailable(f"NVML does not know GPU {gpu} ({name}): {error}") from None
+        raise Unavailable(f"NVML does not know GPU {gpu} ({name}): {error}") from None
 
 
 def memory_bytes(gpu: int) -> tuple[int, int]:

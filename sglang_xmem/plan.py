@@ -1,33 +1,50 @@
-"""Which tier serves a rank: planned once in the launcher, settled in each rank when the pool's size is known.
+"""Which tier serves a rank: planned once in the launcher, settled in each rank when its pools' sizes are known.
 
-The launcher sees all ranks and has no CUDA context, so it hands out seats (which peer GPU belongs to which rank);
-a rank knows its pool's bytes, so it makes the last choice among the planned tiers. Both only ask tiers.
+The launcher sees all ranks and has no CUDA context, so it hands out rank plans (which peer GPU belongs to which rank);
+a rank knows its pools' bytes, so it makes the last choice among the planned tiers. Both only ask tiers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import msgspec
 
-from sglang_xmem.config import AUTO, Options
-from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.tiers import Locality, MemoryTier, Ranks, Region, tier_classes
+from sglang_xmem.config import AUTO, Options, check_copies
+from sglang_xmem.copies.policy import CopyPolicy, common, decide
+from sglang_xmem.errors import (
+    LOWER_SIZE,
+    SGLANG_FLAGS,
+    ConfigError,
+    FlagStyle,
+    Remedy,
+    SettingError,
+    Unavailable,
+    clause,
+    sentence,
+)
+from sglang_xmem.tiers import MemoryTier, Ranks, Region, tier_classes
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A tier that this machine has, with one seat a local rank."""
+    """A tier that this machine has, with a plan of its own for each local rank."""
 
     tier: str
-    seats: tuple[Any, ...]
+    rank_plans: tuple[Any, ...]
 
 
-class PassedOver(msgspec.Struct, frozen=True):
-    """A tier that cannot serve, and why."""
+class Skipped(msgspec.Struct, frozen=True):
+    """A tier that cannot serve, why, and what would help."""
 
     tier: str
     reason: str
+    remedies: tuple[Remedy, ...] = ()
+
+    def words(self, flags: FlagStyle = SGLANG_FLAGS) -> str:
+        """`reason; fix`, for a line of a list of tiers, where to name another tier is no fix."""
+        return clause(self.reason, [remedy for remedy in self.remedies if remedy.kind != "use_tier"], flags)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -35,16 +52,24 @@ class Plan(msgspec.Struct, frozen=True):
 
     Attributes:
         candidates: tiers to try in this order.
-        passed_over: tiers that cannot serve, each with the reason.
+        skipped: tiers that cannot serve.
     """
 
     options: Options
     ranks: Ranks
     candidates: tuple[Candidate, ...]
-    passed_over: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
 
 
-#: Gives the bytes of host RAM that a pool of so many bytes may claim; applies to host tiers alone.
+class Allocation(NamedTuple):
+    """A rank's memory: a region for each space that it asked for, all of one tier, and who copies."""
+
+    tier: MemoryTier
+    regions: tuple[Region, ...]
+    policy: CopyPolicy
+
+
+#: Gives the bytes of host RAM that pools of so many bytes may claim; applies to tiers that count as host RAM alone.
 HostBudget = Callable[[int], int]
 
 
@@ -52,63 +77,74 @@ def make_plan(options: Options, ranks: Ranks, pool_bytes: int | None, host_budge
     """Plan tiers for `ranks`.
 
     Args:
-        pool_bytes: bytes of one rank's pool where --hicache-size fixes it, None where a ratio will.
+        pool_bytes: bytes of one rank's pools together where the user fixes them, None where a ratio will.
 
     Raises:
-        ConfigError: the tier asked for cannot be had, or `auto` finds none.
+        ConfigError: the tier asked for is unavailable, or `auto` finds none; settings that ask for what is impossible.
     """
     candidates: list[Candidate] = []
-    passed_over: list[tuple[str, str]] = []
+    skipped: list[Skipped] = []
     for found in examine(options, ranks, pool_bytes, host_budget):
         if isinstance(found, Candidate):
             candidates.append(found)
         else:
-            passed_over.append((found.tier, found.reason))
+            skipped.append(found)
     if not candidates:
-        raise ConfigError(_nothing_left(options, passed_over))
-    return Plan(options=options, ranks=ranks, candidates=tuple(candidates), passed_over=tuple(passed_over))
+        raise ConfigError(_nothing_left(options, skipped))
+    return Plan(options=options, ranks=ranks, candidates=tuple(candidates), skipped=tuple(skipped))
+
+
+def tried_tiers(options: Options) -> list[str]:
+    """Names of the tiers that `options` allow, in the order of trying."""
+    if options.tier != AUTO:
+        return [options.tier]
+    return [name for name, tier in tier_classes().items() if tier.is_automatic(options.tiers[name])]
 
 
 def examine(
     options: Options, ranks: Ranks, pool_bytes: int | None, host_budget: HostBudget
-) -> Iterator[Candidate | PassedOver]:
+) -> Iterator[Candidate | Skipped]:
     """What `make_plan` finds of each tier that `options` allow, in the order of trying, as soon as it is known.
 
     Raises:
         ConfigError: settings that ask for something impossible.
     """
-    names = list(tier_classes()) if options.tier == AUTO else [options.tier]
-    for name in names:
+    if not ranks.gpus:
+        raise ConfigError("No rank of this engine runs on this machine. Start it where one does.")
+    check_copies(options, on_gpu=ranks.uses_gpu)
+    for name in tried_tiers(options):
         try:
-            candidate = Candidate(name, tier_classes()[name].seats(options.tiers[name], ranks))
+            candidate = Candidate(name, tier_classes()[name].plan_ranks(options.tiers[name], ranks))
             if pool_bytes is not None:
                 for tier in _tiers_of(candidate, options, ranks):
-                    _check_room(tier, pool_bytes, host_budget)
-        except TierUnavailable as reason:
-            yield PassedOver(name, str(reason))
+                    _check_capacity(tier, pool_bytes, host_budget)
+        except SettingError as error:
+            raise ConfigError(sentence(error, options.flags)) from None
+        except Unavailable as error:
+            yield _skipped(name, error)
         else:
             yield candidate
 
 
-def candidate_room_bytes(
+def candidate_free_bytes(
     candidate: Candidate, options: Options, ranks: Ranks, nbytes: int, host_budget: HostBudget
 ) -> int:
-    """Bytes that a pool of each rank could have in a candidate's tier: the least of all ranks.
+    """Bytes that each rank could have in a candidate's tier: the least of all ranks.
 
     Args:
         nbytes: what is asked for, where the host's budget depends on it.
 
     Raises:
-        TierUnavailable: what was planned has been taken since.
+        Unavailable: what was planned has been taken since.
     """
-    return max(0, min(_room_bytes(tier, nbytes, host_budget) for tier in _tiers_of(candidate, options, ranks)))
+    return max(0, min(_free_bytes(tier, nbytes, host_budget) for tier in _tiers_of(candidate, options, ranks)))
 
 
 def _tiers_of(candidate: Candidate, options: Options, ranks: Ranks) -> list[MemoryTier]:
     """A candidate's tier for each rank."""
     tier = tier_classes()[candidate.tier]
     settings = options.tiers[candidate.tier]
-    return [tier(settings, seat, gpu) for seat, gpu in zip(candidate.seats, ranks.gpus, strict=True)]
+    return [tier(settings, plan, gpu) for plan, gpu in zip(candidate.rank_plans, ranks.gpus, strict=True)]
 
 
 class Placement:
@@ -121,75 +157,127 @@ class Placement:
     def __init__(self, plan: Plan, rank: int, host_budget: HostBudget) -> None:
         self.plan = plan
         self.rank = rank
+        self.skipped = list(plan.skipped)
         self._host_budget = host_budget
-        self.passed_over = list(plan.passed_over)
-        classes = tier_classes()
+        self._sized_against: int | None = None
         self._giving: MemoryTier | None = None
+        classes = tier_classes()
         self._tiers: list[MemoryTier] = [
-            classes[c.tier](plan.options.tiers[c.tier], c.seats[rank], plan.ranks.gpus[rank]) for c in plan.candidates
+            classes[c.tier](plan.options.tiers[c.tier], c.rank_plans[rank], plan.ranks.gpus[rank])
+            for c in plan.candidates
         ]
 
     def first_tier(self) -> MemoryTier:
-        """The tier to size an automatic pool for: the first that is still there and has room.
+        """The tier to size automatic pools for: the first that is still there and has free capacity.
 
         Raises:
             ConfigError: none is.
         """
-        while self._tiers:
-            tier = self._tiers[0]
-            try:
-                if tier is not self._giving and tier.capacity_bytes() <= 0:
-                    raise TierUnavailable("it has no room left")
-                return tier
-            except TierUnavailable as reason:
-                self._pass_over(reason)
-        raise ConfigError(_nothing_left(self.plan.options, self.passed_over))
+        return self._first()[0]
 
-    def allocate(self, nbytes: int, parts: int = 1) -> tuple[MemoryTier, Region]:
-        """Memory for a pool of `nbytes` in `parts` equal parts, from the first tier that can hold it.
+    def automatic_bytes(self, host_bytes: int, granules: Sequence[int] = (1,)) -> int:
+        """Bytes that automatically sized pools of this rank may have together, in the first tier.
 
-        A tier that cannot is passed over for good, so that all pools of a rank end up in one tier.
+        The next `allocate` is judged by the same `host_bytes`: until then other ranks take of the machine's memory what
+        was theirs when this rank's size was made.
+
+        Args:
+            host_bytes: what the engine's own rule gives this rank of the host's RAM.
+            granules: of the spaces that `allocate` will be asked for.
 
         Raises:
             ConfigError: no tier is left.
         """
+        tier, capacity = self._first()
+        capacity -= sum(tier.waste_bytes(granule) for granule in granules)
+        self._sized_against = host_bytes
+        return max(0, min(capacity, host_bytes) if tier.traits.counts_as_host_ram else capacity)
+
+    def _first(self) -> tuple[MemoryTier, int]:
         while self._tiers:
             tier = self._tiers[0]
             try:
-                _check_room(tier, nbytes, self._host_budget)
-                region = tier.allocate(nbytes, parts)
+                capacity = tier.capacity_bytes()
+                if tier is not self._giving and capacity <= 0:
+                    raise Unavailable("it has no free capacity left", LOWER_SIZE)
+                return tier, capacity
+            except Unavailable as error:
+                self._skip(error)
+        raise ConfigError(_nothing_left(self.plan.options, self.skipped))
+
+    def allocate(self, wanted: Sequence[tuple[int, int]]) -> Allocation:
+        """Memory for all spaces of a pool, from the first tier that can hold them together.
+
+        A tier that cannot is skipped for good, so that all pools of a rank end up in one tier.
+
+        Args:
+            wanted: (bytes, granule) of each space, as MemoryTier.allocate's.
+
+        Raises:
+            ConfigError: no tier is left.
+        """
+        if not wanted:
+            raise ValueError("no space is asked for")
+        host_bytes, self._sized_against = self._sized_against, None
+        while self._tiers:
+            tier = self._tiers[0]
+            try:
+                allocation = self._allocate(tier, wanted, host_bytes)
+            except Unavailable as error:
+                self._skip(error)
+            else:
                 self._giving = tier
-                return tier, region
-            except TierUnavailable as reason:
-                self._pass_over(reason)
-        raise ConfigError(_nothing_left(self.plan.options, self.passed_over))
+                return allocation
+        raise ConfigError(_nothing_left(self.plan.options, self.skipped))
 
-    def _pass_over(self, reason: TierUnavailable) -> None:
-        self.passed_over.append((self._tiers.pop(0).name, str(reason)))
+    def _allocate(self, tier: MemoryTier, wanted: Sequence[tuple[int, int]], host_bytes: int | None) -> Allocation:
+        total = sum(-(-nbytes // granule) * granule for nbytes, granule in wanted)
+        budget = self._host_budget if host_bytes is None else lambda _: host_bytes
+        _check_capacity(tier, total, budget)
+        tier.expect(total)
+        with ExitStack() as undo:
+            regions = []
+            for nbytes, granule in wanted:
+                regions.append(tier.allocate(nbytes, granule))
+                undo.callback(regions[-1].release)
+            policy = common([decide(tier.traits, tier.settings, region, tier.gpu) for region in regions])
+            undo.pop_all()
+        return Allocation(tier, tuple(regions), policy)
+
+    def _skip(self, error: Unavailable) -> None:
+        self.skipped.append(_skipped(self._tiers.pop(0).name, error))
 
 
-def _room_bytes(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> int:
+def _free_bytes(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> int:
     capacity = tier.capacity_bytes()
-    if tier.locality is Locality.HOST:
-        capacity = min(capacity, host_budget(nbytes))
-    return capacity
+    return min(capacity, host_budget(nbytes)) if tier.traits.counts_as_host_ram else capacity
 
 
-def _check_room(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> None:
-    capacity = _room_bytes(tier, nbytes, host_budget)
-    if nbytes > capacity:
-        raise TierUnavailable(
-            f"the pool needs {nbytes / 1e9:.2f} GB a rank and there is room for {max(capacity, 0) / 1e9:.2f} GB; "
-            "lower --hicache-size or --hicache-ratio"
-        )
+def _check_capacity(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> None:
+    free = _free_bytes(tier, nbytes, host_budget)
+    if nbytes > free:
+        needs = f"the pools need {nbytes / 1e9:.2f} GB a rank and {max(free, 0) / 1e9:.2f} GB are free"
+        raise Unavailable(needs, LOWER_SIZE)
 
 
-def describe_passed_over(passed_over: list[tuple[str, str]]) -> str:
-    """For the log line and for errors: `peer (reason); dram (reason)`."""
-    return "; ".join(f"{name} ({reason})" for name, reason in passed_over)
+def _skipped(tier: str, error: Unavailable) -> Skipped:
+    return Skipped(tier, error.reason, error.remedies)
 
 
-def _nothing_left(options: Options, passed_over: list[tuple[str, str]]) -> str:
+def describe_skipped(skipped: Iterable[Skipped], flags: FlagStyle = SGLANG_FLAGS) -> str:
+    """For the log line and for errors: `peer (reason; fix); dram (reason)`."""
+    return "; ".join(f"{one.tier} ({one.words(flags)})" for one in skipped)
+
+
+def _nothing_left(options: Options, skipped: Sequence[Skipped]) -> str:
+    flags = options.flags
     if options.tier == AUTO:
-        return f"--hicache-xmem-tier auto finds no tier for the pool: {describe_passed_over(passed_over)}."
-    return f"--hicache-xmem-tier {options.tier} cannot be used: {passed_over[-1][1]}."
+        return f"{flags.tier} auto finds no tier for the pool: {describe_skipped(skipped, flags)}."
+    last = skipped[-1]
+    words = sentence(Unavailable(last.reason, *last.remedies), flags)
+    return f"{flags.tier} {options.tier} is unavailable: {last.reason[:1]}{words[1:]}"
+
+
+# Names that the doctor still uses.
+PassedOver = Skipped
+candidate_room_bytes = candidate_free_bytes

@@ -7,22 +7,17 @@ and SGLang would serve from DRAM; so where the user asked for a tier, a failure 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import sys
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-#: One module an SGLang version that this package knows how to patch.
-ADAPTERS = {"0.5.23": "sglang_xmem.adapters.sglang_0_5_23"}
-
 
 def register() -> None:
     """Add the flags to SGLang. HiCache itself is patched later, and only in an engine that has the flag on."""
     try:
-        adapter = _adapter()
-        adapter.install_flags()
+        importlib.import_module("sglang_xmem.engines.sglang").install()
     except Exception as error:
         message = f"--hicache-use-xmem cannot be offered: {error}"
         if any(arg.startswith(("--hicache-use-xmem", "--hicache-xmem-")) for arg in sys.argv[1:]):
@@ -30,16 +25,6 @@ def register() -> None:
             raise SystemExit(2) from None
         logger.warning("sglang_xmem: %s", message)
         _guard_engine(message)
-
-
-def _adapter() -> Any:
-    version = importlib.metadata.version("sglang")
-    if version not in ADAPTERS:
-        known = ", ".join(ADAPTERS)
-        raise RuntimeError(
-            f"SGLang {version} is installed and sglang_xmem knows {known}; run pip install sglang=={known}."
-        )
-    return importlib.import_module(ADAPTERS[version])
 
 
 def _guard_engine(message: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sglang_xmem.copies import nvrtc
-from sglang_xmem.copies.tuning import DEFAULT_TUNING, SMALL_PAGE_TUNING, CudaTuning
+from sglang_xmem.copies.tuning import DEFAULT_TUNING, SMALL_UNIT_TUNING, CudaTuning
 from sglang_xmem.errors import CopyError
 from sglang_xmem.kernels import source
 
@@ -26,7 +26,7 @@ TUNINGS = {
     "bulk": BULK,
     "bulk2": CudaTuning(variant="bulk", rings=2, stages=7, pending_stores=3),
     **{f"default_{a}_{b}": tuning for (a, b), tuning in DEFAULT_TUNING.items()},
-    **{f"small_pages_{a}_{b}": tuning for (a, b), tuning in SMALL_PAGE_TUNING.items()},
+    **{f"small_units_{a}_{b}": tuning for (a, b), tuning in SMALL_UNIT_TUNING.items()},
 }
 #: (tuning, bytes a vector, architecture)
 BUILDS = [
@@ -98,8 +98,10 @@ def test_all_loads_come_before_the_first_store(unroll: int, tmp_path: Path) -> N
     code = subprocess.run(
         [disassembler, "-c", str(tmp_path / "out")], capture_output=True, text=True, check=True
     ).stdout
+    # Behind the kernel's end there is what shuffles would take in a warp whose lanes have parted, which they never do.
+    code = code[: code.rindex("EXIT")]
     wide = "".join("L" if match[1] == "LDG" else "S" for match in re.finditer(r"\b(LDG|STG)\.E\S*\.128\b", code))
-    # One run for pages of at least a tile, one for smaller pages, one for tiny pages.
+    # One run for units of at least a tile, one for smaller units, one for tiny ones.
     assert [len(run) for run in re.findall(r"L+", wide)] == [unroll] * 3, wide
     assert [len(run) for run in re.findall(r"S+", wide)] == [unroll] * 3, wide
 
@@ -184,3 +186,50 @@ def test_missing_nvrtc_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(CopyError, match="cuda-bindings"):
         build()
+
+
+def test_triton_merges_words_to_16_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled without a GPU, for one: loads and stores of a tile are of 16 bytes where all sizes are multiples."""
+    triton = pytest.importorskip("triton")
+    from triton import language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sglang_xmem.kernels import page_copy_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {
+        "LOAD": True,
+        "WORD": tl.int64,
+        "ALIGNMENT": 16,
+        "TILE_WORDS": 8192,
+        "NARROW_WORDS": 128,
+        "VECTORS": 3,
+        "RECORD": page_copy_triton.RECORD_WORDS,
+        "MERGED": 2,
+    }
+    types = {"table": "*i64", "num_planes": "i32", "vectors": ("i64",) * 12, **dict.fromkeys(constants, "constexpr")}
+    compiled = triton.compile(
+        ASTSource(page_copy_triton.page_copy, types, constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 16},
+    )
+    stores = re.findall(r"st\.global\S*", compiled.asm["ptx"])
+    assert stores
+    assert set(stores) == {"st.global.v2.b64"}
+
+
+def test_triton_compiles_for_no_number_of_a_move() -> None:
+    """Else it would compile again in the middle of serving."""
+    pytest.importorskip("triton")
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.compiler import BaseBackend
+
+    from sglang_xmem.kernels.page_copy_triton import disguised
+
+    def compiled_for(number: int) -> object:
+        return native_specialize_impl(BaseBackend, (number,), False, False, True)
+
+    plain = [0, 1, 16, 17, 1280, 0x7F0000000000]
+    assert len({repr(compiled_for(number)) for number in plain}) > 1, "else nothing is tested"
+    assert {repr(compiled_for(disguised(number))) for number in plain} == {"(('i64',), ('',))"}

@@ -2,139 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.policy import CopyPolicy
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
     import torch
 
+    from sglang_xmem.copies.base import PageCopier, Program, Step
+    from sglang_xmem.copies.geometry import Slab
+    from sglang_xmem.copies.tuning import Link
+
 CopierName = Literal["auto", "cuda", "triton", "torch"]
 _NAMES = ("auto", "cuda", "triton", "torch")
+#: Settings of a direction that a copier has; the CUDA kernel has all fields of CudaTuning.
+_SETTINGS: Mapping[str, tuple[str, ...]] = {"triton": ("ctas",), "torch": ()}
 
-__all__ = ["CopierName", "PageCopier", "make_copier", "on_peer_or_rank", "with_staging"]
+Settings = Mapping[str, Any]
+_NO_SETTINGS: Settings = MappingProxyType({})
 
-
-def on_peer_or_rank(
-    make: Callable[..., PageCopier], gpu: int | None, *, required: bool
-) -> tuple[PageCopier, CopyError | None]:
-    """A copier that runs on another GPU, or on the rank's own where there is none or it cannot.
-
-    Args:
-        make: `make_copier` with all its arguments but `runs_on`.
-        gpu: CUDA ordinal of the other GPU, if any.
-        required: no other will do.
-
-    Returns:
-        The copier, and why it does not run on `gpu`.
-
-    Raises:
-        CopyError: as `make_copier`; also where `gpu` cannot run it and is required.
-    """
-    try:
-        return make(runs_on=gpu), None
-    except CopyError as error:
-        if gpu is None or required:
-            raise
-        return make(), error
-
-
-def with_staging(
-    copier: PageCopier, nbytes: int | None, pinned: Sequence[int] = ()
-) -> tuple[PageCopier, CopyError | None]:
-    """A copier of host memory with its long loads by the copy engine, where that can be.
-
-    Args:
-        copier: from `make_copier`; one that is not the CUDA kernel of the rank's own GPU stays as it is.
-        nbytes: of the staging ring on the GPU; None: the usual size if it can be had; 0: no ring.
-        pinned: as `Region.pinned`.
-
-    Returns:
-        The copier to use, and why it has no ring.
-
-    Raises:
-        CopyError: a size was given and cannot be had.
-    """
-    if nbytes == 0:
-        return copier, None
-    try:
-        if copier.name != "cuda":
-            raise CopyError(
-                f"copy.staging_mib is for the copier 'cuda' without relays, and this is {copier.name!r}; leave it out."
-            )
-        from sglang_xmem.copies.staged import staged
-
-        return staged(copier, nbytes, pinned), None
-    except CopyError as error:
-        if nbytes is not None:
-            raise
-        return copier, error
+__all__ = ["CopierName", "CopyPolicy", "make_copier", "make_program"]
 
 
 def make_copier(
     name: CopierName,
-    tier_planes: Sequence[torch.Tensor],
-    device_planes: Sequence[torch.Tensor],
-    page_size: int,
+    slabs: Sequence[Slab],
+    device: torch.device,
     *,
-    tier_locality: Literal["host", "device"] = "device",
-    load: Mapping[str, Any] = MappingProxyType({}),
-    store: Mapping[str, Any] = MappingProxyType({}),
-    runs_on: int | None = None,
-    relays: Sequence[int] = (),
-) -> PageCopier:
-    """The page copier of a name.
+    link: Link,
+    load: Settings = _NO_SETTINGS,
+    store: Settings = _NO_SETTINGS,
+    policy: CopyPolicy = CopyPolicy(),  # noqa: B008  (immutable)
+) -> tuple[PageCopier, CopyError | None]:
+    """The page copier of a name, executed by whom the policy says.
 
     Args:
-        name: `auto` is `cuda` for device planes on a GPU and `torch` for those on the CPU.
-        tier_planes, device_planes, page_size: as PageCopier's.
-        tier_locality: where the tier's bytes live, in host memory or on another device.
+        name: `auto` is `cuda` for pools on a GPU and `torch` for those on the CPU.
+        slabs: where frames lie.
+        device: of the pools.
+        link: how the tier is reached, which picks the measured settings.
         load, store: changes to the measured settings of a direction, fields of `tuning.CudaTuning`. The Triton kernel
-            takes `ctas` alone, the torch copier nothing.
-        runs_on: CUDA ordinal of another GPU that runs the copies, which the CUDA kernel alone can.
-        relays: CUDA ordinals of GPUs that each move a share of the pages beside that, which it alone can too.
+            has `ctas` alone, the torch copier none.
+        policy: other GPUs that execute copies, which the CUDA kernel alone can. Where `policy.runner` cannot and is not
+            required, the rank's own GPU executes them.
+
+    Returns:
+        The copier, and why `policy.runner` does not execute, where it does not.
 
     Raises:
-        ValueError: an unknown name, planes that do not match, or that this copier cannot reach.
-        CopyError: the copier cannot run on this machine.
+        ValueError: an unknown name, or slabs or a device that this copier is not for.
+        CopyError: settings that this copier does not have, or it cannot run on this machine as it has to.
     """
-    if (runs_on is not None or relays) and name not in ("auto", "cuda"):
-        raise CopyError(
-            f"the copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or "
-            f"{'leave out dram.relays' if relays else 'set peer.copy_on to rank'}."
-        )
     if name not in _NAMES:
         raise ValueError(f"unknown copier {name!r}; known are {', '.join(_NAMES)}")
     if name == "auto":
-        name = "cuda" if device_planes and device_planes[0].device.type == "cuda" else "torch"
+        name = "cuda" if device.type == "cuda" else "torch"
+    _check_settings(name, {"load": load, "store": store})
+    try:
+        return _made(name, slabs, device, link, load, store, policy), None
+    except CopyError as error:
+        if policy.runner is None or policy.required:
+            raise
+        return _made(name, slabs, device, link, load, store, policy._replace(runner=None)), error
+
+
+def make_program(
+    name: CopierName,
+    slabs: Sequence[Slab],
+    device: torch.device,
+    steps: Sequence[Step],
+    num_parts: int,
+    *,
+    link: Link,
+    load: Settings = _NO_SETTINGS,
+    store: Settings = _NO_SETTINGS,
+    policy: CopyPolicy = CopyPolicy(),  # noqa: B008  (immutable)
+) -> tuple[PageCopier, Program, CopyError | None]:
+    """`make_copier` with its first program: also falls back where it is the pools that `policy.runner` cannot reach.
+
+    Args: as `make_copier`'s and `PageCopier.compile`'s.
+
+    Returns:
+        The copier, the program, and why `policy.runner` does not execute, where it does not.
+    """
+    copier, reason = make_copier(name, slabs, device, link=link, load=load, store=store, policy=policy)
+    try:
+        return copier, copier.compile(steps, num_parts), reason
+    except CopyError as error:
+        if policy.runner is None or policy.required or reason is not None:
+            raise
+        alone = policy._replace(runner=None)
+        copier, _ = make_copier(name, slabs, device, link=link, load=load, store=store, policy=alone)
+        return copier, copier.compile(steps, num_parts), error
+
+
+def _check_settings(name: str, directions: Mapping[str, Settings]) -> None:
+    """Raises CopyError for settings that a copier does not have."""
+    has = _SETTINGS.get(name)
+    if has is None:
+        return
+    unknown = [f"copy.{way}.{key}" for way, settings in directions.items() for key in settings if key not in has]
+    if unknown:
+        them = "it" if len(unknown) == 1 else "them"
+        raise CopyError(
+            f"The copier {name!r} has no {' and no '.join(unknown)}; leave {them} out, or set copy.kernel to cuda."
+        )
+
+
+def _made(
+    name: str,
+    slabs: Sequence[Slab],
+    device: torch.device,
+    link: Link,
+    load: Settings,
+    store: Settings,
+    policy: CopyPolicy,
+) -> PageCopier:
+    """The copier of a known name, with no way out."""
+    if name != "cuda" and (policy.runner is not None or policy.relays):
+        raise CopyError(
+            f"The copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or "
+            f"{'leave out dram.relays' if policy.relays else 'set peer.copy_on to rank'}."
+        )
     # Imported on use: none of them needs what another one needs.
     if name == "torch":
         from sglang_xmem.copies.torch import TorchPageCopier
 
-        return TorchPageCopier(tier_planes, device_planes, page_size)
+        return TorchPageCopier(slabs, device)
     if name == "triton":
         from sglang_xmem.copies.triton import TritonPageCopier
 
-        ctas = {f"{side}_ctas": given["ctas"] for side, given in (("load", load), ("store", store)) if "ctas" in given}
-        return TritonPageCopier(tier_planes, device_planes, page_size, **ctas)
+        ctas = {f"{way}_ctas": given["ctas"] for way, given in (("load", load), ("store", store)) if "ctas" in given}
+        return TritonPageCopier(slabs, device, **ctas)
     from sglang_xmem.copies.cuda import CudaPageCopier
 
-    def made(gpu: int | None) -> CudaPageCopier:
-        return CudaPageCopier(
-            tier_planes,
-            device_planes,
-            page_size,
-            tier_locality=tier_locality,
-            load=load,
-            store=store,
-            runs_on=gpu,
-        )
-
-    if not relays:
-        return made(runs_on)
+    copiers = [
+        CudaPageCopier(slabs, device, link=link, load=load, store=store, runs_on=gpu)
+        for gpu in (policy.runner, *policy.relays)
+    ]
+    if len(copiers) == 1:
+        return copiers[0]
     from sglang_xmem.copies.shared import SharedCopier
 
-    return SharedCopier([made(gpu) for gpu in (runs_on, *relays)])
+    return SharedCopier(copiers)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import math
-import struct
 import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -14,270 +11,217 @@ from typing import Any
 import torch
 
 from sglang_xmem.copies import nvrtc
-from sglang_xmem.copies.base import OnCpu, PageCopier
+from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
+from sglang_xmem.copies.counters import LayerCounters
+from sglang_xmem.copies.counters import supported as counters_supported
+from sglang_xmem.copies.geometry import Slab, alignment_of
 from sglang_xmem.copies.remote import CopyingGpu, give_access
-from sglang_xmem.copies.signals import NOBODY, Counters, LoadSignals
-from sglang_xmem.copies.signals import supported as signals_supported
+from sglang_xmem.copies.table import Parameters, Work, record
 from sglang_xmem.copies.tuning import (
     VECTOR_BYTES,
     CudaTuning,
     Direction,
-    Locality,
-    copies_from,
+    Link,
     default_tuning,
     fit_tuning,
+    path_of,
 )
 from sglang_xmem.errors import CopyError
 from sglang_xmem.kernels import source
 
 _SOURCE_FILE = "page_copy.cu"
 _MIN_CAPABILITY = (8, 0)
-_MAX_PAGE_BYTES = 2**30  # the kernel counts a page's vectors in 31 bits
 
 
 class CudaPageCopier(PageCopier):
-    """Arguments as PageCopier's; tier planes may lie anywhere the GPU can address, device planes on the GPU. And:
+    """Arguments as PageCopier's; slabs may lie anywhere the copying GPU can address, `device` is a GPU. And:
 
     Args:
-        tier_locality: where the tier's bytes live, which picks the default tuning.
+        link: how the tier is reached, which picks the default tuning.
         load, store: settings of each direction, whole or as changes to the measured ones (fields of CudaTuning).
-        runs_on: CUDA ordinal of another GPU that runs the copies; all tier planes are within its reach.
+        runs_on: CUDA ordinal of another GPU that runs the copies; all slabs are within its reach.
 
     Raises:
-        ValueError: also for device planes that are not CUDA tensors, and a page too large.
-        CopyError: a GPU older than sm_80, no NVRTC or cuda-bindings, or a kernel that does not load.
+        ValueError: also for a device that is not a CUDA GPU.
+        CopyError: a GPU older than sm_80, no NVRTC or cuda-bindings, or a GPU that cannot reach the rank's memory.
     """
 
     name = "cuda"
 
     def __init__(
         self,
-        tier_planes: Sequence[torch.Tensor],
-        device_planes: Sequence[torch.Tensor],
-        page_size: int,
+        slabs: Sequence[Slab],
+        device: torch.device,
         *,
-        tier_locality: Locality = "device",
+        link: Link = "nvlink",
         load: CudaTuning | Mapping[str, Any] = MappingProxyType({}),
         store: CudaTuning | Mapping[str, Any] = MappingProxyType({}),
         runs_on: int | None = None,
     ) -> None:
-        super().__init__(tier_planes, device_planes, page_size)
-        if self._device.type != "cuda":
-            raise ValueError(f"the copier 'cuda' is for device planes on a CUDA GPU, not on {self._device}")
-        if self.page_bytes > _MAX_PAGE_BYTES:
-            raise ValueError(f"a page of {self.page_bytes} bytes is larger than {_MAX_PAGE_BYTES}")
-        runner = self._device if runs_on is None else torch.device("cuda", runs_on)
-        properties: Any = torch.cuda.get_device_properties(runner)
-        capability = (properties.major, properties.minor)
-        if capability < _MIN_CAPABILITY:
+        super().__init__(slabs, device)
+        if self.device.type != "cuda":
+            raise ValueError(f"the copier 'cuda' is for pools on a CUDA GPU, not on {self.device}")
+        self.runner = self.device if runs_on is None else torch.device("cuda", runs_on)
+        properties: Any = torch.cuda.get_device_properties(self.runner)
+        self._capability = (properties.major, properties.minor)
+        if self._capability < _MIN_CAPABILITY:
             raise CopyError(
-                f"the copier 'cuda' needs a GPU of compute capability 8.0, and {runner} has "
-                f"{capability[0]}.{capability[1]}; set copy.kernel to 'triton'."
+                f"the copier 'cuda' needs a GPU of compute capability 8.0, and {self.runner} has "
+                f"{properties.major}.{properties.minor}; set copy.kernel to 'triton'."
             )
-        there = [plane.data_ptr() for plane in tier_planes]
-        here = [plane.data_ptr() for plane in device_planes]
-        self._tier_table = torch.tensor(there, dtype=torch.int64, device=self._device)
-        self._device_table = torch.tensor(here, dtype=torch.int64, device=self._device)
-        # Launches may come on any stream; the tables must be there by then.
-        torch.cuda.current_stream(self._device).synchronize()
-        if runs_on is not None:
-            give_access(runs_on, self._device, (self._tier_table, *device_planes))
+        self._shared_bytes: int = properties.shared_memory_per_block_optin
         self._runs_on = runs_on
+        if runs_on is not None:
+            # Vectors come from torch's allocator, as this does.
+            give_access(runs_on, self.device, [torch.zeros(1, device=self.device).data_ptr()])
+        self._path = path_of(link, runs_on)
+        self._given: dict[Direction, CudaTuning | Mapping[str, Any]] = {"load": load, "store": store}
+        self._order = {
+            direction: None if runs_on is None else CopyingGpu(runs_on, self.device) for direction in self._given
+        }
+        # A direction's launches are one thread's at a time: they share events and a program's parameters.
+        self._locks = {direction: threading.Lock() for direction in self._given}
+        #: How each direction of the last compiled program runs, for `describe`.
+        self.tunings = {direction: self._tuning(direction, [], VECTOR_BYTES) for direction in self._given}
 
-        alignment = math.gcd(VECTOR_BYTES, self.row_bytes, *there, *here)
-        locality = copies_from(tier_locality, runs_on)
-
-        def fitted(given: CudaTuning | Mapping[str, Any], direction: Direction) -> CudaTuning:
-            if not isinstance(given, CudaTuning):
-                given = dataclasses.replace(default_tuning(direction, locality, self.page_bytes), **given)
-            return fit_tuning(
-                given,
-                capability=capability,
-                max_shared_bytes=properties.shared_memory_per_block_optin,
-                alignment=alignment,
-            )
-
-        #: What runs, which is what was asked for unless that cannot run here.
-        self.load_tuning, self.store_tuning = fitted(load, "load"), fitted(store, "store")
-        tables = (self._tier_table.data_ptr(), self._device_table.data_ptr())
-        self._load = _Launcher(self, self.load_tuning, capability, alignment, tables, runs_on)
-        self._store = _Launcher(self, self.store_tuning, capability, alignment, tables[::-1], runs_on)
+    def compile(self, steps: Sequence[Step], num_parts: int) -> CudaProgram:
+        if self._runs_on is not None:
+            give_access(self._runs_on, self.device, {step.plane.device_address for step in steps})
+        return CudaProgram(self, steps, num_parts)
 
     def describe(self) -> str:
         where = "" if self._runs_on is None else f" on GPU {self._runs_on}"
-        return f"{self.name}{where} (load: {self.load_tuning}; store: {self.store_tuning})"
+        return f"{self.name}{where} (load: {self.tunings['load']}; store: {self.tunings['store']})"
 
-    def can_signal(self) -> bool:
+    def can_count(self) -> bool:
         """Whether this copier's loads can raise counters on the rank's GPU, and streams there wait for them."""
-        return signals_supported(self._device, self._runs_on)
+        return counters_supported(self.device, self._runs_on)
 
-    def make_signals(self, num_parts: int) -> LoadSignals | None:
-        if not self.can_signal():
+    def make_counters(self, num_parts: int) -> LayerCounters | None:
+        if not self.can_count():
             return None
-        return LoadSignals(num_parts, self._device, remote=self._runs_on is not None)
+        return LayerCounters(num_parts, self.device, remote=self._runs_on is not None)
 
-    def start(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        planes: range,
-        *,
-        load: bool,
-        counters: Counters = NOBODY,
-        stream: int | None = None,
-    ) -> int:
-        """Enqueue a copy behind what is on the current stream, which does not wait for it before `join`.
+    def start(self, program: CudaProgram, pages: Sequence[Pages], *, load: bool, counters: int = 0) -> int:
+        """Enqueue a move behind what is on the current stream, which does not wait for it before `join`.
 
-        For whoever calls from one thread at a time, has several under way at once, and announces them to the signals
-        whose counters a load raises. `join` has to follow, also where this raises, but for the rank's own copies.
+        For whoever calls from one thread at a time, and announces the load to whom the counters belong. `join` has to
+        follow, also where this raises.
 
         Args:
-            stream: handle of the current stream, from a caller that knows it; asking for it takes 3 us.
+            counters: address of the first counter, 0 for none.
 
-        Returns: by how much it will raise each counter.
+        Returns: by how much the launch will raise each counter; 0 without a launch, where there are no pages.
         """
-        if load:
-            return self._load.start(tier_rows, device_rows, planes, counters, stream)
-        return self._store.start(device_rows, tier_rows, planes, stream=stream)
+        direction: Direction = "load" if load else "store"
+        return program.kernels[direction].start(pages, counters, self._order[direction])
 
     def join(self, *, load: bool) -> None:
         """Let the current stream go on behind what `start` enqueued."""
-        (self._load if load else self._store).join()
+        order = self._order["load" if load else "store"]
+        if order is not None:
+            order.end()
 
-    def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
-        if load:
-            self._load(tier_rows, device_rows, planes)
-        else:
-            self._store(device_rows, tier_rows, planes)
+    def make_kernel(self, program: CudaProgram, direction: Direction) -> Kernel:
+        """The kernel of one direction of a program, ready to be launched."""
+        planes = [step.plane for step in program.steps]
+        alignment = alignment_of(self.slabs, planes, VECTOR_BYTES)
+        spaces: list[list[int]] = [[] for _ in range(program.num_vectors)]
+        for step in program.steps:
+            spaces[step.vector].append(step.plane.unit_bytes)
+        tuning = self.tunings[direction] = self._tuning(direction, spaces, alignment)
+        return Kernel(program, tuning, alignment, self._capability, self.runner, load=direction == "load")
 
-    def _copy_signalling(
-        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals, on_cpu: OnCpu
-    ) -> None:
-        self._load(tier_rows, device_rows, planes, signals)
+    def _tuning(self, direction: Direction, spaces: Sequence[Sequence[int]], alignment: int) -> CudaTuning:
+        """What runs, which is what was asked for unless that cannot run here."""
+        tuning = self._given[direction]
+        if not isinstance(tuning, CudaTuning):
+            tuning = dataclasses.replace(default_tuning(direction, self._path, spaces, alignment), **tuning)
+        return fit_tuning(tuning, capability=self._capability, max_shared_bytes=self._shared_bytes, alignment=alignment)
+
+    def _copy(self, program: Program, pages: Sequence[Pages], *, load: bool, counters: LayerCounters | None) -> None:
+        assert isinstance(program, CudaProgram)
+        with self._locks["load" if load else "store"]:
+            try:
+                raises = self.start(program, pages, load=load, counters=0 if counters is None else counters.address)
+            finally:
+                self.join(load=load)
+            if counters is not None:
+                counters.announce(raises)
 
 
-class _Launcher:
+class CudaProgram(Program):
+    """A program with a kernel, a table of planes and a buffer of parameters for each direction."""
+
+    def __init__(self, copier: CudaPageCopier, steps: Sequence[Step], num_parts: int) -> None:
+        super().__init__(copier, steps, num_parts)
+        self.kernels = {direction: copier.make_kernel(self, direction) for direction in copier.tunings}
+
+
+class Kernel:
     """One direction's kernel with everything that does not change from launch to launch.
 
     Args:
-        copier: whose pages are copied.
+        program: whose steps it copies.
         tuning: one that fits the GPU.
+        alignment: bytes, 1 to 16, that every address and size is a multiple of.
         capability: of the GPU.
-        alignment: bytes, 1 to 16, that every address is a multiple of.
-        tables: addresses of the device arrays of the source's and the destination's plane addresses.
-        runs_on: another GPU than the copier's that runs the kernel.
+        runner: the GPU.
+        load: the direction.
     """
-
-    #: Kernel arguments in slots of 8 bytes: which planes, then those of a call (which pages, and whom to tell). `int
-    #: num_planes` reads the low half of its slot.
-    _PART = struct.Struct("<QQq")
-    _CALL = struct.Struct("<QqQqqqqQq")
 
     def __init__(
         self,
-        copier: PageCopier,
+        program: Program,
         tuning: CudaTuning,
-        capability: tuple[int, int],
         alignment: int,
-        tables: tuple[int, int],
-        runs_on: int | None = None,
+        capability: tuple[int, int],
+        runner: torch.device,
+        *,
+        load: bool,
     ) -> None:
         from cuda.bindings import driver
 
         image = nvrtc.build(source(_SOURCE_FILE), _SOURCE_FILE, tuning.macros(alignment), capability)
-        device = copier.device_planes[0].device
-        self._remote = None if runs_on is None else CopyingGpu(runs_on, device)
-        self._runner = device if self._remote is None else self._remote.device
-        self._function = nvrtc.load(image, "page_copy", self._runner, tuning.dynamic_shared_bytes)
-        self._driver: Any = driver
+        self._function = nvrtc.load(image, "page_copy", runner, tuning.shared_bytes)
         self._launch: Any = driver.cuLaunchKernel
-        self._device = device
-        self._tuning = tuning
-        self._alignment = alignment
-        self._row_bytes, self._page_bytes = copier.row_bytes, copier.page_bytes
-        self._src_table, self._dst_table = tables
-        self._threads, self._shared_bytes = 32 * tuning.warps, tuning.dynamic_shared_bytes
-        # The driver copies the arguments during the call, so one buffer serves all launches, one thread at a time.
-        self._lock = threading.Lock()
-        self._call = ctypes.create_string_buffer(self._CALL.size)
-        #: Parameters of each range of planes that has been launched; the buffers stay alive beside their address.
-        self._parts: dict[range, tuple[int, Any, Any]] = {}
+        self._device, self._runner = program.copier.device, runner
+        self.tuning = tuning
+        self._threads = 32 * tuning.warps
+        self._work = Work(program.steps, tuning, alignment)
+        records = bytearray().join(record(step, tuning, alignment) for step in program.steps) or bytearray(64)
+        # On the GPU that reads it, for which every tile's record would else be a read over the link.
+        self._table = torch.frombuffer(records, dtype=torch.uint8).to(runner)
+        # Launches may come on any stream; the table must be there by then.
+        torch.cuda.current_stream(runner).synchronize()
+        self._parameters = Parameters(self._table.data_ptr(), len(program.steps), program.num_parts, load=load)
 
-    def _part(self, planes: range) -> int:
-        """Address of the kernel parameters for a range of planes: pointers to its own slots and to the call's."""
-        known = self._parts.get(planes)
-        if known is None:
-            part = ctypes.create_string_buffer(self._PART.size)
-            self._PART.pack_into(
-                part, 0, self._src_table + 8 * planes.start, self._dst_table + 8 * planes.start, len(planes)
-            )
-            slots = [ctypes.addressof(buffer) + at for buffer in (part, self._call) for at in range(0, len(buffer), 8)]
-            pointers = (ctypes.c_void_p * len(slots))(*slots)
-            known = self._parts[planes] = (ctypes.addressof(pointers), pointers, part)
-        return known[0]
+    def start(self, pages: Sequence[Pages], counters: int, order: CopyingGpu | None) -> int:
+        """Enqueue a launch: see CudaPageCopier.start.
 
-    def __call__(
-        self,
-        src_rows: torch.Tensor,
-        dst_rows: torch.Tensor,
-        planes: range,
-        signals: LoadSignals | None = None,
-    ) -> None:
-        """Enqueue a launch on the current stream of the copier's device.
+        Args:
+            order: where another GPU than the rank's runs the kernel.
 
         Raises:
             CopyError: the driver refuses it; nothing is enqueued.
         """
-        with self._lock:
-            try:
-                raises = self.start(src_rows, dst_rows, planes, signals.counters(planes) if signals else NOBODY)
-            finally:
-                self.join()
-            if signals:
-                signals.announce(raises)
-
-    def join(self) -> None:
-        """Let the rank's current stream go on behind the last launch."""
-        if self._remote is not None:
-            self._remote.end()
-
-    def start(
-        self,
-        src_rows: torch.Tensor,
-        dst_rows: torch.Tensor,
-        planes: range,
-        counters: Counters = NOBODY,
-        stream: int | None = None,
-    ) -> int:
-        """`__call__` for one thread at a time, without `join` and without announcing the load.
-
-        Returns: by how much the launch will raise each counter.
-        """
-        num_pages = src_rows.numel()
-        tuning = self._tuning
-        tiles_per_plane = tuning.tiles_per_plane(num_pages, self._page_bytes, self._alignment)
-        launch, function, threads, shared = self._launch, self._function, self._threads, self._shared_bytes
-        self._CALL.pack_into(
-            self._call,
-            0,
-            src_rows.data_ptr(),
-            src_rows.stride(0),
-            dst_rows.data_ptr(),
-            dst_rows.stride(0),
-            num_pages,
-            self._row_bytes,
-            self._page_bytes,
-            *counters,
-        )
-        grid = min(tuning.ctas, -(-len(planes) * tiles_per_plane // tuning.warps))
-        parameters = self._part(planes)
-        if self._remote is None:
-            if stream is None:
-                stream = torch.cuda.current_stream(self._device).cuda_stream
+        tuning = self.tuning
+        counts = [vector.frames.numel() for vector in pages]
+        grid = min(tuning.ctas, -(-self._work.tiles(counts) // tuning.warps))
+        if order is not None:
+            stream = order.begin()
+        if grid == 0:
+            return 0
+        numbers: list[int] = []
+        for (frames, slots), count in zip(pages, counts, strict=True):
+            numbers += (frames.data_ptr(), slots.data_ptr(), slots.stride(0), count)
+        self._parameters.pack(counters, numbers)
+        launch, function, threads, shared = self._launch, self._function, self._threads, tuning.shared_bytes
+        parameters = self._parameters.address
+        if order is None:
+            stream = torch.cuda.current_stream(self._device).cuda_stream
             status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
-        else:
-            stream = self._remote.begin()
-        if self._remote is not None or status.value:
+        if order is not None or status.value:
             # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that
             # question out of every other launch. torch.cuda.device alone would not create a context.
             with torch.cuda.device(self._runner):

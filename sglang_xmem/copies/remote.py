@@ -7,7 +7,7 @@ that are under way when they end. The other GPU has to be idle for that, and nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -43,11 +43,11 @@ class CopyingGpu:
         torch.cuda.current_stream(self._rank).wait_event(self._after)
 
 
-def give_access(gpu: int, rank: torch.device, memory: Sequence[torch.Tensor]) -> None:
+def give_access(gpu: int, rank: torch.device, addresses: Iterable[int]) -> None:
     """Let kernels on `gpu` reach what the rank's GPU has allocated, now and later.
 
     Args:
-        memory: tensors on the rank's GPU that they must be able to reach.
+        addresses: of memory on the rank's GPU that they must be able to reach, one in each allocation.
 
     Raises:
         CopyError: the driver refuses, or memory that the rank's GPU has mapped for itself alone.
@@ -63,8 +63,8 @@ def give_access(gpu: int, rank: torch.device, memory: Sequence[torch.Tensor]) ->
             raise CopyError(f"GPU {gpu} cannot be given access to the memory of {rank} ({status.name}); {WITHOUT_IT}.")
     # Memory of cuMemMap is mapped for a GPU at a time; the attribute tells it from memory of cuMemAlloc.
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
-    for tensor in memory:
-        status, plain = driver.cuPointerGetAttribute(attribute, tensor.data_ptr())
+    for address in addresses:
+        status, plain = driver.cuPointerGetAttribute(attribute, address)
         if status.value or not plain:
             raise CopyError(
                 f"GPU {gpu} cannot reach memory that {rank} has mapped for itself; {WITHOUT_IT}, or leave out "

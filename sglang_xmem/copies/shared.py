@@ -10,20 +10,19 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
-from sglang_xmem.copies.base import OnCpu, PageCopier
-from sglang_xmem.copies.signals import NOBODY, LoadSignals
+from sglang_xmem.copies.base import PageCopier, Pages, Program, Step, total_bytes
+from sglang_xmem.copies.counters import LayerCounters
 
 if TYPE_CHECKING:
     from sglang_xmem.copies.cuda import CudaPageCopier
 
-#: Pages that a share has at least; fewer take no longer over one link than handing them to another GPU does.
-MIN_SHARE_PAGES = 4
+#: Bytes that a share has at least: 40 us of a PCIe link. Handing a share to another GPU and waiting for it takes 10 to
+#: 16 us, and pages are no finer measure than a share.
+MIN_SHARE_BYTES = 2 << 20
 
 
 class SharedCopier(PageCopier):
-    """Copies by several copiers of the same planes at once.
+    """Copies by several copiers of the same slabs at once.
 
     Args:
         copiers: the rank's own first, then a relay's or more. Nobody else uses any of them.
@@ -32,59 +31,66 @@ class SharedCopier(PageCopier):
     name = "shared"
 
     def __init__(self, copiers: Sequence[CudaPageCopier]) -> None:
-        first = copiers[0]
-        super().__init__(first.tier_planes, first.device_planes, first.page_size)
+        super().__init__(copiers[0].slabs, copiers[0].device)
         self._copiers = tuple(copiers)
-        #: How each share's kernel runs.
-        self.load_tuning, self.store_tuning = first.load_tuning, first.store_tuning
         self._lock = threading.Lock()  # a copier's launches are one thread's at a time
+
+    def compile(self, steps: Sequence[Step], num_parts: int) -> SharedProgram:
+        return SharedProgram(self, self._copiers, steps, num_parts)
 
     def describe(self) -> str:
         own, *relays = (copier.describe() for copier in self._copiers)
-        return f"{own}, and as many pages each by {'; '.join(relays)}"
+        return f"{own}, and as many bytes each by {'; '.join(relays)}"
 
-    def make_signals(self, num_parts: int) -> LoadSignals | None:
-        if not all(copier.can_signal() for copier in self._copiers):
+    def make_counters(self, num_parts: int) -> LayerCounters | None:
+        if not all(copier.can_count() for copier in self._copiers):
             return None
-        return self._copiers[-1].make_signals(num_parts)  # as a relay has them: another GPU raises the counters
+        return self._copiers[-1].make_counters(num_parts)  # as a relay has them: another GPU raises the counters
 
-    def _copy_signalling(
-        self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, signals: LoadSignals, on_cpu: OnCpu
-    ) -> None:
-        self._deal(tier_rows, device_rows, planes, load=True, signals=signals)
-
-    def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
-        self._deal(tier_rows, device_rows, planes, load=load, signals=None)
-
-    def _deal(
-        self,
-        tier_rows: torch.Tensor,
-        device_rows: torch.Tensor,
-        planes: range,
-        *,
-        load: bool,
-        signals: LoadSignals | None,
-    ) -> None:
-        pages = tier_rows.numel()
-        count = max(1, min(len(self._copiers), pages // MIN_SHARE_PAGES))
-        ends = [pages * number // count for number in range(count + 1)]
-        counters = NOBODY if signals is None else signals.counters(planes)
+    def _copy(self, program: Program, pages: Sequence[Pages], *, load: bool, counters: LayerCounters | None) -> None:
+        assert isinstance(program, SharedProgram)
+        shares = deal(pages, max(1, min(len(self._copiers), total_bytes(program, pages) // MIN_SHARE_BYTES)))
+        address = 0 if counters is None else counters.address
         raises, complete = 0, False
         started: list[CudaPageCopier] = []
         with self._lock:
             try:
                 # The rank's own last: what another GPU starts waits for all that is on the rank's stream by then.
-                for number in reversed(range(count)):
-                    share = slice(ends[number], ends[number + 1])
+                for number in reversed(range(len(shares))):
                     started.append(self._copiers[number])
                     raises += self._copiers[number].start(
-                        tier_rows[share], device_rows[share], planes, load=load, counters=counters
+                        program.programs[number], shares[number], load=load, counters=address
                     )
                 complete = True
             finally:
                 for copier in started:
                     copier.join(load=load)
-                if signals is not None and complete:
-                    signals.announce(raises)
-                elif signals is not None:
-                    signals.restore()
+                if counters is not None and complete:
+                    counters.announce(raises)
+                elif counters is not None:
+                    counters.restore()
+
+
+class SharedProgram(Program):
+    """A program of each copier."""
+
+    def __init__(
+        self, copier: PageCopier, copiers: Sequence[CudaPageCopier], steps: Sequence[Step], num_parts: int
+    ) -> None:
+        super().__init__(copier, steps, num_parts)
+        self.programs = [one.compile(steps, num_parts) for one in copiers]
+
+
+def deal(pages: Sequence[Pages], count: int) -> list[list[Pages]]:
+    """`count` shares of a move, each with an equal part of each vector.
+
+    What does not divide goes to one share from one vector and to the next from the next, so that single pages of
+    several spaces do not all go to the same.
+    """
+    shares: list[list[Pages]] = [[] for _ in range(count)]
+    for number, (frames, slots) in enumerate(pages):
+        length = frames.numel()
+        ends = [(length * share + number % count) // count for share in range(count + 1)]
+        for share, begin, end in zip(shares, ends, ends[1:], strict=False):
+            share.append(Pages(frames[begin:end], slots[begin:end]))
+    return shares

@@ -1,51 +1,103 @@
-"""The page copy as torch index operations on CPU memory: the contract's plain path, and the one without a GPU."""
+"""The page copy on CPU memory: the contract's plain path, and the one without a GPU."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
+from sglang_xmem.copies.counters import LayerCounters
+from sglang_xmem.copies.geometry import Slab
+
+#: Units one behind the other, shape (units,): each element is a whole unit, of NumPy's type for so many plain bytes.
+Units = npt.NDArray[np.void]
 
 
 class TorchPageCopier(PageCopier):
-    """Copies at once, on the calling thread; arguments as PageCopier's, all planes on the CPU.
+    """Copies at once, on the calling thread; arguments as PageCopier's, all memory on the CPU.
 
     Raises:
-        ValueError: also for planes that are not CPU tensors.
+        ValueError: also for a device that is not the CPU. Frames that are not in a slab are refused by moves.
     """
 
     name = "torch"
 
-    def __init__(
-        self, tier_planes: Sequence[torch.Tensor], device_planes: Sequence[torch.Tensor], page_size: int
-    ) -> None:
-        super().__init__(tier_planes, device_planes, page_size)
-        for plane in (*tier_planes, *device_planes):
-            if plane.device.type != "cpu":
-                raise ValueError(f"the copier 'torch' is for planes on the CPU, not on {plane.device}")
-        word = torch.int64.itemsize
-        offsets = (plane.storage_offset() for plane in (*tier_planes, *device_planes))
-        #: One answer for all planes, since the two sides of a copy must agree.
-        self._in_words = self.page_bytes % word == 0 and all(offset % word == 0 for offset in offsets)
-        self._tier_pages = [self._as_pages(plane) for plane in tier_planes]
-        self._device_pages = [self._as_pages(plane) for plane in device_planes]
+    def __init__(self, slabs: Sequence[Slab], device: torch.device) -> None:
+        super().__init__(slabs, device)
+        if self.device.type != "cpu":
+            raise ValueError(f"the copier 'torch' is for pools on the CPU, not on {self.device}")
 
-    def _as_pages(self, plane: torch.Tensor) -> torch.Tensor:
-        """View of shape (pages, page_bytes), less the rows behind the last whole page; in words where that is possible.
+    def compile(self, steps: Sequence[Step], num_parts: int) -> TorchProgram:
+        return TorchProgram(self, steps, num_parts)
 
-        Torch indexes element by element, so bytes would take many times as long.
+    def _copy(self, program: Program, pages: Sequence[Pages], *, load: bool, counters: LayerCounters | None) -> None:
+        assert isinstance(program, TorchProgram)
+        if counters is not None:
+            raise ValueError("the copier 'torch' has no counters: a load is in place when it returns")
+        slots = [vector.slots.numpy() for vector in pages]
+        found = [self._in_slabs(vector.frames.numpy()) for vector in pages]
+        for step, device, tiers in program.views:
+            units = slots[step.vector] // step.plane.divisor
+            for number, which, frames in found[step.vector]:
+                tier = tiers[number]
+                if tier is None:
+                    raise ValueError(f"frames of slab {self.slabs[number]} have no room for {step.plane}")
+                if load:
+                    device[units[which]] = tier[frames]
+                else:
+                    tier[frames] = device[units[which]]
+
+    def _in_slabs(
+        self, addresses: npt.NDArray[np.int64]
+    ) -> list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """For each slab that has any of the frames: its number, which of the pages those are, and their frames.
+
+        Raises:
+            ValueError: an address that is no frame's.
         """
-        pages = plane.shape[0] // self.page_size
-        paged = plane[: pages * self.page_size].view(pages, self.page_bytes)
-        return paged.view(torch.int64) if self._in_words else paged
+        found, known = [], 0
+        for number, slab in enumerate(self.slabs):
+            end = slab.address + slab.frames * slab.frame_bytes
+            (which,) = np.nonzero((addresses >= slab.address) & (addresses < end))
+            frames, within = np.divmod(addresses[which] - slab.address, slab.frame_bytes)
+            if within.any():
+                raise ValueError(f"no frame of {slab} begins at {addresses[which][within != 0][0]:#x}")
+            if len(which):
+                found.append((number, which, frames))
+            known += len(which)
+        if known != len(addresses):
+            raise ValueError(f"{len(addresses) - known} of {len(addresses)} frames are in no slab, or in two")
+        return found
 
-    def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
-        tier_pages, device_pages = tier_rows // self.page_size, device_rows // self.page_size
-        for plane in planes:
-            tier, device = self._tier_pages[plane], self._device_pages[plane]
-            if load:
-                device[device_pages] = tier[tier_pages]
-            else:
-                tier[tier_pages] = device[device_pages]
+
+class TorchProgram(Program):
+    """A program with a view of each plane, and of its units in each slab.
+
+    Attributes:
+        views: for each step, the device's units, and those of the frames of each slab; None where such a frame has no
+            room for the unit.
+    """
+
+    def __init__(self, copier: PageCopier, steps: Sequence[Step], num_parts: int) -> None:
+        super().__init__(copier, steps, num_parts)
+        self.views: list[tuple[Step, Units, list[Units | None]]] = []
+        for step in steps:
+            plane = step.plane
+            device = units_at(plane.device_address, plane.device_units, plane.device_stride, plane.unit_bytes)
+            tiers = [
+                units_at(slab.address + plane.offset, slab.frames, slab.frame_bytes, plane.unit_bytes)
+                if plane.offset + plane.unit_bytes <= slab.frame_bytes
+                else None
+                for slab in copier.slabs
+            ]
+            self.views.append((step, device, tiers))
+
+
+def units_at(address: int, count: int, stride: int, unit_bytes: int) -> Units:
+    """View of `count` units of unit_bytes in this process's memory, `stride` bytes apart."""
+    memory = (ctypes.c_uint8 * ((count - 1) * stride + unit_bytes)).from_address(address)
+    return np.ndarray((count,), dtype=f"V{unit_bytes}", buffer=memoryview(memory), strides=(stride,))

@@ -1,21 +1,25 @@
 """The page copy by Triton: the same contract as the CUDA kernel's, without NVRTC and cuda-bindings.
 
-With TRITON_INTERPRET=1 in the environment before Triton is first imported it runs on CPU planes too, for tests.
+With TRITON_INTERPRET=1 in the environment before Triton is first imported it runs on CPU memory too, for tests.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
-from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
+from sglang_xmem.copies.counters import LayerCounters
+from sglang_xmem.copies.geometry import Slab, alignment_of
 
 #: A tile of the kernel moves so many bytes, by so many warps: 8 accesses of 16 bytes a thread.
 _TILE_BYTES = 65536
 _NUM_WARPS = 16
+#: Bytes of each of the units that share a tile.
+_LEAST_BYTES = 512
 _CTAS = 32
 
 
@@ -23,74 +27,90 @@ class TritonPageCopier(PageCopier):
     """Arguments as PageCopier's, and:
 
     Args:
-        load_ctas, store_ctas: thread blocks of a launch at most; 0 is the default.
+        load_ctas, store_ctas: thread blocks of a launch at most.
     """
 
     name = "triton"
 
     def __init__(
-        self,
-        tier_planes: Sequence[torch.Tensor],
-        device_planes: Sequence[torch.Tensor],
-        page_size: int,
-        *,
-        load_ctas: int = 0,
-        store_ctas: int = 0,
+        self, slabs: Sequence[Slab], device: torch.device, *, load_ctas: int = _CTAS, store_ctas: int = _CTAS
     ) -> None:
-        super().__init__(tier_planes, device_planes, page_size)
+        super().__init__(slabs, device)
+        if load_ctas < 1 or store_ctas < 1:
+            raise ValueError(f"ctas must be at least 1, not {load_ctas} to load and {store_ctas} to store")
+        self.load_ctas, self.store_ctas = load_ctas, store_ctas
+
+    def compile(self, steps: Sequence[Step], num_parts: int) -> TritonProgram:
+        return TritonProgram(self, steps, num_parts)
+
+    def describe(self) -> str:
+        return f"{self.name} (ctas: load {self.load_ctas}, store {self.store_ctas})"
+
+    def _copy(self, program: Program, pages: Sequence[Pages], *, load: bool, counters: LayerCounters | None) -> None:
+        assert isinstance(program, TritonProgram)
+        if counters is not None:
+            raise ValueError("the copier 'triton' has no counters")
+        program.launch(pages, load=load, ctas=self.load_ctas if load else self.store_ctas)
+
+
+class TritonProgram(Program):
+    """A program with a table of its planes and what the kernel is compiled for."""
+
+    def __init__(self, copier: PageCopier, steps: Sequence[Step], num_parts: int) -> None:
+        super().__init__(copier, steps, num_parts)
         # Imported on use: a machine without Triton still has the other copiers.
         import triton
         import triton.language as tl
 
         from sglang_xmem.kernels import page_copy_triton
 
-        self._kernel = page_copy_triton.page_copy
-        self._load_ctas, self._store_ctas = load_ctas or _CTAS, store_ctas or _CTAS
-        tier = [plane.data_ptr() for plane in tier_planes]
-        device = [plane.data_ptr() for plane in device_planes]
-        self._tier_table = torch.tensor(tier, dtype=torch.int64, device=self._device)
-        self._device_table = torch.tensor(device, dtype=torch.int64, device=self._device)
-        if self._device.type == "cuda":
-            # Launches may come on any stream; the tables must be there by then.
-            torch.cuda.current_stream(self._device).synchronize()
-
-        alignment = math.gcd(16, self.row_bytes, *tier, *device)
+        self._kernel: Any = page_copy_triton.page_copy
+        self._disguised = page_copy_triton.disguised
+        alignment = alignment_of(copier.slabs, [step.plane for step in steps], 16)
         word_bytes = min(alignment, 8)
-        page_words = self.page_bytes // word_bytes
         tile_words = _TILE_BYTES // word_bytes
-        block_words = min(triton.next_power_of_2(page_words), tile_words)
-        self._block_pages = tile_words // block_words
-        self._chunks = triton.cdiv(page_words, block_words)
+        # Small units share a tile, some words of each: as many as the smallest has, but enough for whole cache lines.
+        words = [step.plane.unit_bytes // word_bytes for step in steps]
+        least = min((number for number in words if 2 * number <= tile_words), default=tile_words)
+        table = [
+            [
+                step.plane.device_address,
+                step.plane.device_stride,
+                step.plane.offset,
+                step.plane.divisor,
+                step.plane.unit_bytes // alignment,
+                step.vector,
+                int(2 * number > tile_words),
+            ]
+            for step, number in zip(steps, words, strict=True)
+        ]
+        self._table = torch.tensor(table, dtype=torch.int64).to(copier.device)
+        if copier.device.type == "cuda":
+            # Launches may come on any stream; the table must be there by then.
+            torch.cuda.current_stream(copier.device).synchronize()
         self._constants = {
             "WORD": {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[word_bytes],
-            "PAGE_WORDS": page_words,
             "ALIGNMENT": alignment,
-            "BLOCK_PAGES": self._block_pages,
-            "BLOCK_WORDS": block_words,
+            "TILE_WORDS": tile_words,
+            "NARROW_WORDS": max(triton.next_power_of_2(least), _LEAST_BYTES // word_bytes),
+            "VECTORS": self.num_vectors,
+            "RECORD": page_copy_triton.RECORD_WORDS,
+            "MERGED": alignment // word_bytes,
         }
 
-    def describe(self) -> str:
-        return f"{self.name} (ctas: load {self._load_ctas}, store {self._store_ctas})"
-
-    def _copy(self, tier_rows: torch.Tensor, device_rows: torch.Tensor, planes: range, *, load: bool) -> None:
-        num_pages = tier_rows.numel()
-        tiles = len(planes) * self._chunks * -(-num_pages // self._block_pages)
-        tier = (self._tier_table[planes.start :], tier_rows)
-        device = (self._device_table[planes.start :], device_rows)
-        (src_table, src_rows), (dst_table, dst_rows) = (tier, device) if load else (device, tier)
-        grid = (min(tiles, self._load_ctas if load else self._store_ctas),)
-        # Triton launches on the current device, which need not be that of the planes.
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            self._kernel[grid](
-                src_table,
-                dst_table,
-                len(planes),
-                src_rows,
-                src_rows.stride(0),
-                dst_rows,
-                dst_rows.stride(0),
-                num_pages,
-                self.row_bytes,
+    def launch(self, pages: Sequence[Pages], *, load: bool, ctas: int) -> None:
+        """Enqueue a move by so many thread blocks, on the current stream."""
+        numbers: list[int] = []
+        for frames, slots in pages[: self.num_vectors]:
+            numbers += (frames.data_ptr(), slots.data_ptr(), slots.stride(0), frames.numel())
+        device = self.copier.device
+        # Triton launches on the current device, which need not be that of the pools.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._kernel[(ctas,)](
+                self._table,
+                len(self.steps),
+                tuple(self._disguised(number) for number in numbers),
+                LOAD=load,
                 num_warps=_NUM_WARPS,
                 **self._constants,
             )

@@ -1,9 +1,9 @@
-"""How the CUDA kernel runs: its settings, the measured choice for each tier and direction. Imports no torch."""
+"""How the CUDA kernel runs: its settings, the measured choice for each link and direction. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -11,8 +11,10 @@ BULK_CAPABILITY = (9, 0)
 VECTOR_BYTES = 16  # widest access of a thread, and what a bulk copy's addresses and size must be multiples of
 MAX_SHARED_BYTES = 227 * 1024
 
-#: `copier`: on the GPU that runs the copies, which is not the one that computes.
-Locality = Literal["host", "device", "copier"]
+#: How a tier is reached, as its traits say.
+Link = Literal["nvlink", "pcie", "cxl", "none"]
+#: Rows of the tables: over which link the rank's GPU or a relay copies, or another GPU in the rank's place.
+Path = Literal["nvlink", "pcie", "runner"]
 Direction = Literal["load", "store"]
 
 
@@ -28,7 +30,7 @@ class CudaTuning:
         unroll: loads in flight a thread; register variant. More than 16 do not fit 512 threads' registers.
         streaming: evict-first in L2 too; register variant.
         rings: warps of a block, each with its own ring of stages; bulk variant.
-        stages: buffers of a ring; bulk variant.
+        stages: buffers of a ring, at most 32; bulk variant.
         stage_bytes: size of each, a multiple of 128; bulk variant.
         pending_stores: stages of a ring that may be on their way out while the others are on their way in.
 
@@ -53,7 +55,7 @@ class CudaTuning:
             "threads": self.threads % 32 == 0 and 32 <= self.threads <= 1024,
             "unroll": 1 <= self.unroll <= 64,
             "rings": 1 <= self.rings <= 32,
-            "stages": self.stages >= 1,
+            "stages": 1 <= self.stages <= 32,
             "stage_bytes": self.stage_bytes % 128 == 0 and self.stage_bytes >= 128,
             # Against each other only where both are used: a change of one is tried on defaults of both variants.
             "pending_stores": self.pending_stores >= 0
@@ -62,18 +64,13 @@ class CudaTuning:
         for name, fine in ok.items():
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)!r} is out of range in {self}")
-        if self.dynamic_shared_bytes and self.shared_bytes > MAX_SHARED_BYTES:
+        if self.shared_bytes > MAX_SHARED_BYTES:
             raise ValueError(f"{self.shared_bytes} bytes of shared memory are more than a block can have in {self}")
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block of the bulk variant, with 8 bytes of barrier a stage."""
-        return self.rings * self.stages * (self.stage_bytes + 8)
-
-    @property
-    def dynamic_shared_bytes(self) -> int:
-        """What a launch asks for; the barriers are static."""
-        return self.rings * self.stages * self.stage_bytes if self.variant == "bulk" else 0
+        """Shared memory that a launch asks for: the stages, with 8 bytes of barrier each."""
+        return self.rings * self.stages * (self.stage_bytes + 8) if self.variant == "bulk" else 0
 
     @property
     def warps(self) -> int:
@@ -98,13 +95,22 @@ class CudaTuning:
             "VEC_BYTES": vector_bytes,
         }
 
-    def tiles_per_plane(self, num_pages: int, page_bytes: int, vector_bytes: int) -> int:
-        """Units of work that the kernel makes of one plane, as page_copy.cu does: each goes to one warp."""
+    @property
+    def tile_pieces(self) -> int:
+        """Pieces of a tile, the work that a warp takes at a time."""
+        return 1 if self.variant == "bulk" else 32 * self.unroll
+
+    def pieces(self, unit_bytes: int, vector_bytes: int) -> tuple[int, int]:
+        """How page_copy.cu divides a unit: number of pieces, and bytes of one; the last of a unit may have less.
+
+        A piece is a thread's access of vector_bytes in the register variant and a bulk copy in the other. Chunks of a
+        unit larger than a stage are made equal, up to 128 bytes.
+        """
         if self.variant == "register":
-            return -(-num_pages * page_bytes // (32 * self.unroll * vector_bytes))
-        if page_bytes <= self.stage_bytes:
-            return -(-num_pages // (self.stage_bytes // page_bytes))
-        return num_pages * -(-page_bytes // self.stage_bytes)
+            return unit_bytes // vector_bytes, vector_bytes
+        fewest = -(-unit_bytes // self.stage_bytes)
+        piece = unit_bytes if fewest == 1 else -(-unit_bytes // fewest // 128) * 128
+        return -(-unit_bytes // piece), piece
 
     def __str__(self) -> str:
         if self.variant == "bulk":
@@ -116,53 +122,66 @@ class CudaTuning:
 #: block of attention (64 KiB) or of a MoE product (68 KiB) still fits beside it, and few registers.
 _FRUGAL: Final = CudaTuning(variant="bulk", ctas=8, rings=8, stages=4, stage_bytes=4096, pending_stores=1)
 
-#: By (direction, locality of the tier); docs/performance.md has the measurements behind them. More blocks would fill
-#: the link, but a load runs beside the forward pass, and attention kernels plan one wave over all multiprocessors:
-#: blocks that take places from that wave double attention's time.
-DEFAULT_TUNING: Final[Mapping[tuple[Direction, Locality], CudaTuning]] = {
-    ("load", "device"): _FRUGAL,
-    ("store", "device"): _FRUGAL,
-    ("load", "host"): _FRUGAL,
-    ("store", "host"): _FRUGAL,
+#: By direction and path; docs/performance.md has the measurements behind them. More blocks would fill the link, but a
+#: load runs beside the forward pass, and attention kernels plan one wave over all multiprocessors: blocks that take
+#: places from that wave double attention's time.
+DEFAULT_TUNING: Final[Mapping[tuple[Direction, Path], CudaTuning]] = {
+    ("load", "nvlink"): _FRUGAL,
+    ("store", "nvlink"): _FRUGAL,
+    ("load", "pcie"): _FRUGAL,
+    ("store", "pcie"): _FRUGAL,
     # Nobody else computes on a GPU that runs copies for another one.
-    ("load", "copier"): CudaTuning(ctas=132, threads=256, unroll=16),
-    ("store", "copier"): CudaTuning(ctas=132, threads=512, unroll=8),
+    ("load", "runner"): CudaTuning(ctas=132, threads=256, unroll=16),
+    ("store", "runner"): CudaTuning(ctas=132, threads=512, unroll=8),
 }
 
-#: Of the ring that loads from host memory go through (copies/staged.py). Each of its two slots then has 64K tokens of a
-#: layer of Qwen3-30B-A3B in bf16 (2 KiB a token). On a small GPU a 512th of its memory, for SGLang has planned with all
-#: that it found free.
-STAGING_BYTES: Final = 256 << 20
-STAGING_SHARE: Final = 512
-
-#: Pages below this many bytes are a bulk copy each, and a multiprocessor issues too few of them: at 1 KiB (page size 1)
-#: eight blocks reach 46 % of an NVLink that sixteen of the register variant fill (docs/results/copy_sweep.jsonl). Host
-#: links are slow enough.
-SMALL_PAGE_BYTES: Final = 2048
-SMALL_PAGE_TUNING: Final[Mapping[tuple[Direction, Locality], CudaTuning]] = {
-    ("load", "device"): CudaTuning(ctas=16, threads=512, unroll=16),
-    ("store", "device"): CudaTuning(ctas=16, threads=512, unroll=16),
+#: A unit below so many bytes is a bulk copy that is too short: a multiprocessor has only as many of them under way as
+#: stages, and at 1 KiB (page size 1) eight blocks reach 46 % of an NVLink that sixteen of the register variant fill
+#: (docs/results/copy_sweep.jsonl). A host link needs less under way.
+SMALL_UNIT_BYTES: Final[Mapping[Path, int]] = {"nvlink": 2048, "pcie": 1024}
+SMALL_UNIT_TUNING: Final[Mapping[tuple[Direction, Path], CudaTuning]] = {
+    ("load", "nvlink"): CudaTuning(ctas=16, threads=512, unroll=16),
+    ("store", "nvlink"): CudaTuning(ctas=16, threads=512, unroll=16),
+    ("load", "pcie"): CudaTuning(ctas=8, threads=512, unroll=16),
+    ("store", "pcie"): CudaTuning(ctas=8, threads=512, unroll=16),
 }
 
 
-def copies_from(tier: Locality, runs_on: int | None) -> Locality:
-    """The row of the tables for a tier in such memory, whose copies another GPU runs or not.
+def path_of(link: Link, runs_on: int | None) -> Path:
+    """The tables' row for a tier behind such a link, whose copies another GPU runs or not.
 
-    A relay of host memory copies over a link as slow as the rank's own, so a few blocks do there too.
+    A relay of host memory copies over a link as slow as the rank's own, so a few blocks do there too. CXL memory is
+    reached through the same PCIe link; memory behind no link is as fast as NVLink, or the CPU's.
     """
-    return tier if runs_on is None or tier == "host" else "copier"
+    if link in ("pcie", "cxl"):
+        return "pcie"
+    return "nvlink" if runs_on is None else "runner"
 
 
 def defaults_of(direction: Direction) -> list[CudaTuning]:
     """All that `default_tuning` may choose for a direction."""
-    tables = (DEFAULT_TUNING, SMALL_PAGE_TUNING)
+    tables = (DEFAULT_TUNING, SMALL_UNIT_TUNING)
     return [tuning for table in tables for (of, _), tuning in table.items() if of == direction]
 
 
-def default_tuning(direction: Direction, locality: Locality, page_bytes: int) -> CudaTuning:
-    """The measured choice for pages of so many bytes."""
-    small = SMALL_PAGE_TUNING.get((direction, locality)) if page_bytes < SMALL_PAGE_BYTES else None
-    return small or DEFAULT_TUNING[direction, locality]
+def default_tuning(
+    direction: Direction, path: Path, spaces: Iterable[Sequence[int]], alignment: int = VECTOR_BYTES
+) -> CudaTuning:
+    """The measured choice.
+
+    Args:
+        spaces: for each index space, the bytes of each unit that a page of it has. Where small units make up most of
+            what a page of some space has, as they do with page size 1, that decides.
+        alignment: bytes that every address and size is a multiple of. With less than bulk copies need, the register
+            variant runs, with narrower accesses; it then needs as many of them under way as for small units.
+    """
+    limit = SMALL_UNIT_BYTES.get(path, 0)
+    if limit and alignment % VECTOR_BYTES:
+        return SMALL_UNIT_TUNING[direction, path]
+    for units in spaces:
+        if 2 * sum(nbytes for nbytes in units if nbytes < limit) > sum(units):
+            return SMALL_UNIT_TUNING[direction, path]
+    return DEFAULT_TUNING[direction, path]
 
 
 def fit_tuning(tuning: CudaTuning, *, capability: tuple[int, int], max_shared_bytes: int, alignment: int) -> CudaTuning:

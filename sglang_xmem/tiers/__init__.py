@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from sglang_xmem.tiers.base import Locality, MemoryTier, Ranks, Region
+from sglang_xmem.tiers.base import Extent, Health, MemoryTier, Ranks, Region, Traits
 
-__all__ = ["Locality", "MemoryTier", "Ranks", "Region", "tier_classes"]
+__all__ = ["Extent", "Health", "MemoryTier", "Ranks", "Region", "Traits", "tier_classes"]
 
 
 def tier_classes() -> dict[str, type[MemoryTier]]:

@@ -1,31 +1,55 @@
-"""What a memory tier is: bytes in, an address that the GPU can read and write, capacity, locality, release.
+"""What a memory tier is: bytes in, addresses that the GPU can read and write, free capacity, traits, release.
 
 A tier is one module of this package with one `MemoryTier` subclass; `sglang_xmem.tiers` finds it by its file.
 Importing a tier's module must not import torch, CUDA or an SDK: the flags' choices come from all of them.
+
+A tier says facts. Who copies follows from them and from the settings in one place, `sglang_xmem.copies.policy`.
 """
 
 from __future__ import annotations
 
-import enum
+import logging
+import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
+from sglang_xmem.errors import LOWER_SIZE, Unavailable
 
-class Locality(enum.Enum):
-    """Where a tier's bytes live, which decides what may touch them."""
+logger = logging.getLogger(__name__)
 
-    HOST = "host"  #: host memory: the CPU reads and writes it, host-RAM limits apply
-    DEVICE = "device"  #: memory that only GPUs address: host code goes through staging
+#: More than any machine has; arithmetic beyond it leaves what C takes.
+MOST_BYTES = 1 << 56
+
+Link = Literal["nvlink", "pcie", "cxl", "none"]
+
+
+class Traits(msgspec.Struct, frozen=True):
+    """What a tier's memory is, which decides what may touch it and what limits it.
+
+    Attributes:
+        cpu_addressable: the CPU reads and writes the bytes at their addresses.
+        counts_as_host_ram: it takes of the host's RAM, so the engine's budget of that limits it.
+        link: what a copy between it and the rank's GPU goes over; chooses the copy's tuning.
+        persistent: the bytes outlive the process.
+        shared: other processes see the same bytes.
+    """
+
+    cpu_addressable: bool
+    counts_as_host_ram: bool
+    link: Link
+    persistent: bool = False
+    shared: bool = False
 
 
 class Ranks(msgspec.Struct, frozen=True):
-    """The ranks that one launcher starts on this machine.
+    """The ranks that one launcher starts on this machine: of tensor, pipeline and data parallelism alike.
 
     Attributes:
-        gpus: CUDA ordinal of each rank's GPU in the order of local ranks; None a rank without a GPU.
+        gpus: CUDA ordinal of each rank's GPU in the order of local ranks; None a rank without a GPU. Any list: a GPU
+            may occur twice.
     """
 
     gpus: tuple[int | None, ...]
@@ -35,106 +59,147 @@ class Ranks(msgspec.Struct, frozen=True):
         return any(gpu is not None for gpu in self.gpus)
 
 
+class Extent(NamedTuple):
+    """One range of addresses."""
+
+    address: int
+    nbytes: int
+
+
+class Health(NamedTuple):
+    """Whether a tier can go on serving, and why not."""
+
+    ok: bool
+    reason: str | None = None
+
+
 class Region:
     """One allocation of a tier. `release` is idempotent, never raises, and frees only this allocation.
 
     Attributes:
-        address: first byte; the rank's GPU (or the CPU, on a machine without one) reads and writes there.
-        nbytes: usable bytes, of all parts.
+        extents: ranges of addresses that the rank's GPU (or the CPU, on a machine without one) reads and writes. Each
+            holds whole granules from its first byte on; a rest below a granule at its end is not used.
+        granule: bytes that may not be split over two extents.
         summary: where the bytes are, for the log line.
-        owner: for host memory in one range, an object with the buffer protocol over the bytes: whoever views the memory
-            through it keeps it mapped, past `release` if need be. None for memory that the CPU does not address.
-        parts: where the region lies apart, the address of each of the equal parts that it was asked for in; None where
-            all bytes are one range.
-        copying_gpu: CUDA ordinal of another GPU than the rank's that is to run the copies, and reaches all addresses;
-            None: the rank's own.
-        copying_required: the user asked for that; else the rank's own GPU runs them where the other one cannot.
-        relays: CUDA ordinals of GPUs that each move a share of every copy through a link of their own.
-        pinned: for host memory, the first byte of each range that was pinned by itself: a copy by the driver may not
-            go from one into the next.
+        gpus: CUDA ordinals of the GPUs whose memory it is; empty for host memory.
+        reachable_from: CUDA ordinals of other GPUs than the rank's that have access to all extents too.
+        owner: for each extent an object with the buffer protocol over its bytes: whoever views host memory through it
+            keeps it mapped, past `release` if need be. None where nothing could: memory that the CPU does not address,
+            or that goes with `release`.
     """
 
     def __init__(
         self,
-        address: int,
-        nbytes: int,
+        extents: Sequence[Extent],
         summary: str,
         release: Callable[[], None],
-        owner: Any = None,
-        parts: tuple[int, ...] | None = None,
-        copying_gpu: int | None = None,
-        copying_required: bool = False,
-        relays: tuple[int, ...] = (),
-        pinned: tuple[int, ...] = (),
+        *,
+        granule: int = 1,
+        gpus: tuple[int, ...] = (),
+        reachable_from: tuple[int, ...] = (),
+        owner: tuple[Any, ...] | None = None,
     ) -> None:
-        self.relays = relays
-        self.pinned = pinned
-        self.copying_gpu = copying_gpu
-        self.copying_required = copying_required
-        self.owner = owner
-        self.address = address
-        self.nbytes = nbytes
+        assert owner is None or len(owner) == len(extents)
+        self.extents = tuple(extents)
+        self.granule = granule
         self.summary = summary
-        self.parts = parts
+        self.gpus = gpus
+        self.reachable_from = reachable_from
+        self.owner = owner
         self._release: Callable[[], None] | None = release
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all whole granules."""
+        return sum(extent.nbytes // self.granule for extent in self.extents) * self.granule
 
     def release(self) -> None:
         release, self._release = self._release, None
         self.owner = None
         if release is not None:
-            release()
+            try:
+                release()
+            except Exception:  # whoever gives memory back can do nothing about it
+                logger.exception("sglang_xmem: giving back %s failed", self.summary)
 
 
 class MemoryTier(ABC):
     """A rank's share of one kind of memory.
 
     Args:
-        settings: this tier's part of --hicache-xmem-config, an instance of `Settings`.
-        seat: what `seats` planned for this rank; a picklable value of the tier's own.
+        settings: this tier's part of the configuration, an instance of `Settings`.
+        rank_plan: what `plan_ranks` planned for this rank; a picklable value of the tier's own.
         gpu: CUDA ordinal of the rank's GPU, None without one.
     """
 
     name: ClassVar[str]
     #: Order in which `auto` tries tiers, fastest first: nominal GB/s (1e9 bytes) of one direction.
     nominal_gbps: ClassVar[float]
-    #: Of the class, or of an instance where it follows from the machine.
-    locality: Locality
-    #: msgspec.Struct with forbid_unknown_fields: the tier's keys in --hicache-xmem-config.
+    #: Of the class, for a rank with a GPU; of an instance where it follows from the machine.
+    traits: Traits
+    #: msgspec.Struct with forbid_unknown_fields: the tier's keys in the configuration.
     Settings: ClassVar[type[msgspec.Struct]]
 
-    def __init__(self, settings: Any, seat: Any, gpu: int | None) -> None:
+    def __init__(self, settings: Any, rank_plan: Any, gpu: int | None) -> None:
         self.settings = settings
-        self.seat = seat
+        self.rank_plan = rank_plan
         self.gpu = gpu
 
     @classmethod
+    def is_automatic(cls, settings: Any) -> bool:
+        """Whether `auto` tries the tier with these settings."""
+        return True
+
+    @classmethod
     @abstractmethod
-    def seats(cls, settings: Any, ranks: Ranks) -> tuple[Any, ...]:
-        """Plan this tier for all ranks of a launcher: one seat a rank. Allocates nothing.
+    def plan_ranks(cls, settings: Any, ranks: Ranks) -> tuple[Any, ...]:
+        """Plan this tier for all ranks of a launcher: one plan a rank. Allocates nothing.
 
         Runs in the launcher, where no CUDA context may be made.
 
         Raises:
-            TierUnavailable: this machine does not have the tier, or all of it is in use.
-            ConfigError: `settings` ask for something impossible; also where another tier would do.
+            Unavailable: this machine does not have the tier, or all of it is in use.
+            SettingError: `settings` ask for something impossible; also where another tier would do.
         """
 
     @abstractmethod
     def capacity_bytes(self) -> int:
-        """Bytes that `allocate` could give this rank now, in parts as small as need be.
+        """Bytes that `allocate` could give this rank now, in granules as small as need be.
 
         Raises:
-            TierUnavailable: what was planned has been taken since.
+            Unavailable: what was planned has been taken since.
         """
 
-    @abstractmethod
-    def allocate(self, nbytes: int, parts: int = 1) -> Region:
-        """Allocate `nbytes` (> 0). The contents are undefined.
+    def waste_bytes(self, granule: int) -> int:
+        """Bytes of the capacity that an allocation in pieces of `granule` may leave unused, at most."""
+        return mmap.PAGESIZE
+
+    def expect(self, nbytes: int) -> None:  # noqa: B027  most tiers have one place alone
+        """Hear that the next allocations will be of so many bytes together; they are to lie side by side if they can.
+
+        Raises:
+            Unavailable: as `capacity_bytes`.
+        """
+
+    def allocate(self, nbytes: int, granule: int = 1) -> Region:
+        """Allocate `nbytes`. The contents are undefined.
 
         Args:
-            parts: equal parts, each of which has to be one range of addresses; a divisor of `nbytes`. A tier whose
-                memory is in several places may spread them over these, and deals them out in turn.
+            granule: bytes that have to lie in one range of addresses, such as a frame's; `nbytes` is rounded up to
+                whole ones. A tier whose memory is in several places gives an extent in each.
 
         Raises:
-            TierUnavailable: it cannot be had; nothing of a partial allocation stays behind.
+            Unavailable: it does not have them; nothing of a partial allocation stays behind.
         """
+        if not 1 <= nbytes <= MOST_BYTES or not 1 <= granule <= MOST_BYTES:
+            size = f"{nbytes} bytes in pieces of {granule}"
+            raise Unavailable(f"a pool of {size} is none that memory could hold", *([LOWER_SIZE] if nbytes > 0 else []))
+        return self._allocate(-(-nbytes // granule) * granule, granule)
+
+    @abstractmethod
+    def _allocate(self, nbytes: int, granule: int) -> Region:
+        """`allocate`, of a positive multiple of `granule`."""
+
+    def health(self) -> Health:
+        """Whether the tier can go on serving; cheap, and waits for nothing."""
+        return Health(True)

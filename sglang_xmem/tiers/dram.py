@@ -1,271 +1,278 @@
 """Tier `dram`: host memory on a chosen NUMA node, pinned where there is a GPU, plain where there is none.
 
-Pages are placed by touching them from threads that libnuma has bound to the node: libnuma's Python bindings set a
-thread's policy but cannot bind an address range. Touching in parallel also shortens pinning, which otherwise faults
-every page in on one thread.
+The range is bound to its node before it is touched, and touched in parallel, which also shortens pinning: that would
+fault every page in on one thread. Binding is a matter of speed. Where the kernel refuses it (containers without
+CAP_SYS_NICE), threads on the node's own CPUs touch the memory first, which places it there while the node has any.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
+import logging
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
-import psutil
 
-from sglang_xmem import gpus
-from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.tiers.base import Locality, MemoryTier, Ranks, Region
+from sglang_xmem import gpus, machine
+from sglang_xmem.errors import LOWER_SIZE, Remedy, SettingError, Unavailable
+from sglang_xmem.tiers import hostmem
+from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
-#: Bytes that one cuMemHostRegister pins; very large registrations fail on some systems.
-REGISTER_BYTES = 64 << 30
-#: Bytes a thread touches at a time.
-TOUCH_BYTES = 256 << 20
-_NODES = "/sys/devices/system/node"
+logger = logging.getLogger(__name__)
 
 
 class DramSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `dram` in --hicache-xmem-config.
 
     Attributes:
-        numa_node: node for all ranks' memory. Default: the node of each rank's GPU, the kernel's choice where
-            there is no GPU or the machine has one node.
-        threads: threads that place the memory at start; 0 is half the CPUs, at most 16.
+        numa_node: node for all ranks' memory. Default: the node of each rank's GPU; where there is no GPU or it does
+            not tell, the kernel's choice of the nodes that have CPUs.
+        numa_required: refuse to start where memory cannot be bound to `numa_node`. Default: warn, and have it placed
+            by the CPUs that touch it first.
+        threads: threads that place the memory at start; 0 is SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, else half the
+            CPUs, at most 16.
         relays: CUDA ordinals of GPUs that the engine does not compute on, dealt to the ranks in turn. Each moves a
             share of every copy through its own PCIe link and passes it to the rank's GPU over NVLink.
     """
 
     numa_node: int | None = None
+    numa_required: bool = False
     threads: int = 0
     relays: tuple[int, ...] = ()
 
 
-class DramSeat(msgspec.Struct, frozen=True):
-    """A rank's NUMA node (None leaves placement to the kernel), its relays, and the bytes that it may take of the node:
-    ranks that share a node share its room."""
+class DramRankPlan(msgspec.Struct, frozen=True):
+    """Where a rank's memory goes.
 
-    numa_node: int | None
+    Attributes:
+        nodes: NUMA nodes; empty leaves placement to the kernel.
+        bound: the kernel lets memory be bound to them; else first touch places it.
+        relays: CUDA ordinals.
+        share_bytes: what the rank may take, since ranks that share nodes share their free capacity; None: all.
+        hugepage_bytes: size of reserved hugepages to take the memory from; None: ordinary pages.
+    """
+
+    nodes: tuple[int, ...] = ()
+    bound: bool = True
     relays: tuple[int, ...] = ()
     share_bytes: int | None = None
+    hugepage_bytes: int | None = None
 
 
 class DramTier(MemoryTier):
     name = "dram"
     nominal_gbps = 55.0  # measured, PCIe 5 x16
-    locality = Locality.HOST
+    traits = Traits(cpu_addressable=True, counts_as_host_ram=True, link="pcie")
     Settings = DramSettings
 
     settings: DramSettings
-    seat: DramSeat
+    rank_plan: DramRankPlan
+
+    def __init__(self, settings: Any, rank_plan: Any, gpu: int | None) -> None:
+        super().__init__(settings, rank_plan, gpu)
+        self.traits = Traits(
+            cpu_addressable=True,
+            # Reserved hugepages are no part of the RAM that the machine has available.
+            counts_as_host_ram=self.rank_plan.hugepage_bytes is None,
+            link="none" if gpu is None else "pcie",
+        )
 
     @classmethod
-    def seats(cls, settings: DramSettings, ranks: Ranks) -> tuple[DramSeat, ...]:
+    def plan_ranks(cls, settings: DramSettings, ranks: Ranks) -> tuple[DramRankPlan, ...]:
         if not 0 <= settings.threads <= 1024:
-            raise ConfigError(
-                f"--hicache-xmem-config 'dram.threads' is {settings.threads}; give 1 to 1024, or 0 for auto."
-            )
-        nodes = _nodes()
-        if settings.numa_node is not None:
-            if settings.numa_node not in nodes:
-                raise ConfigError(
-                    f"--hicache-xmem-config 'dram.numa_node' is {settings.numa_node}; this machine has node "
-                    f"{', '.join(map(str, nodes)) or 'information for none'}."
-                )
-            if len(nodes) > 1:
-                _libnuma()
+            raise SettingError("dram.threads", f"is {settings.threads}", "give 1 to 1024, or 0 for auto")
+        _check_node(settings)
         _check_relays(settings.relays, ranks)
-        chosen: list[int | None] = []
-        for gpu in ranks.gpus:
-            node = settings.numa_node
-            if node is None and gpu is not None and len(nodes) > 1:
-                node = gpus.numa_node(gpu)
-                if node is not None:
-                    _libnuma()
-            chosen.append(node if len(nodes) > 1 else None)
-        # All ranks ask for room before any has touched its memory, and a bound thread that finds none is killed.
+        hugepage = hostmem.hugepage_bytes()
+        hostmem.register_bytes()  # variables are checked before a model is loaded
+        hostmem.touch_threads(settings.threads)
+        chosen = [_nodes_for(settings.numa_node, gpu) for gpu in ranks.gpus]
+        refused = _refused_nodes(settings, set(chosen))
+        # All ranks ask for their capacity before any has touched its memory, and where memory is bound, whoever finds
+        # none on the node is killed.
         shares = {
-            node: _node_available_bytes(node) // users for node, users in Counter(chosen).items() if node is not None
+            nodes: _capacity_bytes(nodes, nodes not in refused, hugepage) // users
+            for nodes, users in Counter(chosen).items()
         }
-        seats = []
-        for index, (gpu, node) in enumerate(zip(ranks.gpus, chosen, strict=True)):
+        if hugepage is not None and not all(shares.values()):
+            raise _no_hugepages(hugepage)
+        plans = []
+        for index, (gpu, nodes) in enumerate(zip(ranks.gpus, chosen, strict=True)):
             relays = settings.relays[index :: len(ranks.gpus)]
             for relay in relays:
                 assert gpu is not None
                 if not gpus.can_access_peer(relay, gpu):
-                    raise TierUnavailable(
-                        f"GPU {relay}, which dram.relays names, has no peer access to GPU {gpu}; name another GPU"
+                    raise Unavailable(
+                        f"GPU {relay}, which dram.relays names, has no peer access to GPU {gpu}",
+                        Remedy("set_option", "dram.relays", "other GPUs"),
                     )
-            seats.append(DramSeat(node, relays, None if node is None else shares[node]))
-        return tuple(seats)
+            # The host's RAM as a whole is shared by the engine's budget.
+            share = shares[nodes] if (nodes and nodes not in refused) or hugepage is not None else None
+            plans.append(DramRankPlan(nodes, nodes not in refused, relays, share, hugepage))
+        return tuple(plans)
 
     def capacity_bytes(self) -> int:
-        if self.seat.numa_node is None:
-            return int(psutil.virtual_memory().available)
-        available = _node_available_bytes(self.seat.numa_node)
-        return available if self.seat.share_bytes is None else min(available, self.seat.share_bytes)
+        plan = self.rank_plan
+        available = _capacity_bytes(plan.nodes, plan.bound, plan.hugepage_bytes)
+        return available if plan.share_bytes is None else min(available, plan.share_bytes)
 
-    def allocate(self, nbytes: int, parts: int = 1) -> Region:
-        undo = ExitStack()
-        with undo:
-            try:
-                mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            except (OSError, OverflowError, ValueError) as error:
-                raise TierUnavailable(
-                    f"mapping {nbytes / 1e9:.2f} GB of host memory failed: {error}; lower --hicache-size"
-                ) from None
-            with suppress(AttributeError, OSError):
-                mapping.madvise(mmap.MADV_HUGEPAGE)  # fewer faults and TLB misses; a hint, so no error if refused
+    def waste_bytes(self, granule: int) -> int:
+        return self.rank_plan.hugepage_bytes or super().waste_bytes(granule)
+
+    def _allocate(self, nbytes: int, granule: int) -> Region:
+        plan = self.rank_plan
+        with ExitStack() as undo:
+            if plan.hugepage_bytes is not None and nbytes > _capacity_bytes(
+                plan.nodes, plan.bound, plan.hugepage_bytes
+            ):
+                raise _no_hugepages(plan.hugepage_bytes)
+            mapping = hostmem.map_anonymous(nbytes, hugepage=plan.hugepage_bytes)
+            undo.callback(mapping.close)
             if self.gpu is not None:
-                # The GPU writes to these pages; a forked child's copy-on-write would leave this process with others.
-                with suppress(OSError):  # a precaution: nothing here forks
-                    mapping.madvise(mmap.MADV_DONTFORK)
-            views = [(ctypes.c_uint8 * nbytes).from_buffer(mapping)]
-            address = ctypes.addressof(views[0])
-
-            def unmap() -> None:
-                views.clear()
-                with suppress(BufferError):  # a tensor still views the memory, which goes with the last view
-                    mapping.close()
-
-            undo.callback(unmap)
-            self._touch(address, nbytes)
-            for relay in self.seat.relays:
-                gpus.hold_context(relay, undo)  # pinned for all contexts that there are
+                hostmem.keep_from_children(mapping.address, nbytes)
+            self._place(mapping)
             if self.gpu is not None:
-                self._register(address, nbytes, undo)
+                hostmem.pin(mapping.address, nbytes, self.gpu, undo, plan.relays)
             keep = undo.pop_all()
-        node = "" if self.seat.numa_node is None else f" of NUMA node {self.seat.numa_node}"
-        kind = "pinned host memory" if self.gpu is not None else "host memory"
-        if self.seat.relays:
-            node += f", relayed by GPU {', '.join(map(str, self.seat.relays))}"
-        pinned = tuple(range(address, address + nbytes, REGISTER_BYTES)) if self.gpu is not None else ()
-        return Region(address, nbytes, kind + node, keep.close, views[0], relays=self.seat.relays, pinned=pinned)
+        return Region(
+            [Extent(mapping.address, nbytes)],
+            self._summary(),
+            keep.close,
+            granule=granule,
+            reachable_from=plan.relays,
+            owner=(mapping.owner,),
+        )
 
-    def _touch(self, address: int, nbytes: int) -> None:
-        if self.gpu is None and self.seat.numa_node is None:
-            return  # nothing to place and nothing to pin: the kernel hands pages out as they are used
-        count = self.settings.threads or max(1, min(16, (os.cpu_count() or 2) // 2))
-        numa = _libnuma() if self.seat.numa_node is not None else None
-
-        refused: list[list[int]] = []
-
-        def bind() -> None:
-            if numa is not None:
-                numa.memory.set_membind_nodes(self.seat.numa_node)  # of this thread alone
-                bound = numa.memory.get_membind_nodes()  # the bindings cannot tell that the kernel refused
-                if bound != [self.seat.numa_node]:
-                    refused.append(bound)
-
-        def touch(at: int) -> None:
-            if not refused:
-                ctypes.memset(address + at, 0, min(TOUCH_BYTES, nbytes - at))
-
-        with ThreadPoolExecutor(count, initializer=bind) as threads:
-            # ctypes releases the GIL, so the kernel zeroes pages on all threads at once.
-            list(threads.map(touch, range(0, nbytes, TOUCH_BYTES)))
-        if refused:
-            raise TierUnavailable(
-                f"the kernel does not let this process bind memory to NUMA node {self.seat.numa_node}; allow "
-                "set_mempolicy, or choose --hicache-xmem-config 'dram.numa_node'"
-            )
-
-    def _register(self, address: int, nbytes: int, undo: ExitStack) -> None:
-        import torch
-
-        torch.cuda.current_stream(self.gpu)  # the rank's primary context, which registration is made in
-        d = gpus.driver()
-        for at in range(0, nbytes, REGISTER_BYTES):
-            size = min(REGISTER_BYTES, nbytes - at)
-            flags = d.CU_MEMHOSTREGISTER_PORTABLE | d.CU_MEMHOSTREGISTER_DEVICEMAP
-            status = d.cuMemHostRegister(address + at, size, flags)
+    def _place(self, mapping: hostmem.Mapping) -> None:
+        plan, bound = self.rank_plan, self.rank_plan.bound
+        if plan.nodes and bound:
+            refusal = machine.bind(mapping.address, mapping.nbytes, plan.nodes)
+            if refusal is not None:  # it did not refuse the launcher, but cpusets change
+                _check_first_touch(self.settings, plan.nodes, refusal)
+                bound = False
+        cpus = set() if bound else set().union(*(machine.node_cpus(node) for node in plan.nodes))
+        threads = hostmem.touch_threads(self.settings.threads)
+        if plan.hugepage_bytes is not None:  # a page that is not there would be a signal when it is touched
+            size = plan.hugepage_bytes
+            whole = -(-mapping.nbytes // size) * size
             try:
-                gpus.checked(status, f"pinning {size / 1e9:.2f} GB of host memory")
-            except TierUnavailable as error:
-                raise TierUnavailable(
-                    f"{error}; check the locked-memory limit (ulimit -l) and free memory, or lower --hicache-size"
-                ) from None
-            undo.callback(d.cuMemHostUnregister, address + at)
-        seen = gpus.checked(d.cuMemHostGetDevicePointer(address, 0), "mapping pinned memory for the GPU")
-        if int(seen) != address:
-            raise TierUnavailable("the GPU sees pinned memory at another address than the CPU, which is not supported")
+                hostmem.populate(mapping.address, whole, threads=threads, page_bytes=size)
+            except OSError:
+                raise _no_hugepages(size) from None
+        elif self.gpu is not None or plan.nodes:
+            hostmem.touch(mapping.address, mapping.nbytes, threads=threads, cpus=cpus)
+        # Else nothing is to be placed or pinned: the kernel hands pages out as they are used.
+
+    def _summary(self) -> str:
+        plan = self.rank_plan
+        words = "pinned host memory" if self.gpu is not None else "host memory"
+        if plan.hugepage_bytes is not None:
+            words += f" in hugepages of {plan.hugepage_bytes >> 20} MiB"
+        if plan.nodes:
+            words += f" of NUMA node {_listed(plan.nodes)}" + ("" if plan.bound else " (by first touch)")
+        if plan.relays:
+            words += f", relayed by GPU {_listed(plan.relays)}"
+        return words
+
+
+def _nodes_for(named: int | None, gpu: int | None) -> tuple[int, ...]:
+    """NUMA nodes for a rank's memory; empty where there is nothing to choose. Without CPUs only if it is named."""
+    nodes = machine.memory_nodes()
+    if len(nodes) < 2:
+        return ()
+    if named is not None:
+        return (named,)
+    usual = tuple(node for node in nodes if node not in machine.cxl_nodes()) or nodes
+    if gpu is not None:
+        near = gpus.numa_node(gpu)
+        if near in usual:
+            return (near,)
+    return usual if len(usual) < len(nodes) else ()
+
+
+def _refused_nodes(settings: DramSettings, choices: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Those of `choices` that the kernel does not let memory be bound to; warns of them.
+
+    Raises:
+        Unavailable: there is one, and first touch will not do.
+    """
+    refused = set()
+    for nodes in sorted(choices):
+        reason = machine.bind_refusal(nodes) if nodes else None
+        if reason is not None:
+            _check_first_touch(settings, nodes, reason)
+            refused.add(nodes)
+    return refused
+
+
+def _check_first_touch(settings: DramSettings, nodes: tuple[int, ...], reason: str) -> None:
+    """Warn that first touch will place memory, since the kernel refuses to bind it.
+
+    Raises:
+        Unavailable: the user wants no such memory, or the nodes have no CPU that could touch it.
+    """
+    problem = f"the kernel does not let this process bind memory to NUMA node {_listed(nodes)} ({reason})"
+    allow = Remedy("do", value="give the container CAP_SYS_NICE")
+    if settings.numa_required:
+        leave = Remedy("leave_out", "dram.numa_required")
+        raise Unavailable(f"{problem}, and dram.numa_required is true", allow, leave)
+    if not any(machine.node_cpus(node) for node in nodes):
+        raise Unavailable(
+            f"{problem}, and no CPU there could place it by first touch", allow, Remedy("leave_out", "dram.numa_node")
+        )
+    logger.warning("sglang_xmem: %s. Its CPUs place memory by first touch; give CAP_SYS_NICE to be sure.", problem)
+
+
+def _capacity_bytes(nodes: tuple[int, ...], bound: bool, hugepage: int | None) -> int:
+    """Bytes to be had now in these nodes (all where there are none), for all ranks that use them."""
+    if hugepage is not None:
+        return machine.free_hugepage_bytes(hugepage, nodes)
+    available = machine.host_available_bytes()
+    if nodes and bound:
+        there = sum(machine.node_available_bytes(node) - machine.node_reserve_bytes(node) for node in nodes)
+        return max(0, min(available, there))
+    return available
+
+
+def _no_hugepages(size: int) -> Unavailable:
+    free = machine.free_hugepage_bytes(size)
+    return Unavailable(
+        f"{hostmem.HUGEPAGE_VARIABLE} asks for hugepages of {size >> 20} MiB, and {free / 1e9:.2f} GB of such are free "
+        "and where they are wanted",
+        Remedy("do", value=f"reserve more of them (hugepages-{size >> 10}kB/nr_hugepages)"),
+        hostmem.UNSET_HUGEPAGES,
+        LOWER_SIZE,
+    )
+
+
+def _check_node(settings: DramSettings) -> None:
+    node = settings.numa_node
+    if node is None:
+        if settings.numa_required:
+            raise SettingError("dram.numa_required", "is true without a node", "add 'dram.numa_node', or leave it out")
+        return
+    nodes = machine.memory_nodes()
+    if node not in nodes:
+        fix = f"give {' or '.join(map(str, nodes))}, or leave it out" if nodes else "leave it out"
+        has = f"has memory on node {_listed(nodes)}" if nodes else "says nothing of its nodes"
+        raise SettingError("dram.numa_node", f"is {node}, and this machine {has}", fix)
 
 
 def _check_relays(relays: tuple[int, ...], ranks: Ranks) -> None:
     """Refuse GPUs that cannot be relays.
 
     Raises:
-        ConfigError: one sentence.
+        SettingError: one of them cannot.
     """
     if not relays:
         return
-    option = "--hicache-xmem-config 'dram.relays'"
     if len(set(relays)) != len(relays):
-        raise ConfigError(f"{option} is {list(relays)}; name no GPU twice.")
+        raise SettingError("dram.relays", f"is {list(relays)}", "name no GPU twice")
     if not ranks.uses_gpu:
-        raise ConfigError(f"{option} is {list(relays)}, and SGLang runs on the CPU; leave it out.")
-    gpus.check_named(option, relays, ranks.gpus)
+        raise SettingError("dram.relays", f"is {list(relays)}, and the engine runs on the CPU", "leave it out")
+    gpus.check_named("dram.relays", relays, ranks.gpus)
 
 
-def _nodes() -> list[int]:
-    """NUMA nodes that have memory for this process."""
-    try:
-        names = os.listdir(_NODES)
-    except OSError:
-        return []
-    nodes = sorted(int(name[4:]) for name in names if name.startswith("node") and name[4:].isdigit())
-    allowed = _allowed_nodes()
-    return [node for node in nodes if _node_field(node, "MemTotal") > 0 and (allowed is None or node in allowed)]
-
-
-def _allowed_nodes() -> set[int] | None:
-    """Nodes that this process's cpuset lets it have memory of; None where the kernel does not say.
-
-    Binding to another one crashes the bindings.
-    """
-    with suppress(OSError, ValueError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        for line in file:
-            if line.startswith("Mems_allowed_list:"):
-                parts = (part.split("-") for part in line.split(":")[1].strip().split(",") if part)
-                return {node for part in parts for node in range(int(part[0]), int(part[-1]) + 1)}
-    return None
-
-
-def _node_field(node: int, field: str) -> int:
-    """A field of a node's meminfo, in bytes; 0 where the kernel does not give it."""
-    with suppress(OSError), open(f"{_NODES}/node{node}/meminfo", encoding="ascii") as file:
-        for line in file:
-            words = line.split()  # "Node 0 MemFree:   123 kB"
-            if words[2] == f"{field}:":
-                return int(words[3]) * 1024
-    return 0
-
-
-def _node_available_bytes(node: int) -> int:
-    # As MemAvailable, which the kernel does not give a node: free pages and what it drops without writing back.
-    return sum(_node_field(node, field) for field in ("MemFree", "Inactive(file)", "SReclaimable"))
-
-
-def _libnuma() -> Any:
-    """py-libnuma, over the system's libnuma.
-
-    Raises:
-        TierUnavailable: either is missing, on a machine where placement matters.
-    """
-    try:
-        import numa
-        import numa.info
-        import numa.memory
-
-        if numa.info.numa_available():
-            return numa
-    except (ImportError, OSError, AttributeError):
-        pass
-    raise TierUnavailable(
-        "placing memory on a NUMA node needs libnuma and its bindings; "
-        "run apt-get install libnuma1 and pip install py-libnuma"
-    )
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))

@@ -8,17 +8,20 @@ awake, since a resting GPU serves its memory more slowly, and lets an idle peer 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import msgspec
 
 from sglang_xmem import gpus
-from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.tiers.base import Locality, MemoryTier, Ranks, Region
+from sglang_xmem.errors import LOWER_SIZE, Remedy, SettingError, Unavailable
+from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
 #: Left free on each peer: for this process's context there and the driver's page tables.
 RESERVE_BYTES = 1 << 30
+#: What of it the context takes, and has taken of the free memory once a region is there.
+CONTEXT_BYTES = 600 << 20
 
 
 class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,7 +41,7 @@ class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     copy_on: Literal["auto", "rank", "peer"] = "auto"
 
 
-class PeerSeat(msgspec.Struct, frozen=True):
+class PeerRankPlan(msgspec.Struct, frozen=True):
     """The peers of one rank. `named`: the user named them, so others may use them too."""
 
     gpus: tuple[int, ...]
@@ -48,28 +51,26 @@ class PeerSeat(msgspec.Struct, frozen=True):
 class PeerTier(MemoryTier):
     name = "peer"
     nominal_gbps = 397.0  # measured, one direction, NV18 between two H200s
-    locality = Locality.DEVICE
+    traits = Traits(cpu_addressable=False, counts_as_host_ram=False, link="nvlink")
     Settings = PeerSettings
 
     settings: PeerSettings
-    seat: PeerSeat
+    rank_plan: PeerRankPlan
 
     @classmethod
-    def seats(cls, settings: PeerSettings, ranks: Ranks) -> tuple[PeerSeat, ...]:
-        option = "--hicache-xmem-config 'peer.gpus'"
+    def plan_ranks(cls, settings: PeerSettings, ranks: Ranks) -> tuple[PeerRankPlan, ...]:
         if not 2 <= settings.stripe_mib <= 1 << 20:
-            raise ConfigError(
-                f"--hicache-xmem-config 'peer.stripe_mib' is {settings.stripe_mib}; give 2 to {1 << 20} (MiB)."
-            )
-        if settings.gpus is not None and (not settings.gpus or len(set(settings.gpus)) != len(settings.gpus)):
-            raise ConfigError(f"{option} is {list(settings.gpus)}; name at least one GPU, and none twice.")
-        if not ranks.uses_gpu:
-            raise TierUnavailable("it needs GPUs and SGLang runs on the CPU; use --hicache-xmem-tier dram")
+            raise SettingError("peer.stripe_mib", f"is {settings.stripe_mib}", f"give 2 to {1 << 20} (MiB)")
+        named = settings.gpus
+        if named is not None and (not named or len(set(named)) != len(named)):
+            raise SettingError("peer.gpus", f"is {list(named)}", "name at least one GPU, and none twice")
         engine = [gpu for gpu in ranks.gpus if gpu is not None]
+        if len(engine) < len(ranks.gpus) or not engine:
+            raise Unavailable("it needs GPUs and the engine runs on the CPU", Remedy("use_tier", value="dram"))
         reasons: list[str] = []
-        if settings.gpus is not None:
-            gpus.check_named(option, settings.gpus, engine)
-            peers = list(settings.gpus)
+        if named is not None:
+            gpus.check_named("peer.gpus", named, engine)
+            peers = list(named)
         else:
             peers = []
             for gpu in gpus.visible_gpus():
@@ -82,57 +83,108 @@ class PeerTier(MemoryTier):
                     reasons.append(reason)
         if len(peers) < len(engine):
             found = f"{len(peers)} other GPU(s) can be used for {len(engine)} rank(s), and each rank needs its own"
-            raise TierUnavailable("; ".join([found, *reasons]))
-        seats = []
+            remedies = [] if named is None else [Remedy("set_option", "peer.gpus", "more GPUs")]
+            raise Unavailable("; ".join([found, *reasons]), *remedies)
+        plans = []
         for index, gpu in enumerate(engine):
             mine = tuple(peers[index :: len(engine)])
             for peer in mine:
                 reason = _unreachable([gpu], peer)
                 if reason is not None:
-                    raise TierUnavailable(reason)
+                    raise Unavailable(reason, Remedy("set_option", "peer.gpus", "other GPUs"))
             # Other GPUs than named ones are idle.
-            use = gpus.foreign_use(mine[0]) if settings.copy_on == "peer" and settings.gpus is not None else None
+            use = gpus.foreign_use(mine[0]) if settings.copy_on == "peer" and named is not None else None
             if use is not None:
-                raise TierUnavailable(f"{use}, and peer.copy_on wants it idle; name another GPU or leave out copy_on")
-            seats.append(PeerSeat(gpus=mine, named=settings.gpus is not None))
-        return tuple(seats)
+                raise Unavailable(
+                    f"{use}, and peer.copy_on wants it idle",
+                    Remedy("set_option", "peer.gpus", "other GPUs"),
+                    Remedy("leave_out", "peer.copy_on"),
+                )
+            plans.append(PeerRankPlan(gpus=mine, named=named is not None))
+        return tuple(plans)
+
+    def __init__(self, settings: Any, rank_plan: Any, gpu: int | None) -> None:
+        super().__init__(settings, rank_plan, gpu)
+        #: Regions on each peer.
+        self._awake: Counter[int] = Counter()
+        #: Peers that hold all of what is expected.
+        self._expected: tuple[int, ...] | None = None
 
     def capacity_bytes(self) -> int:
-        return max(self._room_bytes(peers) for peers in self._choices())
+        free = self._free()
+        return max(self._pool_bytes(peers, free) for peers in self._choices(free))
+
+    def waste_bytes(self, granule: int) -> int:
+        # On one GPU its granularity; over several up to a stripe that is begun and one that others are ahead, on each.
+        count = len(self.rank_plan.gpus)
+        return 2 << 20 if count == 1 else 2 * self._stripe_bytes * count
+
+    def expect(self, nbytes: int) -> None:
+        free = self._free()
+        self._expected = next((p for p in self._choices(free) if self._pool_bytes(p, free) >= nbytes), None)
 
     def _usable(self) -> tuple[int, ...]:
-        """The seat's GPUs, less those that others have come to use since; a GPU that the user named stays."""
-        if self.seat.named:
-            return self.seat.gpus
-        uses = {gpu: gpus.foreign_use(gpu) for gpu in self.seat.gpus}
+        """The rank's peers, less those that others have come to use since; a GPU that the user named stays."""
+        if self.rank_plan.named:
+            return self.rank_plan.gpus
+        uses = {gpu: gpus.foreign_use(gpu) for gpu in self.rank_plan.gpus}
         usable = tuple(gpu for gpu, use in uses.items() if use is None)
         if not usable:
-            raise TierUnavailable("; ".join(use for use in uses.values() if use is not None))
+            raise Unavailable("; ".join(use for use in uses.values() if use is not None))
         return usable
 
-    def _room_bytes(self, peers: tuple[int, ...]) -> int:
+    def _free(self) -> dict[int, int]:
+        """Bytes that pools could take of each usable peer."""
+        free = {}
+        for gpu in self._usable():
+            reserve = RESERVE_BYTES - CONTEXT_BYTES * (self._awake[gpu] > 0)
+            free[gpu] = max(0, gpus.memory_bytes(gpu)[0] - reserve)
+        return free
+
+    def _pool_bytes(self, peers: tuple[int, ...], free: dict[int, int]) -> int:
         """Bytes of a pool over `peers`: the emptiest cannot make up for the fullest, since stripes take turns."""
-        least = min(gpus.memory_bytes(gpu)[0] for gpu in peers) - RESERVE_BYTES
+        least = min(free[gpu] for gpu in peers)
         if len(peers) == 1:
-            return max(0, least)
+            return least
         # Stripes are whole on each GPU, so up to one stripe a GPU stays unused.
-        return max(0, (least // self._stripe_bytes) * self._stripe_bytes * len(peers))
+        return (least // self._stripe_bytes) * self._stripe_bytes * len(peers)
 
     @property
     def _stripe_bytes(self) -> int:
         return self.settings.stripe_mib << 20
 
-    def _choices(self) -> list[tuple[int, ...]]:
+    def _choices(self, free: dict[int, int]) -> list[tuple[int, ...]]:
         """Sets of peers that a pool may lie on, in order of preference: all GPUs that the user named; else the first
-        idle one, the first two, and so on, so that others stay free."""
-        usable = self._usable()
-        return [usable] if self.seat.named else [usable[:count] for count in range(1, len(usable) + 1)]
+        idle one, the first two, and so on, so that others stay free; then those with the most free memory."""
+        usable = tuple(free)
+        if self.rank_plan.named:
+            return [usable]
+        emptiest = sorted(usable, key=lambda gpu: -free[gpu])
+        counts = range(1, len(usable) + 1)
+        return [usable[:count] for count in counts] + [tuple(emptiest[:count]) for count in counts]
 
-    def allocate(self, nbytes: int, parts: int = 1) -> Region:
+    def _chosen(self, nbytes: int) -> tuple[int, ...]:
+        """The peers for a pool of `nbytes`.
+
+        Raises:
+            Unavailable: none have so much.
+        """
+        free = self._free()
+        choices = self._choices(free)
+        if self._expected is not None and set(self._expected) <= set(free):
+            choices.insert(0, self._expected)
+        for peers in choices:
+            if self._pool_bytes(peers, free) >= nbytes:
+                return peers
+        most = max(choices, key=lambda peers: self._pool_bytes(peers, free))
+        have = self._pool_bytes(most, free)
+        raise Unavailable(
+            f"{nbytes / 1e9:.2f} GB are asked for on GPU {_listed(most)} and {have / 1e9:.2f} GB are free", LOWER_SIZE
+        )
+
+    def _allocate(self, nbytes: int, granule: int) -> Region:
         d = gpus.driver()
-        choices = self._choices()
-        # Where none has the room, the last one's error is the driver's own.
-        peers = next((peers for peers in choices if self._room_bytes(peers) >= nbytes), choices[-1])
+        peers = self._chosen(nbytes)
         props = [_allocation_properties(d, gpu) for gpu in peers]
         granularity = math.lcm(
             *(
@@ -147,11 +199,13 @@ class PeerTier(MemoryTier):
         )
         total = -(-nbytes // granularity) * granularity
         stripe = total if len(peers) == 1 else -(-self._stripe_bytes // granularity) * granularity
-        copying = self._copying(peers)
-        what = f"allocating {nbytes / 1e9:.2f} GB on GPU {', '.join(map(str, peers))}"
-        undo = ExitStack()
-        with undo:
-            self._wake(peers, undo)
+        reaching = self._reaching(peers)
+        what = f"allocating {nbytes / 1e9:.2f} GB on GPU {_listed(peers)}"
+        with ExitStack() as undo:
+            for gpu in peers:
+                gpus.hold_context(gpu, undo)  # a peer without one rests
+                self._awake[gpu] += 1
+                undo.callback(self._awake.subtract, [gpu])
             base = int(gpus.checked(d.cuMemAddressReserve(total, granularity, 0, 0), "reserving addresses"))
             undo.callback(d.cuMemAddressFree, base, total)
             for number, offset in enumerate(range(0, total, stripe)):
@@ -162,39 +216,24 @@ class PeerTier(MemoryTier):
                 finally:
                     d.cuMemRelease(handle)  # the mapping alone keeps the memory from here on
                 undo.callback(d.cuMemUnmap, base + offset, size)
-            users = [self.gpu] if copying is None else [self.gpu, copying]
-            access = [_access(d, gpu) for gpu in users]
+            access = [_access(d, gpu) for gpu in (self.gpu, *reaching)]
             gpus.checked(
                 d.cuMemSetAccess(base, total, access, len(access)), f"giving GPU {self.gpu} access to its peers"
             )
             keep = undo.pop_all()
         return Region(
-            base,
-            nbytes,
-            f"HBM of GPU {', '.join(map(str, peers))}",
+            [Extent(base, nbytes)],
+            f"HBM of GPU {_listed(peers)}",
             keep.close,
-            copying_gpu=copying,
-            copying_required=self.settings.copy_on == "peer",
+            granule=granule,
+            gpus=peers,
+            reachable_from=reaching,
         )
 
-    def _wake(self, peers: tuple[int, ...], undo: ExitStack) -> None:
-        """Keep peers from resting until `undo`."""
-        for gpu in peers:
-            gpus.hold_context(gpu, undo)
-
-    def _copying(self, peers: tuple[int, ...]) -> int | None:
-        """Which peer runs the copies, None for the rank's own GPU."""
-        if self.settings.copy_on == "rank":
-            return None
-        first = peers[0]
-        for gpu in (self.gpu, *peers):
-            if gpu is not None and gpu != first and not gpus.can_access_peer(first, gpu):
-                if self.settings.copy_on == "peer":
-                    raise TierUnavailable(f"GPU {first}, which peer.copy_on names, has no peer access to GPU {gpu}")
-                return None
-        if self.settings.copy_on == "auto" and self.seat.named and gpus.foreign_use(first) is not None:
-            return None  # whoever else computes there, and the copies, would be in each other's way
-        return first
+    def _reaching(self, peers: tuple[int, ...]) -> tuple[int, ...]:
+        """The first peer, if it can be given access to the others and to the rank's GPU; else none."""
+        first, others = peers[0], (self.gpu, *peers[1:])
+        return (first,) if all(g is not None and gpus.can_access_peer(first, g) for g in others) else ()
 
 
 def _unreachable(engine: list[int], peer: int) -> str | None:
@@ -219,3 +258,7 @@ def _allocation_properties(d: Any, gpu: int) -> Any:
     prop.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     prop.location.id = gpu
     return prop
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))

@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -43,6 +44,12 @@ from sglang_server import (
 Entry = Literal["engine", "launch_server", "serve"]
 #: A step's name and its arguments, see `run_steps`.
 Step = tuple[Any, ...]
+
+#: On PYTHONPATH of every SGLang that runs here.
+PLUGIN = Path(__file__).with_name("plugin")
+#: Variables of that plugin, which says what they are.
+LEAVE_OUT = "SGLANG_XMEM_TEST_LEAVE_OUT"
+LAZY = "SGLANG_XMEM_TEST_LAZY"
 
 #: Found in the environment of every process of one run, and of nothing else.
 MARKER = "SGLANG_XMEM_TEST_RUN"
@@ -103,6 +110,7 @@ class Spec:
         starts: how often SGLang is started and stopped in a row, each time with all steps.
         stop: signal that ends a server. After SIGKILL nothing else is signalled until the survivors are counted.
         start_timeout_s: a server is up by then.
+        prompt_tokens: of each prompt.
     """
 
     entry: Entry
@@ -113,6 +121,7 @@ class Spec:
     starts: int = 1
     stop: Literal["SIGTERM", "SIGKILL", "SIGINT"] = "SIGTERM"
     start_timeout_s: float = START_TIMEOUT_S
+    prompt_tokens: int = PROMPT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,17 @@ class Result:
         """The tier that the log names."""
         return tier_in(self.log)
 
+    @property
+    def loads(self) -> list[dict[str, int]]:
+        """Tokens (or states) that each load moved to the device, by pool, as SGLang asked for them."""
+        loads = []
+        for line in re.findall(r"xmem_e2e: load (.*);", self.log):
+            pools: dict[str, int] = {}
+            for pool, count in re.findall(r"(\S+)=(\d+)", line):
+                pools[pool] = pools.get(pool, 0) + int(count)
+            loads.append(pools)
+        return loads
+
 
 class Refusal(NamedTuple):
     """How a start ended that was refused."""
@@ -153,7 +173,7 @@ class Refusal(NamedTuple):
 class _Client(Protocol):
     def generate(self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False) -> Answer: ...
 
-    def flush_cache(self) -> bool: ...
+    def flush_cache(self, wait_s: float = 10) -> bool: ...
 
 
 # ---- in pytest's process ----
@@ -195,7 +215,7 @@ def _run_engine(spec: Spec, scratch: Path, timeout_s: float) -> Result:
         "answers": str(answers),
         "stdout": str(log),
         "stderr": str(log),
-        "environment": {**spec.environment, MARKER: marker},
+        "environment": {LEAVE_OUT: str(scratch / "leave_out"), **spec.environment, MARKER: marker},
     }
     status = _forker().run(request, timeout_s)
     survivors = wait_for_end(marker)
@@ -211,10 +231,12 @@ def _run_server(spec: Spec, scratch: Path) -> Result:
     for _ in range(spec.starts):
         marker = uuid.uuid4().hex
         log_path = scratch / "log"
-        with Server(command, _all_options(spec), log_path, {**spec.environment, MARKER: marker}) as server:
+        environment = {LEAVE_OUT: str(scratch / "leave_out"), **_with_plugin(), **spec.environment, MARKER: marker}
+        with Server(command, _all_options(spec), log_path, environment) as server:
             try:
                 server.wait_ready(spec.start_timeout_s)
-                result.starts.append(run_steps(ServerClient(server), spec.steps))
+                leave_out = Path(environment[LEAVE_OUT])
+                result.starts.append(run_steps(ServerClient(server), spec.steps, spec, leave_out))
                 server.process.send_signal(signal.Signals[spec.stop])
                 result.statuses.append(server.process.wait(60))
             except Exception as error:
@@ -223,6 +245,11 @@ def _run_server(spec: Spec, scratch: Path) -> Result:
             result.survivors.extend(wait_for_end(marker))
             result = dataclasses.replace(result, log=result.log + server.log())
     return result
+
+
+def _with_plugin() -> dict[str, str]:
+    """Environment in which SGLang finds the tests' plugin."""
+    return {"PYTHONPATH": os.pathsep.join([str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def wait_for_end(marker: str, timeout_s: float = SURVIVAL_S) -> list[str]:
@@ -260,7 +287,11 @@ class _Forker:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **_with_plugin()},
         )
         atexit.register(self._process.kill)
 
@@ -307,8 +338,8 @@ class _EngineClient:
         reply = self._engine.generate(input_ids=list(input_ids), sampling_params=sampling, return_logprob=logprobs)
         return answer_from(reply, (time.perf_counter() - start) * 1e3)
 
-    def flush_cache(self) -> bool:
-        return bool(self._engine.flush_cache().success)
+    def flush_cache(self, wait_s: float = 10) -> bool:
+        return bool(self._engine.flush_cache().success)  # does not wait
 
 
 class ServerClient:
@@ -320,39 +351,84 @@ class ServerClient:
     def generate(self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False) -> Answer:
         return self._server.generate(input_ids, max_new_tokens, logprobs=logprobs)
 
-    def flush_cache(self) -> bool:
-        return self._server.request("POST", "/flush_cache?timeout=10")[0] == 200
+    def flush_cache(self, wait_s: float = 10) -> bool:
+        return self._server.request("POST", f"/flush_cache?timeout={wait_s:g}")[0] == 200
+
+
+#: A prompt's name with this behind it names the prompt with other tokens at its beginning...
+OTHER_PREFIX = " with another prefix"
+#: ... and with this, a prompt that has some more tokens at its end.
+LONGER = " and more"
 
 
 def prompt(name: str, n_tokens: int = PROMPT_TOKENS) -> list[int]:
     """The prompt of that name: equal names give equal tokens in every process and session."""
-    if name == "A with another prefix":
-        return [*prompt("another prefix", 16), *prompt("A", n_tokens)[16:]]
+    if name.endswith(OTHER_PREFIX):
+        return [*prompt("another prefix", 16), *prompt(name.removesuffix(OTHER_PREFIX), n_tokens)[16:]]
+    if name.endswith(LONGER):
+        return [*prompt(name.removesuffix(LONGER), n_tokens), *prompt("more", 8)]
     generator = random.Random(name)
     return [generator.randrange(3, 1000) for _ in range(n_tokens)]
 
 
-def run_steps(client: _Client, steps: Sequence[Step]) -> dict[str, Answer]:
+def run_steps(
+    client: _Client, steps: Sequence[Step], spec: Spec | None = None, leave_out: Path | None = None
+) -> dict[str, Answer]:
     """Take `client` through steps; returns the answers by their names.
 
     Steps: ("ask", name of the answer, name of the prompt), ("flood",) pushes everything out of the device pool,
-    ("flush",) empties the caches, ("await_files", directory) waits until the prompt's pages are stored there."""
+    ("flush",) empties the caches, ("count_flushes", tries) as `count_flushes` and its count is printed,
+    ("await_files", directory) waits until the prompt's pages are stored there, ("leave_out", pool, ...) leaves pools
+    out of all further loads.
+
+    Args:
+        spec: what the client runs; without it, a prompt and a device pool have the usual sizes.
+        leave_out: file that the plugin of this client's SGLang reads.
+    """
+    prompt_tokens = PROMPT_TOKENS if spec is None else spec.prompt_tokens
+    pool_tokens = DEVICE_POOL_TOKENS if spec is None else _all_options(spec)["max_total_tokens"]
     answers: dict[str, Answer] = {}
     for number, (operation, *arguments) in enumerate(steps):
         if operation == "ask":
             name, prompt_name = arguments
-            answers[name] = client.generate(prompt(prompt_name), OUTPUT_TOKENS, logprobs=True)
+            answers[name] = client.generate(prompt(prompt_name, prompt_tokens), OUTPUT_TOKENS, logprobs=True)
             print(f"harness: {name}: {answers[name]}", flush=True)
         elif operation == "flood":
-            for index in range(DEVICE_POOL_TOKENS // PROMPT_TOKENS + 2):
-                client.generate(prompt(f"flood {number} {index}"), 1)
+            for index in range(pool_tokens // prompt_tokens + 2):
+                client.generate(prompt(f"flood {number} {index}", prompt_tokens), 1)
         elif operation == "flush":
             assert client.flush_cache(), "flush_cache was refused"
+        elif operation == "count_flushes":
+            (tries,) = arguments
+            print(f"harness: flushes accepted: {count_flushes(client, tries, prompt_tokens)} of {tries}", flush=True)
         elif operation == "await_files":
             _await_files(Path(arguments[0]))
+        elif operation == "leave_out":
+            assert leave_out is not None, "nobody reads what to leave out"
+            leave_out.write_text(",".join(arguments))
         else:
             raise ValueError(f"unknown step {operation!r}")
     return answers
+
+
+def count_flushes(client: _Client, tries: int = 5, prompt_tokens: int = PROMPT_TOKENS) -> int:
+    """How often `flush_cache` is accepted straight after an answer, which frees nothing by itself.
+
+    SGLang refuses while the finished request is still in its running batch; a scheduler that stores slowly leaves it
+    there for longer.
+    """
+    accepted = 0
+    for number in range(tries):
+        client.generate(prompt(f"before flush {number}", prompt_tokens), OUTPUT_TOKENS)
+        accepted += client.flush_cache(0)
+    return accepted
+
+
+def flushes_accepted(model: str, options: Mapping[str, Any], tries: int = 5) -> int:
+    """`count_flushes` of an engine with these options."""
+    result = run(Spec("engine", model, options, [("count_flushes", tries)]))
+    (accepted,) = re.findall(r"harness: flushes accepted: (\d+) of", result.log)
+    return int(accepted)
 
 
 def _await_files(directory: Path, timeout_s: float = 30) -> None:
@@ -407,7 +483,7 @@ def _serve_request(request: Mapping[str, Any]) -> None:
 
         engine = sglang.Engine(**_all_options(spec))
         try:
-            answers = run_steps(_EngineClient(engine), spec.steps)
+            answers = run_steps(_EngineClient(engine), spec.steps, spec, Path(os.environ[LEAVE_OUT]))
         finally:
             engine.shutdown()
         starts.append({name: dataclasses.asdict(answer) for name, answer in answers.items()})

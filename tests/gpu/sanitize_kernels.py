@@ -7,7 +7,9 @@ import sys
 
 import torch
 
+from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.cuda import CudaPageCopier
+from sglang_xmem.copies.geometry import Plane, Slab
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, CudaTuning
 
 TUNINGS = (
@@ -15,36 +17,46 @@ TUNINGS = (
     CudaTuning(ctas=3, unroll=16),
     CudaTuning(ctas=2, variant="bulk"),
     CudaTuning(ctas=2, variant="bulk", rings=2, stages=3, stage_bytes=8192, pending_stores=1),
-    DEFAULT_TUNING["load", "device"],
+    DEFAULT_TUNING["load", "nvlink"],
 )
-PAGES, PLANES = 37, 4
+PAGES = 37
+#: Units of one page, each of its own plane: of a few kinds, and of more planes than a warp has lanes.
+UNITS = [[16, 656], [24] * 3, [65536, 1024, 8448, 16], [1024, 48] * 20]
 
 
 def main() -> int:
     device = torch.device("cuda:0")
     wrong = cases = 0
-    for row_bytes, page_size, tuning in itertools.product((16, 24, 656, 1024), (1, 64), TUNINGS):
-        shape = (2 * PAGES * page_size, row_bytes)
-        tier = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(PLANES)]
-        pool = [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(PLANES)]
-        copier = CudaPageCopier(tier, pool, page_size, load=tuning, store=tuning)
-        offsets = torch.arange(page_size, device=device)
-        tier_rows, pool_rows = (torch.randperm(2 * PAGES)[:PAGES].to(device) * page_size for _ in range(2))
-        there, here = ((rows[:, None] + offsets).flatten() for rows in (tier_rows, pool_rows))
-        for copy, target in ((copier.load, pool), (copier.store, tier)):
-            for plane in target:
-                plane.fill_(0xA5)
-            copy(tier_rows, pool_rows, range(PLANES))
+    for units, divisor, tuning in itertools.product(UNITS, (1, 48), TUNINGS):
+        room = 2 * PAGES
+        tier = torch.randint(0, 256, (room, sum(units)), dtype=torch.uint8, device=device)
+        pools = [torch.zeros((room, nbytes), dtype=torch.uint8, device=device) for nbytes in units]
+        copier = CudaPageCopier([Slab(tier.data_ptr(), room, sum(units))], device, load=tuning, store=tuning)
+        ends = list(itertools.accumulate(units))
+        steps = [
+            Step(Plane(pool.data_ptr(), nbytes, room, end - nbytes, nbytes, divisor), 0, part)
+            for part, (pool, nbytes, end) in enumerate(zip(pools, units, ends, strict=True))
+        ]
+        program = copier.compile(steps, len(steps) + 1)
+        frames, slots = (torch.randperm(room)[:PAGES].to(device) for _ in range(2))
+        pages = [Pages(tier.data_ptr() + frames * sum(units), slots * divisor)]
+        counters = copier.make_counters(len(steps) + 1)
+        # The store is checked against what the load brought, and the last load against what was stored.
+        before = tier[frames].clone()
+        for copy in (copier.load, copier.store, copier.load):
+            for target in [tier] if copy == copier.store else pools:
+                target.fill_(0xA5)
+            copy(program, pages)
             torch.cuda.synchronize()
-            wrong += not all(torch.equal(a[here], b[there]) for a, b in zip(pool, tier, strict=True))
-        signals = copier.make_signals(PLANES // 2)
-        if signals is not None:
-            for plane in pool:
-                plane.fill_(0xA5)
-            copier.load_signalling(tier_rows, pool_rows, range(PLANES), signals)
-            signals.wait(PLANES // 2 - 1)
+            wrong += not torch.equal(torch.cat([pool[slots] for pool in pools], 1), before)
+            wrong += not torch.equal(tier[frames], before)
+        if counters is not None:
+            for pool in pools:
+                pool.fill_(0xA5)
+            copier.load(program, pages, counters)
+            counters.wait(len(steps))
             torch.cuda.synchronize()
-            wrong += not all(torch.equal(a[here], b[there]) for a, b in zip(pool, tier, strict=True))
+            wrong += not torch.equal(torch.cat([pool[slots] for pool in pools], 1), before)
         cases += 1
     print(f"cases {cases} wrong {wrong}")
     return 1 if wrong else 0

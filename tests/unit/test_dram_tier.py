@@ -1,189 +1,270 @@
-"""Tier dram: seats, placement by threads, pinning and its undoing; libnuma and the driver are stand-ins."""
+"""Tier dram: rank plans, placement and pinning, and what is a warning and what a refusal; the driver is a stand-in."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
+import logging
 import mmap
+import os
 import re
 import subprocess
 import sys
-import threading
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from cuda.bindings import driver as bindings
+from fake_pinning import PinDriver, pinning
+from test_machine import SECCOMP, run
 
-from sglang_xmem import gpus
-from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.pool import region_bytes
-from sglang_xmem.tiers import Ranks, dram
-from sglang_xmem.tiers.dram import DramSeat, DramSettings, DramTier
+from sglang_xmem import gpus, machine
+from sglang_xmem.errors import ConfigError, Remedy, SettingError, Unavailable
+from sglang_xmem.tiers import Ranks, dram, hostmem
+from sglang_xmem.tiers.dram import DramRankPlan, DramSettings, DramTier
 
 MIB = 1 << 20
-SUCCESS = bindings.CUresult.CUDA_SUCCESS
-FAILURE = bindings.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+GIB = 1 << 30
+EPERM = "Operation not permitted"
 
 
-class FakeNuma:
-    """py-libnuma: which thread was bound to what."""
+class Nodes:
+    """A machine of NUMA nodes, in place of this one's.
 
-    def __init__(self) -> None:
-        self.bound: list[tuple[int, int]] = []
-        self.refuses = False
-        self.memory = SimpleNamespace(set_membind_nodes=self._bind, get_membind_nodes=self._nodes)
+    Attributes:
+        cpus: of each node.
+        free: bytes of each node, after its reserve.
+        refusal: what the kernel says to binding.
+        bound: ranges that were bound.
+    """
 
-    def _bind(self, node: int) -> None:
-        self.bound.append((threading.get_ident(), node))
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.cpus: dict[int, set[int]] = {0: {0}, 1: {1}}
+        self.free = {0: 10 * GIB, 1: 20 * GIB}
+        self.host = 100 * GIB
+        self.hugepages: dict[tuple[int, ...], int] = {}
+        self.refusal: str | None = None
+        self.bound: list[tuple[int, int, tuple[int, ...]]] = []
+        self.near: dict[int, int | None] = {0: 0, 1: 1, 2: None}
+        patch.setattr(machine, "memory_nodes", lambda: tuple(self.cpus))
+        patch.setattr(machine, "cxl_nodes", lambda: tuple(node for node, cpus in self.cpus.items() if not cpus))
+        patch.setattr(machine, "node_cpus", lambda node: self.cpus[node])
+        patch.setattr(machine, "node_available_bytes", lambda node: self.free[node] + GIB)
+        patch.setattr(machine, "node_reserve_bytes", lambda node: GIB)
+        patch.setattr(machine, "host_available_bytes", lambda: self.host)
+        patch.setattr(machine, "bind_refusal", lambda nodes: self.refusal)
+        patch.setattr(machine, "bind", self._bind)
+        patch.setattr(machine, "free_hugepage_bytes", lambda size, nodes=(): self.hugepages.get(tuple(nodes), 0))
+        patch.setattr(gpus, "numa_node", self.near.get)
 
-    def _nodes(self) -> list[int]:
-        return [0, 1] if self.refuses else [node for thread, node in self.bound if thread == threading.get_ident()]
+    def _bind(self, address: int, nbytes: int, nodes: Sequence[int]) -> str | None:
+        self.bound.append((address, nbytes, tuple(nodes)))
+        return self.refusal
 
 
-class FakeDriver:
-    """Pinning: what is registered, and a call that fails. `seen_at` shifts the address that the GPU sees."""
-
-    CU_MEMHOSTREGISTER_PORTABLE = 1
-    CU_MEMHOSTREGISTER_DEVICEMAP = 2
-
-    def __init__(self) -> None:
-        self.registered: dict[int, int] = {}
-        self.sizes: list[int] = []
-        self.fail_at: int | None = None
-        self.seen_at = 0
-
-    def cuMemHostRegister(self, address: int, size: int, flags: int) -> tuple[Any]:
-        assert flags == 3
-        for at, length in self.registered.items():
-            assert address + size <= at or at + length <= address, "registered twice"
-        if len(self.sizes) == self.fail_at:
-            return (FAILURE,)
-        self.sizes.append(size)
-        self.registered[address] = size
-        return (SUCCESS,)
-
-    def cuMemHostUnregister(self, address: int) -> tuple[Any]:
-        del self.registered[address]
-        return (SUCCESS,)
-
-    def cuMemHostGetDevicePointer(self, address: int, flags: int) -> tuple[Any, Any]:
-        return SUCCESS, bindings.CUdeviceptr(address + self.seen_at)
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (hostmem.HUGEPAGE_VARIABLE, hostmem.REGISTER_VARIABLE, hostmem.THREADS_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> FakeNuma:
-    """A machine of two NUMA nodes with GPUs 0 and 1 on node 0 and 1, and GPU 2 on one that it does not tell."""
-    numa = FakeNuma()
-    fields = {"MemTotal": 100, "MemFree": 10, "Inactive(file)": 5, "SReclaimable": 2}
-    monkeypatch.setattr(dram, "_nodes", lambda: [0, 1])
-    monkeypatch.setattr(dram, "_node_field", lambda node, field: fields[field] * (node + 1) * MIB)
-    monkeypatch.setattr(dram, "_libnuma", lambda: numa)
-    monkeypatch.setattr(gpus, "numa_node", {0: 0, 1: 1, 2: None}.get)
-    return numa
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
+    """Two NUMA nodes with GPUs 0 and 1 on node 0 and 1, and GPU 2 on one that it does not tell."""
+    return Nodes(monkeypatch)
 
 
 @pytest.fixture
-def pinning(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    """A driver that pins."""
-    driver = FakeDriver()
-    monkeypatch.setattr(gpus, "driver", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(bindings, "cuGetErrorString", lambda status: (SUCCESS, b"out of memory"))
-    monkeypatch.setattr(dram, "REGISTER_BYTES", 2 * MIB)
-    return driver
+def pins() -> Iterator[PinDriver]:
+    with pinning() as driver:
+        yield driver
+        driver.check_untouched()
 
 
-@pytest.fixture
-def mappings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[mmap.mmap]]:
-    """All mappings made from now on; none may be left open."""
-    made: list[mmap.mmap] = []
-
-    class Recorded(mmap.mmap):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            made.append(self)
-
-    monkeypatch.setattr(mmap, "mmap", Recorded)
-    yield made
-    assert made
-    assert all(mapping.closed for mapping in made)
+def plans(ranks: tuple[int | None, ...], **settings: Any) -> tuple[DramRankPlan, ...]:
+    return DramTier.plan_ranks(DramSettings(**settings), Ranks(gpus=ranks))
 
 
-def nodes_of(ranks: tuple[int | None, ...], **settings: Any) -> list[int | None]:
-    return [seat.numa_node for seat in DramTier.seats(DramSettings(**settings), Ranks(gpus=ranks))]
+def nodes_of(ranks: tuple[int | None, ...], **settings: Any) -> list[tuple[int, ...]]:
+    return [plan.nodes for plan in plans(ranks, **settings)]
 
 
-def tier(numa_node: int | None = None, gpu: int | None = None, threads: int = 0) -> DramTier:
-    return DramTier(DramSettings(threads=threads), DramSeat(numa_node), gpu)
+def capacities(ranks: tuple[int | None, ...], **settings: Any) -> list[float]:
+    """GiB of each rank."""
+    given = DramSettings(**settings)
+    planned = DramTier.plan_ranks(given, Ranks(gpus=ranks))
+    return [DramTier(given, plan, gpu).capacity_bytes() / GIB for plan, gpu in zip(planned, ranks, strict=True)]
 
 
-# ---- seats ----
+def tier(gpu: int | None = None, threads: int = 0, **plan: Any) -> DramTier:
+    return DramTier(DramSettings(threads=threads), DramRankPlan(**plan), gpu)
 
 
-def test_each_rank_gets_the_node_of_its_gpu(two_nodes: FakeNuma) -> None:
-    assert nodes_of((0, 1, 2, None)) == [0, 1, None, None]
+# ---- rank plans ----
 
 
-def test_a_named_node_is_for_all_ranks(two_nodes: FakeNuma) -> None:
-    assert nodes_of((0, 1, None), numa_node=1) == [1, 1, 1]
+def test_each_rank_gets_the_node_of_its_gpu(two_nodes: Nodes) -> None:
+    assert nodes_of((0, 1, 2, None)) == [(0,), (1,), (), ()]
+
+
+def test_a_named_node_is_for_all_ranks(two_nodes: Nodes) -> None:
+    assert nodes_of((0, 1, None), numa_node=1) == [(1,)] * 3
 
 
 @pytest.mark.parametrize("nodes", [[0], []])
-def test_one_node_leaves_placement_to_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, two_nodes: FakeNuma, nodes: list[int]
-) -> None:
-    monkeypatch.setattr(dram, "_nodes", lambda: nodes)
-    monkeypatch.setattr(dram, "_libnuma", lambda: pytest.fail("libnuma is not needed"))
-    assert nodes_of((0, None)) == [None, None]
+def test_one_node_leaves_placement_to_the_kernel(two_nodes: Nodes, nodes: list[int]) -> None:
+    two_nodes.cpus = {node: {0} for node in nodes}
+    two_nodes.refusal = EPERM
+    assert nodes_of((0, None)) == [(), ()]
     if nodes:
-        assert nodes_of((0, None), numa_node=0) == [None, None]
+        assert nodes_of((0, None), numa_node=0, numa_required=True) == [(), ()]
 
 
-def test_an_unknown_node_is_refused_with_those_there_are(monkeypatch: pytest.MonkeyPatch, two_nodes: FakeNuma) -> None:
-    with pytest.raises(ConfigError, match=r"'dram.numa_node' is 7; this machine has node 0, 1\."):
-        nodes_of((None,), numa_node=7)
-    monkeypatch.setattr(dram, "_nodes", list)
-    with pytest.raises(ConfigError, match=r"'dram.numa_node' is 0; this machine has node information for none\."):
-        nodes_of((None,), numa_node=0)
+def test_memory_without_cpus_is_used_where_it_is_named(two_nodes: Nodes) -> None:
+    """CXL in system-ram mode."""
+    two_nodes.cpus[2] = set()
+    two_nodes.free[2] = 500 * GIB
+    two_nodes.near[3] = 2
+    # Where nothing tells, all nodes but that one.
+    assert nodes_of((0, 1, 2, 3, None)) == [(0,), (1,), (0, 1), (0, 1), (0, 1)]
+    assert nodes_of((0, None), numa_node=2) == [(2,), (2,)]
+    two_nodes.host = 600 * GIB
+    assert capacities((None,)) == [30]
+    assert capacities((None,), numa_node=2) == [500]
 
 
-@pytest.mark.parametrize("threads", [-1, 1025])
-def test_threads_out_of_range_are_refused(threads: int) -> None:
-    with pytest.raises(ConfigError, match=rf"'dram.threads' is {threads}; give 1 to 1024, or 0"):
-        nodes_of((None,), threads=threads)
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"numa_node": 7},
+            "'dram.numa_node' is 7, and this machine has memory on node 0, 1. Give 0 or 1, or leave it ",
+        ),
+        (
+            {"numa_required": True},
+            "'dram.numa_required' is true without a node. Add 'dram.numa_node', or leave it out.",
+        ),
+        ({"threads": -1}, "'dram.threads' is -1. Give 1 to 1024, or 0 for auto."),
+        ({"threads": 1025}, "'dram.threads' is 1025. Give 1 to 1024, or 0 for auto."),
+    ],
+)
+def test_impossible_settings_are_refused(two_nodes: Nodes, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        plans((None,), **settings)
+    assert str(caught.value).startswith(f"--hicache-xmem-config {sentence}")
 
 
-class FakePeers:
-    """GPUs 0 to 3, of which 3 reaches no other; and the contexts that are held."""
+def test_a_node_on_a_machine_that_does_not_tell_is_refused(two_nodes: Nodes) -> None:
+    two_nodes.cpus = {}
+    with pytest.raises(SettingError, match=r"is 0, and this machine says nothing of its nodes\. Leave it out\."):
+        plans((None,), numa_node=0)
 
-    def __init__(self) -> None:
-        self.held: list[int] = []
 
-    def can_access_peer(self, gpu: int, peer: int) -> bool:
-        return gpu != 3
+# ---- where the kernel does not bind ----
 
-    def hold_context(self, gpu: int, undo: Any) -> None:
-        self.held.append(gpu)
-        undo.callback(self.held.remove, gpu)
+
+@pytest.mark.parametrize("refusal", [EPERM, "Function not implemented"])
+def test_a_refused_binding_is_a_warning_and_first_touch(
+    two_nodes: Nodes, caplog: pytest.LogCaptureFixture, refusal: str
+) -> None:
+    """As in Docker without CAP_SYS_NICE on a machine of two sockets; and in sandboxes without the call."""
+    two_nodes.refusal = refusal
+    with caplog.at_level(logging.WARNING):
+        planned = plans((0, 0, 1))
+    assert [(plan.nodes, plan.bound, plan.share_bytes) for plan in planned] == [
+        ((0,), False, None),
+        ((0,), False, None),
+        ((1,), False, None),
+    ]
+    assert len(caplog.messages) == 2, "once a node"
+    assert f"bind memory to NUMA node 0 ({refusal})" in caplog.messages[0]
+    # Pages that the node does not have come from another: nobody is killed, and the machine's memory is the limit.
+    assert capacities((0, 1)) == [100, 100]
+
+
+def test_unbound_memory_is_touched_by_the_nodes_cpus(
+    two_nodes: Nodes, monkeypatch: pytest.MonkeyPatch, pins: PinDriver
+) -> None:
+    where: list[set[int]] = []
+    cpu = min(os.sched_getaffinity(0))
+    two_nodes.cpus[1] = {cpu}
+    monkeypatch.setattr(ctypes, "memset", lambda *_: where.append(os.sched_getaffinity(0)))
+    region = tier(gpu=0, nodes=(1,), bound=False).allocate(MIB)
+    assert region.summary == "pinned host memory of NUMA node 1 (by first touch)"
+    assert where == [{cpu}]
+    assert two_nodes.bound == []
+    region.release()
+
+
+def test_a_binding_that_is_refused_later_is_no_failure(
+    two_nodes: Nodes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cpusets change while an engine loads its weights."""
+    where: list[set[int]] = []
+    two_nodes.cpus[1] = {min(os.sched_getaffinity(0))}
+    monkeypatch.setattr(ctypes, "memset", lambda *_: where.append(os.sched_getaffinity(0)))
+    two_nodes.refusal = "Invalid argument"
+    region = tier(nodes=(1,)).allocate(MIB)
+    assert len(two_nodes.bound) == 1
+    assert where == [two_nodes.cpus[1]]
+    assert "Invalid argument" in caplog.text
+    region.release()
+
+
+def test_a_refused_binding_is_a_refusal_where_the_user_says_so(two_nodes: Nodes) -> None:
+    two_nodes.refusal = EPERM
+    with pytest.raises(Unavailable, match=rf"NUMA node 1 \({EPERM}\), and dram\.numa_required is true") as caught:
+        plans((0,), numa_node=1, numa_required=True)
+    assert Remedy("leave_out", "dram.numa_required") in caught.value.remedies
+    two_nodes.refusal = None
+    assert nodes_of((0,), numa_node=1, numa_required=True) == [(1,)]
+
+
+def test_a_node_without_cpus_is_reached_by_binding_alone(two_nodes: Nodes) -> None:
+    """First touch would put all of it elsewhere."""
+    two_nodes.cpus[2] = set()
+    two_nodes.refusal = EPERM
+    with pytest.raises(Unavailable, match="no CPU there could place it by first touch"):
+        plans((0,), numa_node=2)
+
+
+def test_a_container_without_cap_sys_nice_starts() -> None:
+    """With the system call refused in earnest; the second node alone is a stand-in."""
+    script = (
+        SECCOMP
+        + """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+from sglang_xmem import gpus, machine
+machine.memory_nodes = lambda: (0, 1)
+machine.cxl_nodes = lambda: ()
+gpus.numa_node = lambda gpu: 0
+from sglang_xmem.tiers import Ranks
+from sglang_xmem.tiers.dram import DramSettings, DramTier
+(plan,) = DramTier.plan_ranks(DramSettings(), Ranks(gpus=(0,)))
+region = DramTier(DramSettings(), plan, None).allocate(8 << 20)
+print(region.summary)
+"""
+    )
+    *warned, summary = run(script).splitlines()
+    assert len(warned) == 1
+    assert EPERM in warned[0]
+    assert summary == "host memory of NUMA node 0 (by first touch)"
+
+
+# ---- relays ----
 
 
 @pytest.fixture
-def four_gpus(monkeypatch: pytest.MonkeyPatch, two_nodes: FakeNuma) -> FakePeers:
-    peers = FakePeers()
-    monkeypatch.setattr(dram, "_nodes", lambda: [0])
+def four_gpus(monkeypatch: pytest.MonkeyPatch, two_nodes: Nodes) -> None:
+    """GPUs 0 to 3, of which 3 reaches no other."""
+    two_nodes.cpus = {0: {0}}
     monkeypatch.setattr(gpus, "visible_gpus", lambda: range(4))
-    for name in ("can_access_peer", "hold_context"):
-        monkeypatch.setattr(gpus, name, getattr(peers, name))
-    return peers
+    monkeypatch.setattr(gpus, "can_access_peer", lambda gpu, peer: gpu != 3)
 
 
-def test_relays_are_dealt_to_the_ranks(four_gpus: FakePeers) -> None:
+def test_relays_are_dealt_to_the_ranks(four_gpus: None) -> None:
     def relays(ranks: tuple[int, ...], *named: int) -> list[tuple[int, ...]]:
-        return [seat.relays for seat in DramTier.seats(DramSettings(relays=named), Ranks(gpus=ranks))]
+        return [plan.relays for plan in plans(ranks, relays=named)]
 
     assert relays((0,)) == [()]
     assert relays((0,), 2, 1) == [(2, 1)]
@@ -194,256 +275,170 @@ def test_relays_are_dealt_to_the_ranks(four_gpus: FakePeers) -> None:
 @pytest.mark.parametrize(
     ("ranks", "relays", "sentence"),
     [
-        ((0,), (1, 1), "'dram.relays' is [1, 1]; name no GPU twice."),
-        ((0,), (4,), "'dram.relays' names GPU 4, but this process sees GPUs 0 to 3."),
-        ((0, 1), (1,), "'dram.relays' names GPU 1, which this engine computes on; name another GPU."),
-        ((None,), (1,), "'dram.relays' is [1], and SGLang runs on the CPU; leave it out."),
-        ((0,), (3,), "GPU 3, which dram.relays names, has no peer access to GPU 0; name another GPU"),
+        ((0,), (1, 1), "'dram.relays' is [1, 1]. Name no GPU twice."),
+        ((0,), (4,), "'dram.relays' names GPU 4, and this process sees GPUs 0 to 3. Name one of these."),
+        ((0, 1), (1,), "'dram.relays' names GPU 1, which this engine computes on. Name another GPU."),
+        ((None,), (1,), "'dram.relays' is [1], and the engine runs on the CPU. Leave it out."),
+        ((0,), (3,), "GPU 3, which dram.relays names, has no peer access to GPU 0; set "),
     ],
 )
 def test_impossible_relays_are_refused(
-    four_gpus: FakePeers, ranks: tuple[int | None, ...], relays: tuple[int, ...], sentence: str
+    four_gpus: None, ranks: tuple[int | None, ...], relays: tuple[int, ...], sentence: str
 ) -> None:
-    with pytest.raises((ConfigError, TierUnavailable), match=re.escape(sentence) + "$"):
-        DramTier.seats(DramSettings(relays=relays), Ranks(gpus=ranks))
+    with pytest.raises((ConfigError, Unavailable), match=re.escape(sentence)):
+        plans(ranks, relays=relays)
 
 
-def test_relays_have_a_context_when_memory_is_pinned(
-    four_gpus: FakePeers, pinning: FakeDriver, mappings: list[mmap.mmap], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Registered as portable it is pinned for the contexts that there are."""
-    seen: list[list[int]] = []
-    plain = pinning.cuMemHostRegister
-
-    def register(address: int, size: int, flags: int) -> tuple[Any]:
-        seen.append(list(four_gpus.held))
-        return plain(address, size, flags)
-
-    monkeypatch.setattr(pinning, "cuMemHostRegister", register)
-    region = DramTier(DramSettings(), DramSeat(None, relays=(2, 1)), 0).allocate(3 * MIB)
-    assert region.relays == (2, 1)
+def test_relays_reach_the_memory(four_gpus: None, pins: PinDriver) -> None:
+    region = tier(gpu=0, relays=(2, 1)).allocate(3 * MIB)
+    assert region.reachable_from == (2, 1)
+    assert region.gpus == ()
     assert region.summary == "pinned host memory, relayed by GPU 2, 1"
-    assert seen == [[2, 1]] * 2
-    region.release()
-    assert four_gpus.held == []
-
-    pinning.fail_at = len(pinning.sizes)
-    with pytest.raises(TierUnavailable, match="pinning"):
-        DramTier(DramSettings(), DramSeat(None, relays=(1,)), 0).allocate(MIB)
-    assert four_gpus.held == []
-
-
-def install_numa(monkeypatch: pytest.MonkeyPatch, *, available: bool) -> SimpleNamespace:
-    """Put a py-libnuma in place whose library is there or not."""
-    info, memory = SimpleNamespace(numa_available=lambda: available), SimpleNamespace()
-    numa = SimpleNamespace(info=info, memory=memory)
-    for name, module in (("numa", numa), ("numa.info", info), ("numa.memory", memory)):
-        monkeypatch.setitem(sys.modules, name, module)
-    return numa
-
-
-@pytest.mark.parametrize("lacking", ["bindings", "library"])
-def test_missing_libnuma_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
-    monkeypatch.setattr(dram, "_nodes", lambda: [0, 1])
-    monkeypatch.setattr(gpus, "numa_node", lambda gpu: 1)
-    if lacking == "bindings":
-        monkeypatch.setitem(sys.modules, "numa", None)
-    else:
-        install_numa(monkeypatch, available=False)
-    for ranks, node in (((0,), None), ((None,), 1)):
-        with pytest.raises(TierUnavailable, match=r"apt-get install libnuma1 and pip install py-libnuma"):
-            nodes_of(ranks, numa_node=node)
-    assert nodes_of((None,)) == [None], "nothing to place, so nothing is missing"
-
-
-def test_libnuma_is_found_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    numa = install_numa(monkeypatch, available=True)
-    assert dram._libnuma() is numa
-
-
-def test_nodes_are_those_with_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(dram, "_NODES", str(tmp_path))
-    monkeypatch.setattr(dram, "_allowed_nodes", lambda: None)
-    for node, total in ((0, 1000), (2, 0), (10, 3000)):
-        (tmp_path / f"node{node}").mkdir()
-        lines = [f"Node {node} MemTotal:  {total} kB", f"Node {node} MemFree: 7 kB", f"Node {node} SReclaimable: 2 kB"]
-        (tmp_path / f"node{node}" / "meminfo").write_text("\n".join(lines) + "\n")
-    for other in ("has_cpu", "nodes", "node_x"):
-        (tmp_path / other).touch()
-    assert dram._nodes() == [0, 10]
-    monkeypatch.setattr(dram, "_allowed_nodes", lambda: {0, 5})
-    assert dram._nodes() == [0], "a node that the cpuset forbids would crash the bindings"
-    assert tier(numa_node=10).capacity_bytes() == 9 * 1024
-    assert tier(numa_node=3).capacity_bytes() == 0
-    monkeypatch.setattr(dram, "_NODES", str(tmp_path / "none such"))
-    assert dram._nodes() == []
-
-
-def test_ranks_of_a_node_share_its_room(two_nodes: FakeNuma) -> None:
-    """All ask before any of them has touched its memory."""
-    node = [10 + 5 + 2, 2 * (10 + 5 + 2)]
-
-    def rooms(ranks: tuple[int | None, ...], **settings: Any) -> list[float]:
-        given = DramSettings(**settings)
-        seats = DramTier.seats(given, Ranks(gpus=ranks))
-        return [DramTier(given, seat, gpu).capacity_bytes() / MIB for seat, gpu in zip(seats, ranks, strict=True)]
-
-    assert rooms((0, 1)) == node
-    assert rooms((0, 0, 1)) == [node[0] / 2, node[0] / 2, node[1]]
-    assert rooms((0, 1, None), numa_node=1) == pytest.approx([node[1] / 3] * 3, abs=1e-6)
-    # What others have taken of the node since is gone too.
-    assert DramTier(DramSettings(), DramSeat(0, share_bytes=1 << 40), 0).capacity_bytes() == node[0] * MIB
-
-
-def test_room_is_the_nodes_or_the_machines(two_nodes: FakeNuma) -> None:
-    assert tier(numa_node=1).capacity_bytes() == 2 * (10 + 5 + 2) * MIB
-    assert tier().capacity_bytes() > MIB
-
-
-# ---- plain memory ----
-
-
-@pytest.mark.parametrize("nbytes", [1, 4096, 3 * MIB + 17])
-def test_memory_reads_and_writes_over_its_whole_length(mappings: list[mmap.mmap], nbytes: int) -> None:
-    region = tier().allocate(nbytes)
-    assert region.nbytes == nbytes
-    assert region.summary == "host memory"
-    view = region_bytes(region, torch.device("cpu"))
-    pattern = torch.arange(nbytes, dtype=torch.int64).remainder(251).to(torch.uint8)
-    view.copy_(pattern)
-    assert ctypes.string_at(region.address, nbytes) == pattern.numpy().tobytes()
-    assert torch.equal(view, pattern)
-    del view
-    region.release()
+    assert pins.held_when_pinned == [[2, 1, 0]] * 2
     region.release()
 
 
-def test_regions_are_apart(mappings: list[mmap.mmap]) -> None:
-    regions = [tier().allocate(MIB) for _ in range(4)]
-    spans = sorted((region.address, region.address + region.nbytes) for region in regions)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    for region in regions:
-        ctypes.memset(region.address, 1, MIB)
+# ---- capacity ----
+
+
+def test_ranks_of_a_node_share_its_capacity(two_nodes: Nodes) -> None:
+    """All ask before any of them has touched its memory; also replicas and stages that share a GPU."""
+    assert capacities((0, 1)) == [10, 20]
+    assert capacities((0, 0, 1)) == [5, 5, 20]
+    assert capacities((0, 1, None), numa_node=1) == pytest.approx([20 / 3] * 3)
+    # What others have taken of the node since is gone too, and a container's limit holds.
+    assert tier(nodes=(0,), share_bytes=1 << 40).capacity_bytes() == 10 * GIB
+    two_nodes.host = 3 * GIB
+    assert capacities((0, 0)) == [1.5, 1.5]
+
+
+def test_capacity_is_the_nodes_or_the_machines(two_nodes: Nodes) -> None:
+    assert tier(nodes=(1,)).capacity_bytes() == 20 * GIB
+    assert tier(nodes=(0, 1)).capacity_bytes() == 30 * GIB
+    assert tier().capacity_bytes() == 100 * GIB
+    two_nodes.free[0] = -2 * GIB
+    assert tier(nodes=(0,)).capacity_bytes() == 0
+
+
+# ---- hugepages ----
+
+
+def test_reserved_hugepages_are_the_capacity(two_nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose memory is reserved, of which MemAvailable knows nothing."""
+    monkeypatch.setenv("SGLANG_HUGEPAGE_SIZE", "2MB")
+    two_nodes.host = 0
+    two_nodes.hugepages = {(0,): 8 * GIB, (1,): 6 * GIB, (): 14 * GIB}
+    assert capacities((0, 0, 1, None)) == [4, 4, 6, 14]
+    planned = plans((0,))[0]
+    assert planned.hugepage_bytes == 2 * MIB
+    assert not DramTier(DramSettings(), planned, 0).traits.counts_as_host_ram
+    assert tier().traits.counts_as_host_ram
+
+
+def test_too_few_hugepages_are_refused_before_a_model_is_loaded(
+    two_nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_HUGEPAGE_SIZE", "1GB")
+    two_nodes.hugepages = {(0,): 4 * GIB, (1,): 0}
+    with pytest.raises(
+        Unavailable, match=r"SGLANG_HUGEPAGE_SIZE asks for hugepages of 1024 MiB.*unset SGLANG_HUGEPAGE"
+    ):
+        plans((0, 1))
+    with pytest.raises(Unavailable, match="asks for hugepages"):
+        tier(nodes=(0,), hugepage_bytes=GIB).allocate(5 * GIB)
+    monkeypatch.setenv("SGLANG_HUGEPAGE_SIZE", "16MB")
+    with pytest.raises(ConfigError, match=r"SGLANG_HUGEPAGE_SIZE is '16MB'\. Give 2MB or 1GB"):
+        plans((0,))
+
+
+def test_a_hugepage_that_the_node_does_not_have_is_no_signal(two_nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reserves them for the machine; a bound one may be missing when it is touched."""
+    two_nodes.hugepages = {(0,): 8 * GIB}
+    plain = hostmem.map_anonymous
+    monkeypatch.setattr(hostmem, "map_anonymous", lambda nbytes, hugepage: plain(nbytes))
+
+    def populate(*_: object, **__: object) -> None:
+        raise OSError(14, "Bad address")
+
+    monkeypatch.setattr(hostmem, "populate", populate)
+    with pytest.raises(Unavailable, match="asks for hugepages of 2 MiB"):
+        tier(nodes=(0,), hugepage_bytes=2 * MIB).allocate(MIB)
+
+
+@pytest.mark.parametrize("reserved", [2])
+def test_hugepages_are_used_where_there_are_some(reserved: int) -> None:
+    """Reserves two for the moment, where the machine lets a test do so."""
+    control = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    try:
+        before = control.read_text()
+        control.write_text(str(int(before) + reserved))
+    except OSError:
+        pytest.skip("no hugepages can be reserved here")
+    try:
+        if machine.free_hugepage_bytes(2 * MIB) < reserved * 2 * MIB:
+            pytest.skip("no hugepages can be reserved here")
+        region = tier(hugepage_bytes=2 * MIB).allocate(3 * MIB)
+        assert region.summary == "host memory in hugepages of 2 MiB"
+        assert "ht" in flags_of_mapping(region.extents[0].address)
+        assert machine.free_hugepage_bytes(2 * MIB) == 0
         region.release()
+        assert machine.free_hugepage_bytes(2 * MIB) >= reserved * 2 * MIB
+    finally:
+        control.write_text(before)
+
+
+# ---- memory ----
 
 
 READ_AFTER_RELEASE = """
-import torch
-from sglang_xmem.pool import region_bytes
-from sglang_xmem.tiers.dram import DramSeat, DramSettings, DramTier
+import numpy
+from sglang_xmem.tiers.dram import DramRankPlan, DramSettings, DramTier
 
-region = DramTier(DramSettings(), DramSeat(None), None).allocate(64 << 20)
-view = region_bytes(region, torch.device("cpu"))
-view.fill_(3)
+region = DramTier(DramSettings(), DramRankPlan(), None).allocate(64 << 20)
+view = numpy.frombuffer(region.owner[0], dtype=numpy.uint8)
+view[:] = 3
 region.release()
 print(int(view.sum()))
 """
 
 
-def test_a_tensor_outlives_the_release() -> None:
+def test_a_view_outlives_the_release() -> None:
     done = subprocess.run([sys.executable, "-c", READ_AFTER_RELEASE], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{3 * (64 << 20)}\n")
 
 
-def test_more_than_the_address_space_is_told() -> None:
-    with pytest.raises(TierUnavailable):
-        tier().allocate(1 << 60)
-
-
-# ---- placement ----
-
-
 @pytest.fixture
-def touched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """(thread, address, bytes) of what is touched, a MiB at a time."""
-    calls: list[tuple[int, int, int]] = []
-    plain = ctypes.memset
-    together = threading.Barrier(4)
-
-    def memset(address: int, value: int, count: int) -> int:
-        if len(calls) < 4:  # else one thread could do it all before the others start
-            calls.append((threading.get_ident(), address, count))
-            together.wait(10)
-        else:
-            calls.append((threading.get_ident(), address, count))
-        return plain(address, value, count)
-
-    monkeypatch.setattr(ctypes, "memset", memset)
-    monkeypatch.setattr(dram, "TOUCH_BYTES", MIB)
+def touched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    monkeypatch.setattr(ctypes, "memset", lambda address, value, count: calls.append(count))
     return calls
 
 
-def check_touched_once(touched: list[tuple[int, int, int]], address: int, nbytes: int) -> None:
-    at = address
-    for start, count in sorted((start, count) for _, start, count in touched):
-        assert start == at
-        at += count
-    assert at == address + nbytes
+def test_memory_is_bound_whole_before_it_is_touched(two_nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    bind = machine.bind
 
+    def recorded(address: int, nbytes: int, nodes: Sequence[int]) -> str | None:
+        order.append("bind")
+        return bind(address, nbytes, nodes)
 
-def test_every_byte_is_touched_by_a_thread_bound_once(
-    two_nodes: FakeNuma, touched: list[tuple[int, int, int]], mappings: list[mmap.mmap]
-) -> None:
-    nbytes = 9 * MIB + 123
-    region = tier(numa_node=1, threads=4).allocate(nbytes)
+    monkeypatch.setattr(machine, "bind", recorded)
+    monkeypatch.setattr(ctypes, "memset", lambda *_: order.append("touch"))
+    region = tier(nodes=(1,)).allocate(3 * MIB + 5)
+    assert order == ["bind", "touch"]
+    assert two_nodes.bound == [(region.extents[0].address, 3 * MIB + 5, (1,))]
     assert region.summary == "host memory of NUMA node 1"
-    check_touched_once(touched, region.address, nbytes)
-    binds = Counter(two_nodes.bound)
-    assert set(binds.values()) == {1}
-    assert len(binds) == 4
-    assert {node for _, node in binds} == {1}
-    assert {thread for thread, _, _ in touched} == {thread for thread, _ in binds}
-    assert threading.get_ident() not in {thread for thread, _ in binds}, "the caller keeps its own policy"
     region.release()
 
 
-def test_a_kernel_that_refuses_the_node_is_told(two_nodes: FakeNuma, mappings: list[mmap.mmap]) -> None:
-    two_nodes.refuses = True
-    with pytest.raises(TierUnavailable, match="does not let this process bind memory to NUMA node 1"):
-        tier(numa_node=1, threads=2).allocate(8 * MIB)
-
-
-def test_memory_without_node_and_gpu_is_not_touched(touched: list[tuple[int, int, int]]) -> None:
+def test_memory_without_node_and_gpu_is_not_touched(touched: list[int]) -> None:
     tier(threads=4).allocate(8 * MIB).release()
     assert touched == []
 
 
-def test_pinned_memory_is_touched_first_also_without_a_node(
-    pinning: FakeDriver, touched: list[tuple[int, int, int]], mappings: list[mmap.mmap]
-) -> None:
-    region = tier(gpu=0, threads=4).allocate(8 * MIB)
-    check_touched_once(touched, region.address, 8 * MIB)
-    region.release()
-
-
-# ---- pinning ----
-
-
-def test_pinned_memory_is_registered_whole_and_given_back(
-    pinning: FakeDriver, two_nodes: FakeNuma, mappings: list[mmap.mmap]
-) -> None:
-    region = tier(numa_node=1, gpu=0).allocate(5 * MIB)
-    assert region.summary == "pinned host memory of NUMA node 1"
-    assert pinning.registered == {region.address + at * MIB: min(2, 5 - at) * MIB for at in (0, 2, 4)}
-    assert region.pinned == tuple(pinning.registered)
-    region.release()
-    assert pinning.registered == {}
-    region.release()
-
-
-@pytest.mark.parametrize("failing", range(3))
-def test_a_failing_registration_is_told_and_undone(
-    pinning: FakeDriver, mappings: list[mmap.mmap], failing: int
-) -> None:
-    pinning.fail_at = failing
-    with pytest.raises(TierUnavailable) as caught:
-        tier(gpu=0).allocate(5 * MIB)
-    message = str(caught.value)
-    assert re.search(r"pinning 0\.00 GB of host memory failed with CUDA error 2: out of memory", message)
-    assert "ulimit -l" in message
-    assert "--hicache-size" in message
-    assert "\n" not in message
-    assert pinning.registered == {}
+def test_pinned_memory_is_touched_first_also_without_a_node(touched: list[int], pins: PinDriver) -> None:
+    tier(gpu=0, threads=4).allocate(8 * MIB).release()
+    assert sum(touched) == 8 * MIB
 
 
 def flags_of_mapping(address: int) -> set[str]:
@@ -458,16 +453,37 @@ def flags_of_mapping(address: int) -> set[str]:
     pytest.skip("this kernel does not tell a mapping's flags")
 
 
-def test_a_forked_child_does_not_get_pinned_memory(pinning: FakeDriver, mappings: list[mmap.mmap]) -> None:
+def test_a_forked_child_does_not_get_pinned_memory(pins: PinDriver) -> None:
     """Else the child keeps the pages that the GPU writes to, and this process gets others when it writes."""
     for gpu in (0, None):
         region = tier(gpu=gpu).allocate(MIB)
-        assert ("dc" in flags_of_mapping(region.address)) is (gpu is not None)
+        assert ("dc" in flags_of_mapping(region.extents[0].address)) is (gpu is not None)
         region.release()
 
 
-def test_another_address_on_the_gpu_is_refused_and_undone(pinning: FakeDriver, mappings: list[mmap.mmap]) -> None:
-    pinning.seen_at = 4096
-    with pytest.raises(TierUnavailable, match="another address"):
+def test_nothing_stays_mapped_where_pinning_fails(pins: PinDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[mmap.mmap] = []
+
+    class Recorded(mmap.mmap):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append(self)
+
+    monkeypatch.setattr(mmap, "mmap", Recorded)
+    pins.fail_at = 2  # behind a context, which is made current
+    with pytest.raises(Unavailable, match="pinning 0.00 of 0.01 GB"):
         tier(gpu=0).allocate(5 * MIB)
-    assert pinning.registered == {}
+    assert [mapping.closed for mapping in made] == [True]
+
+
+def test_variables_are_checked_before_a_model_is_loaded(two_nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (hostmem.REGISTER_VARIABLE, hostmem.THREADS_VARIABLE):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "x")
+            with pytest.raises(ConfigError, match=name):
+                plans((0,))
+
+
+def test_traits_follow_the_gpu() -> None:
+    assert tier(gpu=0).traits == DramTier.traits
+    assert tier().traits.link == "none"
+    assert dram.DramTier.traits.cpu_addressable

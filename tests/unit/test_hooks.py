@@ -28,17 +28,16 @@ from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
-from sglang_xmem.adapters import hooks
-from sglang_xmem.adapters import sglang_0_5_23 as adapter
-from sglang_xmem.adapters.hooks import Hook
+from sglang_xmem.engines.sglang import hooks, install, launcher, versions
+from sglang_xmem.engines.sglang.hooks import Hook
 from sglang_xmem.errors import UnsupportedSGLang
 from sglang_xmem.plan import Plan
-from sglang_xmem.plugin import ADAPTERS
 from sglang_xmem.tiers import Ranks
 
-ALL_HOOKS = (*adapter.FLAG_HOOKS, *adapter.LAUNCHER_HOOKS, *adapter.POOL_HOOKS)
+TABLE = versions.current()
+ALL_HOOKS = (*TABLE.flag_hooks, *TABLE.launcher_hooks, *TABLE.scheduler_hooks)
 KEYWORDS = {"hicache_use_xmem": True, "hicache_xmem_tier": "dram", "hicache_xmem_config": {"dram": {"threads": 2}}}
-UNKNOWN_VERSION = "0.5.99"
+UNKNOWN_VERSION = "0.5.20"
 #: What HiCache is made of.
 HICACHE = tuple(
     f"sglang.srt.{name}"
@@ -50,6 +49,9 @@ HICACHE = tuple(
         "mem_cache.hybrid_cache.host_pool_config",
         "mem_cache.hybrid_cache.hybrid_cache_controller",
         "mem_cache.hybrid_cache.hybrid_pool_assembler",
+        "mem_cache.hicache_auto_size",
+        "mem_cache.kv_cache_builder",
+        "mem_cache.pool_host.group",
         "managers.cache_controller",
     )
 )
@@ -272,18 +274,66 @@ def removed_target_in_a_scheduler() -> None:
     _publish(record)
 
 
-def target_of_another_plugin_in_a_scheduler() -> None:
-    """SGLang's registry patches a target once, and passes over what comes later."""
+def target_of_another_plugin_in_a_scheduler() -> Any:
+    """SGLang's registry patches a target once, and passes over what comes later; here both hooks run."""
+    from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     _load_plugins()
     record = _keyword_record(**KEYWORDS)
     record.check_server_args()
-    HookRegistry.register(
-        "sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", lambda result, buffer_info: None, HookType.AFTER
-    )
+    seen: list[str] = []
+    target = "sglang.srt.mem_cache.l2_transfer.L2TransferEngine.__init__"
+    HookRegistry.register(target, lambda result, self, io_backend: seen.append(io_backend), HookType.AFTER)
     HookRegistry.apply_hooks()
     _publish(record)
+    L2TransferEngine("kernel")
+    wrapped = inspect.unwrap(L2TransferEngine.__init__, stop=lambda f: not hasattr(f.__wrapped__, "__wrapped__"))
+    return {"seen": seen, "both": wrapped is not L2TransferEngine.__init__}
+
+
+def hooks_of_a_later_plugin() -> Any:
+    """A plugin that SGLang finds behind this one hooks what this one hooks, with the flag off."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_xmem import plugin
+
+    seen = []
+    plugin.register()
+    for name in ("add_cli_args", "from_cli_args", "check_server_args"):
+        HookRegistry.register(
+            f"sglang.srt.server_args.ServerArgs.{name}",
+            lambda result, *args, _name=name: seen.append(_name),
+            HookType.AFTER,
+        )
+    HookRegistry.apply_hooks()
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    ServerArgs.from_cli_args(parser.parse_args(["--model-path", _model, "--device", "cpu"]))
+    return {"seen": seen, "ours": "--hicache-use-xmem" in parser.format_help()}
+
+
+def switch_in_a_config_file() -> Any:
+    """A --config file spells booleans out, and drops a false store_true."""
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    _load_plugins()
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    found = {}
+    for text in (
+        "hicache-use-xmem: false\nhicache-xmem-tier: dram\n",
+        "no-hicache-use-xmem: true\nhicache-xmem-tier: dram\n",
+        "hicache-use-xmem: true\nhicache-xmem-tier: dram\n",
+    ):
+        path = Path(_model) / "config.yaml"
+        path.write_text(f"model-path: {_model}\ndevice: cpu\n{text}")
+        merged = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(path)])
+        record = ServerArgs.from_cli_args(parser.parse_args(merged))
+        found[text.splitlines()[0]] = hasattr(record, "_sglang_xmem")
+    return found
 
 
 def unplanned_record_in_a_scheduler() -> None:
@@ -294,7 +344,7 @@ def unplanned_record_in_a_scheduler() -> None:
 def keywords() -> Any:
     _load_plugins()
     factory = _engine_class().server_args_class
-    adapter.install_flags()
+    install()
     record = _keyword_record(**KEYWORDS)
     sent = [pickle.loads(pickle.dumps(record))._sglang_xmem]
     asked = record._sglang_xmem
@@ -309,11 +359,6 @@ def keywords() -> Any:
         "planned": type(record._sglang_xmem).__name__,
         "equal after pickling": [sent[0] == asked, sent[1] == record._sglang_xmem],
         "plan": base64.b64encode(pickle.dumps(record._sglang_xmem)).decode(),
-        "layout": [
-            record.hicache_mem_layout,
-            _keyword_record(**KEYWORDS, hicache_mem_layout="page_first").hicache_mem_layout,
-            _keyword_record(hicache_use_xmem=False).hicache_mem_layout == _keyword_record().hicache_mem_layout,
-        ],
         "off": [
             hasattr(_keyword_record(**more), "_sglang_xmem")
             for more in ({}, {"hicache_use_xmem": False}, {"hicache_use_xmem": False, "hicache_xmem_tier": "dram"})
@@ -321,7 +366,7 @@ def keywords() -> Any:
         "subclass": Fork.server_args_class(**_options(**KEYWORDS))._sglang_xmem == asked,
         "wrapped once": _engine_class().server_args_class is factory,
         "wrong types": [
-            _message(functools.partial(factory, **_options(hicache_use_xmem=on))) for on in ("yes", 1, None)
+            _message(functools.partial(factory, **_options(hicache_use_xmem=on))) for on in ("yes", 1)
         ],
         "without the switch": [
             _message(functools.partial(factory, **_options(**{name: KEYWORDS[name]})))
@@ -338,14 +383,10 @@ def tier_without_the_switch() -> None:
 
 def flags() -> Any:
     _load_plugins()
-    stock = _command_record().hicache_mem_layout
     on = _command_record("--hicache-use-xmem", "--hicache-xmem-config", '{"dram": {}}')
     request = pickle.loads(pickle.dumps(on))._sglang_xmem
     return {
         "request": [request.tier, request.config, request.from_cli],
-        "layout": on.hicache_mem_layout,
-        "layout given": _command_record("--hicache-use-xmem", "--hicache-mem-layout", stock).hicache_mem_layout
-        == stock,
         "off": [
             hasattr(_command_record(*given), "_sglang_xmem")
             for given in (
@@ -372,6 +413,8 @@ SCENARIOS: tuple[Callable[[], Any], ...] = (
     removed_target_with_the_flag_off,
     removed_target_in_a_scheduler,
     target_of_another_plugin_in_a_scheduler,
+    hooks_of_a_later_plugin,
+    switch_in_a_config_file,
     unplanned_record_in_a_scheduler,
     keywords,
     tier_without_the_switch,
@@ -488,8 +531,8 @@ def test_flag_on_patches_schedulers_alone_and_what_it_says(reports: dict[str, Re
     """Also the negative control of the test above: the same comparison sees every patch."""
     value = value_of(reports["flag_on"])
     assert value["in_launcher"] == []
-    expected = {hook.target for hook in adapter.POOL_HOOKS if hook.target.startswith(HICACHE)}
-    assert len(expected) == len(adapter.POOL_HOOKS) - 1, "all but one of the scheduler's"
+    expected = {hook.target for hook in TABLE.scheduler_hooks if hook.target.startswith(HICACHE)}
+    assert len(expected) == len(TABLE.scheduler_hooks) - 2, "all but two of the scheduler class"
     assert expected <= set(value["changed"])
     # The rest are other modules' names of the same functions.
     assert {name.rpartition(".")[2] for name in value["changed"]} == {name.rpartition(".")[2] for name in expected}
@@ -506,7 +549,7 @@ def test_targets_are_there_with_their_parameters(reports: dict[str, Report]) -> 
 def test_unknown_version_ends_a_command_with_the_flag(reports: dict[str, Report], scenario: str) -> None:
     report = reports[scenario]
     assert report.status == 2
-    for word in ("--hicache-use-xmem", UNKNOWN_VERSION, *ADAPTERS, "pip install sglang=="):
+    for word in ("--hicache-use-xmem", UNKNOWN_VERSION, *versions.known(), "pip install sglang=="):
         assert word in report.said
     assert "WARNING" not in report.said
 
@@ -544,12 +587,8 @@ def test_unknown_version_refuses_the_keyword_of_the_first_engine(reports: dict[s
 @pytest.mark.parametrize(
     ("scenario", "words"),
     [
-        ("removed_target_of_a_command", ["has no", "L2TransferEngine.submit_host_to_device", "enqueue loads"]),
-        ("removed_target_in_a_scheduler", ["has no", "L2TransferEngine.submit_host_to_device", "enqueue loads"]),
-        (
-            "target_of_another_plugin_in_a_scheduler",
-            ["another plugin has patched", "get_mha_host_pool_cls", "put the host pool into a tier", "SGLANG_PLUGINS"],
-        ),
+        ("removed_target_of_a_command", ["has no", "L2TransferEngine.submit_host_to_device", "load pages"]),
+        ("removed_target_in_a_scheduler", ["has no", "L2TransferEngine.submit_host_to_device", "load pages"]),
         (
             "changed_target_of_a_command",
             [
@@ -559,8 +598,8 @@ def test_unknown_version_refuses_the_keyword_of_the_first_engine(reports: dict[s
                 "keep transfers from waiting",
             ],
         ),
-        ("tier_without_the_switch", ["--hicache-xmem-tier peer says nothing without --hicache-use-xmem"]),
-        ("unplanned_record_in_a_scheduler", ["--hicache-use-xmem", "use sglang serve or sgl.Engine"]),
+        ("tier_without_the_switch", ["--hicache-xmem-tier peer has no effect without --hicache-use-xmem"]),
+        ("unplanned_record_in_a_scheduler", ["--hicache-use-xmem", "Use sglang serve or sgl.Engine"]),
     ],
 )
 def test_sglang_that_does_not_fit_is_refused(reports: dict[str, Report], scenario: str, words: list[str]) -> None:
@@ -568,6 +607,24 @@ def test_sglang_that_does_not_fit_is_refused(reports: dict[str, Report], scenari
     assert report.status == 78, report.stderr
     for word in words:
         assert word in report.said
+
+
+@pytest.mark.cpu_engine
+def test_other_plugins_hooks_stay_alive(reports: dict[str, Report]) -> None:
+    """Whether they come before this package's, behind them, or with the flag off."""
+    assert value_of(reports["target_of_another_plugin_in_a_scheduler"]) == {"seen": ["kernel"], "both": True}
+    value = value_of(reports["hooks_of_a_later_plugin"])
+    assert value["ours"] is True
+    assert set(value["seen"]) >= {"add_cli_args", "from_cli_args"}
+
+
+@pytest.mark.cpu_engine
+def test_a_config_file_can_switch_on_and_off(reports: dict[str, Report]) -> None:
+    assert value_of(reports["switch_in_a_config_file"]) == {
+        "hicache-use-xmem: false": False,
+        "no-hicache-use-xmem: true": False,
+        "hicache-use-xmem: true": True,
+    }
 
 
 @pytest.mark.cpu_engine
@@ -589,19 +646,17 @@ def test_keywords_of_the_engine(reports: dict[str, Report]) -> None:
     assert value["request"] == ["dram", KEYWORDS["hicache_xmem_config"], False]
     assert value["planned"] == "Plan"
     assert value["equal after pickling"] == [True, True]
-    assert value["layout"] == ["layer_first", "page_first", True]
     assert value["off"] == [False, False, False]
     assert value["subclass"] is True
     assert value["wrapped once"] is True
-    for (kind, message), given in zip(value["wrong types"], ("'yes'", "1", "None"), strict=True):
-        assert (kind, message) == ("ConfigError", f"hicache_use_xmem is {given}; give True or False.")
+    for (kind, message), given in zip(value["wrong types"], ("'yes'", "1"), strict=True):
+        assert (kind, message) == ("ConfigError", f"hicache_use_xmem must be True or False, got {given}.")
     for (kind, message), name in zip(
         value["without the switch"], ("hicache_xmem_tier", "hicache_xmem_config"), strict=True
     ):
-        assert (kind, message.partition(";")[0]) == (
-            "ConfigError",
-            f"{name} says nothing without hicache_use_xmem=True",
-        )
+        assert kind == "ConfigError"
+        assert message.startswith(f"{name}=")
+        assert "has no effect without hicache_use_xmem=True" in message
     assert value["unknown keyword"][0] == "TypeError"
     assert "hicache_xmem_teir" in value["unknown keyword"][1]
 
@@ -619,8 +674,6 @@ def test_a_plan_is_the_same_in_another_process(reports: dict[str, Report]) -> No
 def test_flags_of_the_commands(reports: dict[str, Report]) -> None:
     value = value_of(reports["flags"])
     assert value["request"] == ["auto", '{"dram": {}}', True]
-    assert value["layout"] == "layer_first"
-    assert value["layout given"] is True
     assert value["off"] == [False, False, False]
 
 
@@ -644,7 +697,7 @@ def fake_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def hook(target: str, *parameters: str) -> Hook:
-    return Hook(target, parameters, "after", lambda *args: None, "hold the door")
+    return Hook(target, parameters, "after", "builtins:print", "hold the door")
 
 
 def test_verify_takes_what_fits(fake_module: ModuleType) -> None:
@@ -681,7 +734,7 @@ def test_a_hook_that_sglang_does_not_place_is_an_error(
 ) -> None:
     """SGLang logs a failing hook and goes on."""
     registry = ModuleType("sglang.srt.plugins.hook_registry")
-    lazy = SimpleNamespace(register=lambda target, function, kind: None, apply_hooks=lambda: None, _patched=set())
+    lazy = SimpleNamespace(_apply_target=lambda target, hooks: None)
     registry.__dict__.update(HookRegistry=lazy, HookType=str)
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
     with pytest.raises(UnsupportedSGLang, match=r"did not patch fake_sglang_part\.Target\.method, needed to hold the"):
@@ -704,26 +757,26 @@ class Scheduler:
 @contextmanager
 def launching(monkeypatch: pytest.MonkeyPatch, on: bool) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(adapter, "_launching_with_tier", on)
+        patch.setattr(launcher, "_launching_with_tier", on)
         yield
 
 
 def test_ranks_with_the_patches_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    infos = [{adapter.INFO_KEY: "dram"}, {adapter.INFO_KEY: ""}]
+    infos = [{launcher.INFO_KEY: "dram"}, {launcher.INFO_KEY: ""}]
     with launching(monkeypatch, on=True):
-        assert adapter._wait_for_scheduler_ready(lambda readers, processes: infos, [], []) is infos
+        assert launcher.wait_for_scheduler_ready(lambda readers, processes: infos, [], []) is infos
     with launching(monkeypatch, on=False):
-        assert adapter._wait_for_scheduler_ready(lambda readers, processes: [{}], [], []) == [{}]
+        assert launcher.wait_for_scheduler_ready(lambda readers, processes: [{}], [], []) == [{}]
 
 
 def test_a_rank_without_the_patches_must_not_serve(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     processes = [Scheduler(), Scheduler()]
-    infos: list[dict[str, str]] = [{adapter.INFO_KEY: "dram"}, {}]
+    infos: list[dict[str, str]] = [{launcher.INFO_KEY: "dram"}, {}]
     with launching(monkeypatch, on=True), pytest.raises(SystemExit, match="78"):
-        adapter._wait_for_scheduler_ready(lambda readers, procs: infos, [], processes)
-    assert "rank 1 came up without the patches" in capsys.readouterr().err
+        launcher.wait_for_scheduler_ready(lambda readers, procs: infos, [], processes)
+    assert "Rank 1 started without the patches" in capsys.readouterr().err
     assert [process.exitcode for process in processes] == [-9, -9]
 
 
@@ -737,8 +790,8 @@ def test_a_refusal_is_told_from_a_crash(
     processes = [Scheduler(), Scheduler(status)]
     expected: type[BaseException] = SystemExit if refused else RuntimeError
     with launching(monkeypatch, on=True), pytest.raises(expected):
-        adapter._wait_for_scheduler_ready(fail, [], processes)
-    assert ("a rank refused to start" in capsys.readouterr().err) is refused
+        launcher.wait_for_scheduler_ready(fail, [], processes)
+    assert ("A rank exited during startup" in capsys.readouterr().err) is refused
     assert processes[0].is_alive() is not refused
 
 

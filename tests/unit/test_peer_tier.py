@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_xmem import gpus
-from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.tiers import Ranks, Region
-from sglang_xmem.tiers.peer import RESERVE_BYTES, PeerSeat, PeerSettings, PeerTier
+from sglang_xmem.errors import ConfigError, Unavailable
+from sglang_xmem.tiers import Ranks
+from sglang_xmem.tiers.peer import CONTEXT_BYTES, RESERVE_BYTES, PeerRankPlan, PeerSettings, PeerTier
 
 MIB = 1 << 20
 GRANULARITY = 2 * MIB
@@ -34,6 +34,7 @@ class FakeDriver:
 
     Attributes:
         free: bytes that each GPU has left.
+        context_bytes: what a context takes of its GPU.
         fail_at: which of the calls that acquire something fails, counted from 0; None for none.
     """
 
@@ -46,6 +47,7 @@ class FakeDriver:
 
     def __init__(self, free: dict[int, int]) -> None:
         self.free = free
+        self.context_bytes = 0
         self.fail_at: int | None = None
         self.calls: list[str] = []
         self.ranges: dict[int, int] = {}
@@ -67,12 +69,16 @@ class FakeDriver:
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, Any]:
         if self._fails("retain"):
             return FAILURE, None
+        if device not in self.contexts:
+            self.free[device] -= self.context_bytes
         self.contexts.append(device)
         return SUCCESS, object()
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Any]:
         self.calls.append("release context")
         self.contexts.remove(device)
+        if device not in self.contexts:
+            self.free[device] += self.context_bytes
         assert not any(block.gpu == device for block in self.mapped.values()), "asleep with memory in use"
         return (SUCCESS,)
 
@@ -192,11 +198,11 @@ def eight() -> Iterator[Machine]:
         yield machine
 
 
-def seats(ranks: tuple[int | None, ...], settings: PeerSettings | None = None) -> list[tuple[int, ...]]:
-    return [seat.gpus for seat in PeerTier.seats(settings or PeerSettings(), Ranks(gpus=ranks))]
+def dealt_to(ranks: tuple[int | None, ...], settings: PeerSettings | None = None) -> list[tuple[int, ...]]:
+    return [plan.gpus for plan in PeerTier.plan_ranks(settings or PeerSettings(), Ranks(gpus=ranks))]
 
 
-# ---- seats ----
+# ---- rank plans ----
 
 
 @pytest.mark.parametrize(
@@ -210,24 +216,24 @@ def seats(ranks: tuple[int | None, ...], settings: PeerSettings | None = None) -
     ],
 )
 def test_idle_gpus_are_dealt_to_the_ranks(eight: Machine, ranks: tuple[int, ...], expected: object) -> None:
-    assert seats(ranks) == expected
+    assert dealt_to(ranks) == expected
     assert eight.driver.calls == [], "planning asks the driver for nothing"
 
 
 def test_busy_gpus_are_left_alone(eight: Machine) -> None:
     eight.busy = {2: "GPU 2 is in use by process 7", 5: "GPU 5 is in use by process 8"}
-    assert seats((0, 1)) == [(3, 6), (4, 7)]
+    assert dealt_to((0, 1)) == [(3, 6), (4, 7)]
 
 
 def test_named_gpus_are_taken_in_their_order_and_may_be_busy(eight: Machine) -> None:
     eight.busy = {5: "GPU 5 is in use by process 7"}
-    assert seats((0, 1), PeerSettings(gpus=(7, 5, 3))) == [(7, 3), (5,)]
+    assert dealt_to((0, 1), PeerSettings(gpus=(7, 5, 3))) == [(7, 3), (5,)]
     assert eight.asked == []
-    assert all(seat.named for seat in PeerTier.seats(PeerSettings(gpus=(5,)), Ranks(gpus=(0,))))
+    assert all(plan.named for plan in PeerTier.plan_ranks(PeerSettings(gpus=(5,)), Ranks(gpus=(0,))))
 
 
 @given(st.data())
-def test_seats_are_disjoint_idle_and_never_the_engines_own(data: st.DataObject) -> None:
+def test_rank_plans_are_disjoint_idle_and_never_the_engines_own(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 8))
     ranks = tuple(data.draw(st.lists(st.sampled_from(range(count)), min_size=1, unique=True)))
     busy = data.draw(st.sets(st.sampled_from(range(count))))
@@ -235,92 +241,66 @@ def test_seats_are_disjoint_idle_and_never_the_engines_own(data: st.DataObject) 
     with machine_with([RESERVE_BYTES] * count) as machine:
         machine.busy = {gpu: f"GPU {gpu} is in use by process 7" for gpu in busy}
         if len(usable) < len(ranks):
-            with pytest.raises(TierUnavailable):
-                seats(ranks)
+            with pytest.raises(Unavailable):
+                dealt_to(ranks)
             return
-        dealt = seats(ranks)
+        dealt = dealt_to(ranks)
     assert len(dealt) == len(ranks)
     assert all(dealt)
-    assert Counter(gpu for seat in dealt for gpu in seat) == Counter(usable)
+    assert Counter(gpu for peers in dealt for gpu in peers) == Counter(usable)
 
 
-def test_the_gpu_that_copies_gets_access_and_is_named(eight: Machine) -> None:
-    settings = PeerSettings(gpus=(5, 6), copy_on="peer", stripe_mib=2)
-    (seat,) = PeerTier.seats(settings, Ranks(gpus=(0,)))
-    region = PeerTier(settings, seat, 0).allocate(8 * MIB)
-    assert (region.copying_gpu, region.copying_required) == (5, True)
-    assert [readers[1:] for readers in eight.driver.readers.values()] == [(0, 5)]
-    region.release()
-    eight.check_untouched()
-    eight.apart = {(5, 6)}
-    with pytest.raises(TierUnavailable, match=r"GPU 5, which peer.copy_on names, has no peer access to GPU 6"):
-        PeerTier(settings, seat, 0).allocate(8 * MIB)
-    eight.check_untouched()
+def test_the_first_peer_gets_access_where_it_reaches_all(eight: Machine) -> None:
+    settings = PeerSettings(gpus=(5, 6), stripe_mib=2)
+    (plan,) = PeerTier.plan_ranks(settings, Ranks(gpus=(0,)))
+    for apart, reaching in (((6, 5), (5,)), ((5, 6), ()), ((5, 0), ())):
+        eight.apart = {apart}
+        region = PeerTier(settings, plan, 0).allocate(8 * MIB)
+        assert region.gpus == (5, 6)
+        assert region.reachable_from == reaching
+        assert [readers[1:] for readers in eight.driver.readers.values()] == [(0, *reaching)]
+        region.release()
+        eight.check_untouched()
 
 
 def test_the_gpu_that_copies_is_idle(eight: Machine) -> None:
     eight.busy = {5: "GPU 5 is in use by process 7"}
     settings = PeerSettings(gpus=(5, 6), copy_on="peer")
-    with pytest.raises(TierUnavailable, match=r"GPU 5 is in use by process 7, and peer.copy_on wants it idle"):
-        PeerTier.seats(settings, Ranks(gpus=(0,)))
+    with pytest.raises(Unavailable, match=r"GPU 5 is in use by process 7, and peer.copy_on wants it idle"):
+        PeerTier.plan_ranks(settings, Ranks(gpus=(0,)))
     # Only the first peer of a rank runs copies.
-    assert seats((0,), PeerSettings(gpus=(6, 5), copy_on="peer")) == [(6, 5)]
-    assert seats((0,), PeerSettings(copy_on="peer")) == [(1, 2, 3, 4, 6, 7)]
-
-
-def region_of(settings: PeerSettings) -> Region:
-    (seat,) = PeerTier.seats(settings, Ranks(gpus=(0,)))
-    return PeerTier(settings, seat, 0).allocate(8 * MIB)
-
-
-def test_by_default_a_peer_copies_that_is_idle_and_reaches_all(eight: Machine) -> None:
-    for settings, copying in (
-        (PeerSettings(), 1),
-        (PeerSettings(gpus=(5, 6), stripe_mib=2), 5),
-        (PeerSettings(gpus=(5, 6), stripe_mib=2, copy_on="rank"), None),
-    ):
-        region = region_of(settings)
-        assert (region.copying_gpu, region.copying_required) == (copying, False)
-        (readers,) = eight.driver.readers.values()
-        assert readers[1:] == ((0,) if copying is None else (0, copying))
-        region.release()
-    eight.busy = {5: "GPU 5 is in use by process 7"}
-    assert region_of(PeerSettings(gpus=(5, 6), stripe_mib=2)).copying_gpu is None
-    assert region_of(PeerSettings(gpus=(6, 5), stripe_mib=2)).copying_gpu == 6
-    eight.apart = {(6, 5)}
-    assert region_of(PeerSettings(gpus=(6, 5), stripe_mib=2)).copying_gpu is None
-    eight.apart = {(6, 0)}
-    assert region_of(PeerSettings(gpus=(6, 7), stripe_mib=2)).copying_gpu is None
+    assert dealt_to((0,), PeerSettings(gpus=(6, 5), copy_on="peer")) == [(6, 5)]
+    assert dealt_to((0,), PeerSettings(copy_on="peer")) == [(1, 2, 3, 4, 6, 7)]
 
 
 def test_too_few_peers_is_told_with_the_reasons(eight: Machine) -> None:
     eight.busy = {gpu: f"GPU {gpu} is in use by process {70 + gpu}" for gpu in (4, 5, 6)}
-    with pytest.raises(TierUnavailable) as caught:
-        seats((0, 1, 2, 3))
+    with pytest.raises(Unavailable) as caught:
+        dealt_to((0, 1, 2, 3))
     assert "1 other GPU(s) can be used for 4 rank(s)" in str(caught.value)
     for gpu in (4, 5, 6):
         assert f"GPU {gpu} is in use by process {70 + gpu}" in str(caught.value)
 
 
 def test_one_gpu_machine_has_no_peer() -> None:
-    with machine_with([RESERVE_BYTES]), pytest.raises(TierUnavailable, match=r"0 other GPU\(s\) can be used"):
-        seats((0,))
+    with machine_with([RESERVE_BYTES]), pytest.raises(Unavailable, match=r"0 other GPU\(s\) can be used"):
+        dealt_to((0,))
 
 
 def test_a_named_peer_without_access_is_told(eight: Machine) -> None:
     eight.apart = {(1, 3)}
-    with pytest.raises(TierUnavailable, match="GPU 1 has no peer access to GPU 3"):
-        seats((0, 1), PeerSettings(gpus=(2, 3)))
+    with pytest.raises(Unavailable, match="GPU 1 has no peer access to GPU 3"):
+        dealt_to((0, 1), PeerSettings(gpus=(2, 3)))
 
 
 def test_an_unreachable_peer_is_left_out(eight: Machine) -> None:
     eight.apart = {(1, 3)}
-    assert seats((0, 1)) == [(2, 5, 7), (4, 6)]
+    assert dealt_to((0, 1)) == [(2, 5, 7), (4, 6)]
 
 
 def test_cpu_engine_has_no_peer(eight: Machine) -> None:
-    with pytest.raises(TierUnavailable, match="SGLang runs on the CPU; use --hicache-xmem-tier dram"):
-        seats((None, None))
+    with pytest.raises(Unavailable, match="the engine runs on the CPU; use --hicache-xmem-tier dram"):
+        dealt_to((None, None))
 
 
 @pytest.mark.parametrize(
@@ -331,25 +311,25 @@ def test_cpu_engine_has_no_peer(eight: Machine) -> None:
         (PeerSettings(gpus=(0,)), ["peer.gpus", "GPU 0", "another GPU"]),
         (PeerSettings(gpus=()), ["peer.gpus", "at least one"]),
         (PeerSettings(gpus=(2, 2)), ["peer.gpus", "[2, 2]", "twice"]),
-        (PeerSettings(stripe_mib=1), ["peer.stripe_mib", "1;", "give 2 to"]),
+        (PeerSettings(stripe_mib=1), ["peer.stripe_mib", "is 1.", "Give 2 to"]),
         (PeerSettings(stripe_mib=-32), ["peer.stripe_mib", "-32"]),
     ],
 )
 def test_impossible_settings_are_refused(eight: Machine, settings: PeerSettings, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        seats((0,), settings)
+        dealt_to((0,), settings)
     for word in words:
         assert word in str(caught.value)
 
 
-# ---- room ----
+# ---- capacity ----
 
 
 def tier(*peers: int, stripe_mib: int = 8, named: bool = False) -> PeerTier:
-    return PeerTier(PeerSettings(stripe_mib=stripe_mib), PeerSeat(gpus=peers, named=named), 0)
+    return PeerTier(PeerSettings(stripe_mib=stripe_mib), PeerRankPlan(gpus=peers, named=named), 0)
 
 
-def test_room_is_what_all_peers_have_above_the_reserve() -> None:
+def test_capacity_is_what_all_peers_have_above_the_reserve() -> None:
     with machine_with([0, RESERVE_BYTES + 64 * MIB, RESERVE_BYTES + 64 * MIB, RESERVE_BYTES - 1]):
         assert tier(1).capacity_bytes() == 64 * MIB
         assert tier(1, 2).capacity_bytes() == 128 * MIB
@@ -361,14 +341,14 @@ def test_room_is_what_all_peers_have_above_the_reserve() -> None:
     stripe_mib=st.sampled_from([2, 3, 8, 32, 64]),
     less=st.integers(0, 64 * MIB),
 )
-def test_all_the_room_can_be_allocated_and_the_reserve_stays(frees: list[int], stripe_mib: int, less: int) -> None:
+def test_all_the_capacity_can_be_allocated_and_the_reserve_stays(frees: list[int], stripe_mib: int, less: int) -> None:
     peers = range(1, len(frees) + 1)
     with machine_with([0, *(RESERVE_BYTES + free for free in frees)]) as machine:
         where = tier(*peers, stripe_mib=stripe_mib)
-        room = where.capacity_bytes()
-        assert 0 <= room <= sum(frees)
-        if room > less:
-            region = where.allocate(room - less)
+        capacity = where.capacity_bytes()
+        assert 0 <= capacity <= sum(frees)
+        if capacity > less:
+            region = where.allocate(capacity - less)
             # Less the rounding of a stripe, and of the whole, to what the driver allocates.
             assert all(machine.driver.free[peer] >= RESERVE_BYTES - 2 * GRANULARITY for peer in peers)
             region.release()
@@ -384,7 +364,7 @@ def test_peers_taken_since_are_left_alone_unless_they_were_named(eight: Machine)
     region.release()
     eight.busy[1] = "GPU 1 is in use by process 8"
     for call in (tier(1, 2).capacity_bytes, lambda: tier(1, 2).allocate(8 * MIB)):
-        with pytest.raises(TierUnavailable, match=r"^GPU 1 is in use by process 8; GPU 2 is in use by process 7$"):
+        with pytest.raises(Unavailable, match=r"^GPU 1 is in use by process 8; GPU 2 is in use by process 7$"):
             call()
     eight.check_untouched()
 
@@ -393,9 +373,9 @@ def test_peers_taken_since_are_left_alone_unless_they_were_named(eight: Machine)
 
 
 @contextmanager
-def small_peers(count: int) -> Iterator[Machine]:
-    """GPUs 1 to `count` have 64 MiB each for a pool."""
-    with machine_with([0] + [RESERVE_BYTES + 64 * MIB] * count) as machine:
+def small_peers(count: int, mib: int = 64) -> Iterator[Machine]:
+    """GPUs 1 to `count` have so many MiB each for a pool."""
+    with machine_with([0] + [RESERVE_BYTES + mib * MIB] * count) as machine:
         yield machine
 
 
@@ -409,8 +389,10 @@ def test_one_peer_gives_one_block() -> None:
     with small_peers(1) as machine:
         region = tier(1).allocate(33 * MIB + 1)
         assert region.nbytes == 33 * MIB + 1
-        assert machine.driver.mapped == {region.address: Block(1, 34 * MIB)}
-        assert machine.driver.readers == {region.address: (34 * MIB, 0, 1)}, "the rank's GPU and the one that copies"
+        assert machine.driver.mapped == {region.extents[0].address: Block(1, 34 * MIB)}
+        assert machine.driver.readers == {region.extents[0].address: (34 * MIB, 0, 1)}, (
+            "the rank's GPU and the one that copies"
+        )
         assert machine.driver.handles == {}, "the mapping alone keeps the memory"
         assert machine.driver.contexts == [1], "the peer is kept awake"
         assert "GPU 1" in region.summary
@@ -434,16 +416,16 @@ def test_stripes_cover_the_range_in_turn(
     with small_peers(3) as machine:
         region = tier(*peers, stripe_mib=stripe_mib).allocate(mib * MIB - 5)
         stripe = -(-stripe_mib // 2) * 2 * MIB
-        at = region.address
+        at = region.extents[0].address
         blocks = sorted(machine.driver.mapped.items())
         for number, (address, block) in enumerate(blocks):
             assert address == at
             assert block.gpu == peers[number % len(peers)]
             assert block.size == stripe or number == len(blocks) - 1
             at += block.size
-        assert at == region.address + mib * MIB
+        assert at == region.extents[0].address + mib * MIB
         assert used(machine) == expected
-        assert machine.driver.readers == {region.address: (mib * MIB, 0, peers[0])}
+        assert machine.driver.readers == {region.extents[0].address: (mib * MIB, 0, peers[0])}
         assert sorted(machine.driver.contexts) == sorted(peers)
         region.release()
         machine.check_untouched()
@@ -453,7 +435,7 @@ def test_stripes_cover_the_range_in_turn(
     ("mib", "expected"),
     [(2, {3}), (32, {3}), (64, {3}), (66, {3, 1}), (120, {3, 1}), (130, {3, 1, 2}), (190, {3, 1, 2})],
 )
-def test_no_more_peers_than_needed_in_the_seats_order(mib: int, expected: set[int]) -> None:
+def test_no_more_peers_than_needed_in_the_plans_order(mib: int, expected: set[int]) -> None:
     with small_peers(3) as machine:
         region = tier(3, 1, 2, stripe_mib=2).allocate(mib * MIB)
         assert set(used(machine)) == expected
@@ -478,7 +460,7 @@ def test_release_is_idempotent_and_frees_its_own_alone() -> None:
         first.release()
         assert machine.driver.calls == calls
         assert used(machine) == {2: 8}
-        assert list(machine.driver.ranges) == [second.address]
+        assert list(machine.driver.ranges) == [second.extents[0].address]
         second.release()
         machine.check_untouched()
 
@@ -489,16 +471,16 @@ CALLS = 2 + 2 + 1 + 3 * 2 + 1
 
 @pytest.mark.parametrize("failing", range(CALLS))
 def test_a_failure_of_any_call_leaves_nothing_behind(failing: int) -> None:
-    with small_peers(2) as machine:
+    with small_peers(2, 80) as machine:
         machine.driver.fail_at = failing
-        with pytest.raises(TierUnavailable, match=r"failed with CUDA error 2: out of memory") as caught:
+        with pytest.raises(Unavailable, match=r"failed with CUDA error 2: out of memory") as caught:
             tier(1, 2, stripe_mib=40).allocate(100 * MIB)
         assert "\n" not in str(caught.value)
         machine.check_untouched()
 
 
 def test_all_calls_are_covered_by_the_failures() -> None:
-    with small_peers(2) as machine:
+    with small_peers(2, 80) as machine:
         machine.driver.fail_at = CALLS
         region = tier(1, 2, stripe_mib=40).allocate(96 * MIB)
         acquiring = [call for call in machine.driver.calls if call not in ("release", "unmap", "free")]
@@ -509,6 +491,73 @@ def test_all_calls_are_covered_by_the_failures() -> None:
 
 def test_memory_that_went_since_is_told_with_size_and_gpu() -> None:
     with machine_with([0, RESERVE_BYTES + 8 * MIB]) as machine:
-        with pytest.raises(TierUnavailable, match=r"2\.00 GB on GPU 1 failed with CUDA error 2: out of memory"):
+        with pytest.raises(Unavailable, match=r"^2\.00 GB are asked for on GPU 1 and 0\.01 GB are free; lower"):
             tier(1).allocate(2_000_000_000)
+        assert machine.driver.calls == []
+
+
+def test_pools_of_a_rank_share_what_they_are_expected_to_need() -> None:
+    """A second pool is not refused because the first filled a GPU; and one GPU runs the copies of both."""
+    with small_peers(3) as machine:
+        where = tier(1, 2, 3, stripe_mib=2)
+        where.expect(80 * MIB)
+        regions = [where.allocate(60 * MIB), where.allocate(20 * MIB)]
+        assert [region.gpus for region in regions] == [(1, 2), (1, 2)]
+        for region in regions:
+            region.release()
         machine.check_untouched()
+
+
+def test_a_later_pool_finds_the_gpu_that_has_room() -> None:
+    with small_peers(3) as machine:
+        machine.driver.context_bytes = CONTEXT_BYTES
+        where = tier(1, 2, 3, stripe_mib=2)
+        regions = [where.allocate(60 * MIB)]
+        assert where.capacity_bytes() == 128 * MIB
+        regions += [where.allocate(64 * MIB), where.allocate(64 * MIB)]
+        assert [region.gpus for region in regions] == [(1,), (2,), (3,)]
+        for region in regions:
+            region.release()
+        machine.check_untouched()
+
+
+def test_a_context_is_reserved_once() -> None:
+    with machine_with([0, RESERVE_BYTES + 64 * MIB]) as machine:
+        machine.driver.context_bytes = CONTEXT_BYTES
+        where = tier(1)
+        first = where.allocate(32 * MIB)
+        assert where.capacity_bytes() == 32 * MIB
+        where.allocate(32 * MIB).release()
+        first.release()
+        assert where.capacity_bytes() == 64 * MIB
+        machine.check_untouched()
+
+
+@given(
+    frees=st.lists(st.integers(16 * MIB, 200 * MIB), min_size=1, max_size=3),
+    stripe_mib=st.sampled_from([2, 8]),
+    share=st.floats(0.01, 0.99),
+    named=st.booleans(),
+)
+def test_an_automatic_size_fits_in_two_pools(frees: list[int], stripe_mib: int, share: float, named: bool) -> None:
+    peers = range(1, len(frees) + 1)
+    with machine_with([0, *(RESERVE_BYTES + free for free in frees)]) as machine:
+        machine.driver.context_bytes = CONTEXT_BYTES
+        where = tier(*peers, stripe_mib=stripe_mib, named=named)
+        size = where.capacity_bytes() - 2 * where.waste_bytes(1)
+        if size < 2:
+            return
+        where.expect(size)
+        first = max(1, int(size * share))
+        for region in [where.allocate(nbytes) for nbytes in (first, size - first) if nbytes]:
+            region.release()
+        machine.check_untouched()
+
+
+def test_ranks_without_a_gpu_among_others_have_no_peer(eight: Machine) -> None:
+    with pytest.raises(Unavailable, match="the engine runs on the CPU"):
+        dealt_to((0, None))
+
+
+def test_replicas_on_one_gpu_have_peers_of_their_own(eight: Machine) -> None:
+    assert dealt_to((0, 0, 1)) == [(2, 5), (3, 6), (4, 7)]

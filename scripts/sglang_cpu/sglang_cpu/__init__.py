@@ -1,11 +1,16 @@
-"""SGLang 0.5.23 with HiCache on a machine without a GPU.
+"""SGLang 0.5.23 with HiCache on a machine without a GPU, for models of all pool kinds that its CPU engine can run.
 
-Everything here is off unless SGLANG_USE_CPU_ENGINE=1. Three parts:
+Everything here is off unless SGLANG_USE_CPU_ENGINE=1. The parts:
 
 - `imports` makes `sgl_kernel` and a CUDA build of torchvision importable; a .pth file installs it in every
   interpreter, because SGLang's child processes import both before they load plugins.
-- `copies` holds torch versions of the host-device copies that stock HiCache takes from `sgl_kernel`.
+- `speculative` and `linear_attention` hold torch versions of functions that SGLang takes from `sgl_kernel` on a CPU:
+  for speculative decoding, and for Qwen3-Next's linear attention. `imports` gives them out under their own names.
+- `models` makes up for what SGLang's torch attention and Qwen3-Next have for accelerators alone.
+- `copies` holds torch versions of the host-device copies of stock HiCache.
 - `plugin` puts these into SGLang through its plugin entry point.
+
+Nothing has to be switched on for a model: each stand-in acts where a model calls it.
 
 The paged allocator needs nothing: SGLang's CPU platform says that Triton cannot launch, and the allocator then
 takes its own torch functions.

@@ -3,6 +3,7 @@ this runs at the start of every interpreter."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -10,23 +11,31 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
+#: Modules that are stood in for, and where their functions are. These are imported on first use: they need torch.
+STAND_INS = {"sgl_kernel": "sglang_cpu.speculative", "sgl_kernel.mamba": "sglang_cpu.linear_attention"}
+
 
 class _StandInLoader(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+
+        def attribute(kernel: str) -> Callable[..., Any]:
+            # Dunders are probed by inspect, pickle and copy; they must look absent, not like kernels.
+            if kernel.startswith("__"):
+                raise AttributeError(kernel)
+            functions = importlib.import_module(STAND_INS[name])
+            return getattr(functions, kernel) if kernel in functions.__all__ else _missing_kernel(name, kernel)
+
         module.__dict__["__version__"] = "0.0.0+standin"
-        module.__dict__["__getattr__"] = _missing_kernel
+        module.__dict__["__getattr__"] = attribute
 
 
-def _missing_kernel(name: str) -> Callable[..., NoReturn]:
-    # Dunders are probed by inspect, pickle and copy; they must look absent, not like kernels.
-    if name.startswith("__"):
-        raise AttributeError(name)
-
+def _missing_kernel(module: str, name: str) -> Callable[..., NoReturn]:
     def missing(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name} has no CPU version; sglang_cpu provides its name only")
+        raise NotImplementedError(f"{module}.{name} has no CPU version; sglang_cpu provides its name only")
 
     missing.__name__ = missing.__qualname__ = name
     return missing
@@ -35,13 +44,20 @@ def _missing_kernel(name: str) -> Callable[..., NoReturn]:
 class SglKernelFinder(MetaPathFinder):
     """Finds a stand-in for `sgl_kernel`, whose wheels all need CUDA.
 
-    It is no package: SGLang imports submodules (`sgl_kernel.scalar_type`) inside `try` and goes on without them.
+    Of its submodules it has those alone of which it has functions: SGLang imports others (`sgl_kernel.scalar_type`)
+    inside `try` and goes on without them.
     """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, _StandInLoader()) if fullname == "sgl_kernel" else None
+        if fullname == "sgl_kernel":
+            return ModuleSpec(fullname, _StandInLoader(), is_package=True)
+        # An installed sgl_kernel keeps to its own submodules.
+        parent = getattr(sys.modules.get("sgl_kernel"), "__spec__", None)
+        if fullname in STAND_INS and parent is not None and isinstance(parent.loader, _StandInLoader):
+            return ModuleSpec(fullname, _StandInLoader())
+        return None
 
 
 class TorchvisionFinder(MetaPathFinder):

@@ -1,0 +1,144 @@
+"""What SGLang's models and its torch attention have for accelerators alone; hooks and functions for `plugin`.
+
+Nothing here knows about HiCache, and each function acts for the models that call it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+#: Targets of HookRegistry and what goes around them.
+AROUND: dict[str, Callable[..., Any]] = {}
+
+
+def _around(*targets: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(hook: Callable[..., Any]) -> Callable[..., Any]:
+        AROUND.update(dict.fromkeys(targets, hook))
+        return hook
+
+    return register
+
+
+_TORCH_ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+
+
+@_around(f"{_TORCH_ATTENTION}._run_sdpa_forward_extend", f"{_TORCH_ATTENTION}._run_sdpa_forward_decode")
+def read_window_pool(
+    original: Callable[..., Any],
+    self: Any,
+    query: Any,
+    output: Any,
+    k_cache: Any,
+    v_cache: Any,
+    req_to_token: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Read K and V of a sliding-window layer where they are; the torch attention translates where it writes alone."""
+    window = kwargs.get("sliding_window_size")
+    if self.use_sliding_window_kv_pool and window is not None and window > -1:
+        slots = self.token_to_kv_pool.translate_loc_from_full_to_swa(req_to_token.reshape(-1).long())
+        req_to_token = slots.reshape(req_to_token.shape)
+    return original(self, query, output, k_cache, v_cache, req_to_token, *args, **kwargs)
+
+
+@_around("sglang.kernels.ops.attention.fla.fused_norm_gate.FusedRMSNormGated.forward")
+def gated_rms_norm(
+    original: Callable[..., Any], self: Any, x: torch.Tensor, g: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Normalise x and gate it: Qwen3-Next's norm behind its linear attention."""
+    normed = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+    return (normed * F.silu(g.float())).to(x.dtype)
+
+
+@_around("sglang.kernels.ops.elementwise.elementwise.fused_sigmoid_mul")
+def sigmoid_mul(
+    original: Callable[..., Any], attn_output: torch.Tensor, gate: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Gate the output of Qwen3-Next's full attention."""
+    gated = attn_output.float() * torch.sigmoid(gate.reshape(attn_output.shape).float())
+    return gated.to(attn_output.dtype)
+
+
+@_around("sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul")
+def gate_shared_expert(
+    original: Callable[..., Any],
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    do_add: bool,
+    **kwargs: Any,
+) -> None:
+    """Gate the output of Qwen3-Next's shared expert, and add it to the other experts'."""
+    gate = torch.sigmoid(hidden_states.float() @ gate_weight.float())[:, None]
+    gated = gate * shared_output.float()
+    output.copy_(output.float() + gated if do_add else gated)
+
+
+@_around(f"{_TORCH_ATTENTION}.forward_extend")
+def extend_by_drafts(
+    original: Callable[..., Any], self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Verify drafts: each request is extended by a chain of them, which its batch does not say."""
+    if not batch.forward_mode.is_target_verify():
+        return original(self, q, k, v, layer, batch, *args, **kwargs)
+    prefixes = batch.seq_lens
+    drafts = torch.full_like(prefixes, batch.spec_info.draft_token_num)
+    extended = copy.copy(batch)
+    extended.extend_prefix_lens, extended.extend_seq_lens, extended.seq_lens = prefixes, drafts, prefixes + drafts
+    return original(self, q, k, v, layer, extended, *args, **kwargs)
+
+
+@_around("sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend")
+def draft_attention(original: Callable[..., Any], self: Any, backend_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Make the torch attention for drafts, which SGLang has for other backends alone."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    runner = self.draft_model_runner
+    if not isinstance(runner.attn_backend, TorchNativeAttnBackend):
+        return original(self, backend_name, *args, **kwargs)
+    if backend_name != "decode_attention_backend":
+        return TorchNativeAttnBackend(runner)
+    if self.topk != 1:
+        raise NotImplementedError(f"sglang_cpu has drafts for topk 1, not {self.topk}")
+
+    class DraftStep(TorchNativeAttnBackend):
+        """Attention of one draft, which sees those before it."""
+
+        seen = 0
+
+        def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            longer = copy.copy(batch)
+            longer.seq_lens = batch.seq_lens + self.seen
+            return super().forward_decode(q, k, v, layer, longer, *args, **kwargs)
+
+    return _DraftSteps([DraftStep(runner) for _ in range(self.speculative_num_steps - 1)])
+
+
+class _DraftSteps:
+    """The attention of consecutive drafts, as SGLang's draft worker wants it."""
+
+    def __init__(self, attn_backends: list[Any]) -> None:
+        self.attn_backends = attn_backends
+        for step, backend in enumerate(attn_backends):
+            backend.seen = step + 1
+
+    def init_forward_metadata(self, batch: Any) -> None:
+        """Prepare a forward pass."""
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(batch)
+
+
+def register_latent_attention() -> None:
+    """Let DeepSeek's models attend to latents in the torch attention; else they expand them to K and V in a prefill."""
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)

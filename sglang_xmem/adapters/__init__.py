@@ -1,1 +1,0 @@
-"""One module an SGLang version: everything that names SGLang's internals."""

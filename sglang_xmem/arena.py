@@ -1,0 +1,327 @@
+"""An arena: all pages of one rank in tier memory, as frames behind a page table, and the copies to and from them.
+
+An *index space* is an allocator of the engine (KV, SWA, Mamba states) with the pools that ride on its numbers. A page
+of a space has one *frame*, which holds the units of all its planes side by side. The *page table* of a space says at
+which address each page's frame lies, so that a page may be anywhere in the tier: in another bank, or in a frame that
+somebody else filled.
+
+Nothing here knows SGLang. Everything but the functions for storage runs on the scheduler thread: it never waits for
+the GPU and never loops over tokens or pages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sglang_xmem.copies import make_program
+from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
+from sglang_xmem.copies.geometry import Slab
+from sglang_xmem.plan import Placement, describe_skipped
+
+if TYPE_CHECKING:
+    from sglang_xmem.config import CopySettings
+    from sglang_xmem.copies.counters import LayerCounters
+    from sglang_xmem.tiers import Region
+
+logger = logging.getLogger(__name__)
+
+#: What frames and sections of frames are aligned to, in bytes: a sector of GPU memory, and more than any copy needs.
+ALIGNMENT = 256
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class SpaceSpec(NamedTuple):
+    """An index space that an arena is to hold.
+
+    Attributes:
+        name: of the space, for messages.
+        pages: how many pages the engine's allocator has.
+        frame_bytes: bytes of a page's frame, a multiple of ALIGNMENT.
+    """
+
+    name: str
+    pages: int
+    frame_bytes: int
+
+
+class Space:
+    """One index space of an arena.
+
+    Attributes:
+        table: int64 (pages,), on the CPU: the address of each page's frame, as the rank's GPU (or CPU) sees it.
+    """
+
+    def __init__(self, spec: SpaceSpec, region: Region) -> None:
+        self.spec = spec
+        self.region = region
+        self.slabs = [
+            Slab(extent.address, extent.nbytes // spec.frame_bytes, spec.frame_bytes)
+            for extent in region.extents
+            if extent.nbytes >= spec.frame_bytes
+        ]
+        self.table = _round_robin(self.slabs, spec.pages)
+
+
+def _round_robin(slabs: Sequence[Slab], pages: int) -> torch.Tensor:
+    """Addresses of `pages` frames, taken from the slabs in turn, so that a run of pages uses all of them."""
+    rounds = [
+        torch.stack(
+            (torch.arange(slab.frames), slab.address + slab.frame_bytes * torch.arange(slab.frames)),
+        )
+        for slab in slabs
+    ]
+    numbered = torch.cat(rounds, dim=1)
+    order = torch.argsort(numbered[0], stable=True)
+    table = numbered[1][order][:pages]
+    assert table.numel() == pages, "the tier gave fewer frames than were asked for"
+    return table.contiguous()
+
+
+class Arena:
+    """Frames of all index spaces of one rank.
+
+    Args:
+        placement: gives the memory; all spaces come from one tier.
+        spaces: what to hold.
+        device: device of the engine's KV pools.
+        copy: the user's settings of the page copier.
+
+    Raises:
+        ConfigError: no tier can hold the spaces.
+        CopyError: the copier cannot run on this machine.
+    """
+
+    def __init__(
+        self, placement: Placement, spaces: Sequence[SpaceSpec], *, device: torch.device, copy: CopySettings
+    ) -> None:
+        self.device = device
+        allocation = placement.allocate([(spec.pages * spec.frame_bytes, spec.frame_bytes) for spec in spaces])
+        self.tier = allocation.tier
+        self._regions = list(allocation.regions)
+        self.spaces = {
+            spec.name: Space(spec, region) for spec, region in zip(spaces, allocation.regions, strict=True)
+        }
+        #: Compiled loads and stores, by what their maker knows them by.
+        self.programs: dict[Any, Any] = {}
+        self._closed = False
+        self._storage_lock = threading.Lock()  # storage threads may still run when the arena is closed
+        self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        slabs = [slab for space in self.spaces.values() for slab in space.slabs]
+        self._views = [(slab.address, self._view(slab)) for slab in slabs]
+        self._slabs = slabs
+        self._copy = copy
+        self._policy = allocation.policy
+        self.copier: PageCopier | None = None
+        if device.type == "cuda":
+            self._warm_pinned_cache()
+        self.nbytes = sum(spec.pages * spec.frame_bytes for spec in spaces)
+        logger.info(
+            "sglang_xmem: tier=%s pool=%.2f GB (%s) in %s for %s%s",
+            self.tier.name,
+            self.nbytes / 1e9,
+            ", ".join(f"{spec.name}: {spec.pages} pages of {spec.frame_bytes} B" for spec in spaces),
+            "; ".join(sorted({region.summary for region in self._regions})),
+            device,
+            f"; skipped: {describe_skipped(placement.skipped)}" if placement.skipped else "",
+        )
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """Make the copier. It is settled with all planes whether the GPU that is to execute copies reaches the pools.
+
+        Args:
+            steps: all planes of all pools.
+
+        Raises:
+            CopyError: the copier cannot run on this machine, or cannot reach the pools.
+        """
+        copy = self._copy
+        self.copier, _, refused = make_program(
+            copy.kernel,
+            self._slabs,
+            self.device,
+            steps,
+            1,
+            link=self.tier.traits.link,
+            load=copy.load,
+            store=copy.store,
+            policy=self._policy,
+        )
+        if refused is not None:
+            logger.info("sglang_xmem: %s executes the copies itself: %s", self.device, refused)
+        logger.info("sglang_xmem: pages are copied by %s", self.copier.describe())
+
+    def compile(self, steps: Sequence[Step], num_parts: int) -> Program:
+        """Prepare a load or store of `steps`; once for a set of pools, since it may wait for the GPU."""
+        assert self.copier is not None, "begin() comes first"
+        return self.copier.compile(steps, num_parts)
+
+    def make_counters(self, num_parts: int) -> LayerCounters | None:
+        """Counters for one load at a time; None where completion of layers has to be signalled by events."""
+        assert self.copier is not None, "begin() comes first"
+        return self.copier.make_counters(num_parts)
+
+    def frames(self, wanted: Sequence[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Look up frames, and bring their addresses to the device by one copy on the current stream.
+
+        Args:
+            wanted: for each vector, its space and its pages: int64 (n,), on the CPU.
+
+        Returns: int64 (n,) each, on the device.
+        """
+        found = [self.spaces[space].table[pages] for space, pages in wanted]
+        if self.device.type == "cpu":
+            return found
+        # Pageable memory would make the copy wait for the stream. torch keeps a pinned block until the copies that
+        # read it are done.
+        lengths = [frames.numel() for frames in found]
+        pinned = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=True)
+        torch.cat(found, out=pinned)
+        return list(pinned.to(self.device, non_blocking=True).split(lengths))
+
+    def load(self, program: Program, pages: Sequence[Pages], counters: LayerCounters | None = None) -> None:
+        """Enqueue tier -> device on the current stream.
+
+        Raises:
+            CopyError: the driver refuses; counters are as they were.
+        """
+        assert self.copier is not None
+        self.copier.load(program, pages, counters)
+
+    def store(self, program: Program, pages: Sequence[Pages]) -> None:
+        """Enqueue device -> tier on the current stream; as `load`."""
+        assert self.copier is not None
+        self.copier.store(program, pages)
+
+    def copy_plainly(self, steps: Sequence[Step], pages: Sequence[Pages], *, load: bool) -> None:
+        """Copy by torch's own operations on the current stream, for a copy that the copier refused.
+
+        Slow: some operations per plane and slab, and it waits for the GPU where there is more than one slab.
+        """
+        slabs = [slab for space in self.spaces.values() for slab in space.slabs]
+        rows = [
+            bytes_at(s.address, s.frames * s.frame_bytes, self.device).view(s.frames, s.frame_bytes) for s in slabs
+        ]
+        for step in steps:
+            plane, (frames, slots) = step.plane, pages[step.vector]
+            array = bytes_at(
+                plane.device_address, (plane.device_units - 1) * plane.device_stride + plane.unit_bytes, self.device
+            ).as_strided((plane.device_units, plane.unit_bytes), (plane.device_stride, 1))
+            units = slots // plane.divisor
+            for slab, frame_rows in zip(slabs, rows, strict=True):
+                part = frame_rows[:, plane.offset : plane.offset + plane.unit_bytes]
+                numbers = (frames - slab.address).div(slab.frame_bytes, rounding_mode="floor")
+                here = (numbers >= 0) & (numbers < slab.frames)
+                chosen = (numbers, units) if len(slabs) == 1 else (numbers[here], units[here])
+                if load:
+                    array[chosen[1]] = part[chosen[0]]
+                else:
+                    part[chosen[0]] = array[chosen[1]]
+
+    def address(self, space: str, page: int) -> int:
+        """Address of a page's frame."""
+        return int(self.spaces[space].table[page])
+
+    @property
+    def cpu_addressable(self) -> bool:
+        """Whether the CPU reads and writes frames at their addresses."""
+        return self.tier.traits.cpu_addressable
+
+    def host_buffers(self) -> list[torch.Tensor]:
+        """All slabs as flat uint8 CPU tensors, for backends that register memory; empty if the CPU cannot address it."""
+        return [view for _, view in self._views] if self.cpu_addressable else []
+
+    def read(self, space: str, page: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Copy bytes of a page's frame to the CPU: uint8 (nbytes,); waits for the copy.
+
+        For storage threads, not the scheduler thread.
+
+        Raises:
+            RuntimeError: the arena is closed.
+        """
+        with self._storage_lock:
+            part = self._part(space, page, offset, nbytes)
+            if part.device.type == "cpu":
+                return part.clone()
+            with torch.cuda.stream(self._storage_stream):
+                return part.cpu()
+
+    def write(self, space: str, page: int, offset: int, data: torch.Tensor) -> None:
+        """Put bytes into a page's frame; in place when this returns.
+
+        For storage threads, not the scheduler thread.
+
+        Args:
+            data: uint8 (nbytes,), on the CPU.
+
+        Raises:
+            RuntimeError: the arena is closed.
+        """
+        with self._storage_lock:
+            part = self._part(space, page, offset, data.numel())
+            if part.device.type == "cpu":
+                part.copy_(data)
+                return
+            assert self._storage_stream is not None
+            with torch.cuda.stream(self._storage_stream):
+                part.copy_(data, non_blocking=True)
+                self._storage_stream.synchronize()
+
+    def close(self) -> None:
+        """Give the memory back; idempotent. Waits for the device and for storage threads."""
+        with self._storage_lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._views = []
+            self.copier = None
+            for region in self._regions:
+                region.release()
+
+    def _part(self, space: str, page: int, offset: int, nbytes: int) -> torch.Tensor:
+        if self._closed:
+            raise RuntimeError("the arena is closed")
+        at = self.address(space, page) + offset
+        for start, view in self._views:
+            if start <= at and at + nbytes <= start + view.numel():
+                return view[at - start : at - start + nbytes]
+        raise RuntimeError(f"page {page} of {space} lies in no slab")
+
+    def _view(self, slab: Slab) -> torch.Tensor:
+        """A slab's bytes as a uint8 tensor; valid until the arena is closed."""
+        device = torch.device("cpu") if self.tier.traits.cpu_addressable else self.device
+        return bytes_at(slab.address, slab.frames * slab.frame_bytes, device)
+
+    def _warm_pinned_cache(self) -> None:
+        """Have torch's pinned cache hold a block of every size that `frames` asks for.
+
+        It caches by powers of two, and allocating pinned memory later would stall the GPU.
+        """
+        most = 2 * 8 * sum(space.spec.pages for space in self.spaces.values())
+        nbytes = 1 << 12
+        while nbytes < most:
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            nbytes *= 2
+
+
+def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory at an address as a uint8 tensor (nbytes,) with the label `device`; valid as long as the memory is there.
+
+    Memory of another GPU gets the label of the rank's own, which can address it: operations run there. Asking the
+    driver for the owner, as other ways to wrap a pointer do, would run torch's kernels on the other GPU.
+    """
+    if device.type == "cpu":
+        return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+    storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))

@@ -1,0 +1,97 @@
+"""How the forward pass learns which layers of a load are in place, when the load is one kernel launch for all of them.
+
+An event behind each layer would take a launch a layer. Here the copy kernel raises a counter a layer in GPU memory, and
+a stream that needs the layer waits for the counter's value (cuStreamWaitValue32), which costs no multiprocessor. What a
+counter stands for, the *part* of a load, the program's steps say; a part without steps is raised with the one before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_xmem import gpus
+from sglang_xmem.errors import CopyError
+
+
+class LayerCounters:
+    """Counters of one load at a time. A later load may use them once the one before is complete.
+
+    Args:
+        num_parts: parts of a load, such as layers.
+        device: the GPU that computes.
+        remote: another GPU copies.
+
+    Raises:
+        CopyError: the driver does not give the memory.
+    """
+
+    def __init__(self, num_parts: int, device: torch.device, *, remote: bool = False) -> None:
+        from cuda.bindings import driver
+
+        self.num_parts = num_parts
+        self._device = device
+        try:
+            self._counters = torch.zeros(num_parts, dtype=torch.int32, device=device)
+        except torch.OutOfMemoryError as error:
+            raise CopyError(f"No memory for the counters of a load: {error}") from None
+        # Whoever waits may be on any stream, and must not see what was there before.
+        torch.cuda.current_stream(device).synchronize()
+        self.address = self._counters.data_ptr()
+        #: What each counter reaches with the last announced load, modulo 2^32.
+        self._target = 0
+        #: Stream that last waited for that load, and the part. Parts come in order, so it has seen those before too
+        #: and asks no more for any of them: SGLang waits for K and for V of each layer.
+        self._waited = (0, -1)
+        self._wait: Any = driver.cuStreamWaitValue32
+        flags = driver.CUstreamWaitValue_flags
+        self._flags = int(flags.CU_STREAM_WAIT_VALUE_GEQ)  # cyclic, so it may wrap around
+        #: Whether each wait flushes what other GPUs have written, which takes its time.
+        self.flushes = remote and bool(gpus.attribute(_index(device), "CAN_FLUSH_REMOTE_WRITES"))
+        if self.flushes:
+            # A GPU may reorder what others write to it. The copying GPU's fences order pages before counters; where the
+            # driver offers it too, so does the wait.
+            self._flags |= int(flags.CU_STREAM_WAIT_VALUE_FLUSH)
+
+    def announce(self, raises: int) -> None:
+        """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""
+        self._target = (self._target + raises) & 0xFFFFFFFF
+        self._waited = (0, -1)
+
+    def restore(self) -> None:
+        """After a load of which only a part was enqueued: the counters stand at the last announced load again.
+
+        Behind what is on the device's current stream, which has to be all of that load.
+        """
+        # As int32, which the counters are for torch.
+        self._counters.fill_(self._target - (1 << 32) if self._target >> 31 else self._target)
+
+    def wait(self, part: int) -> None:
+        """Make the current stream of the device wait until a part of the last announced load is in place.
+
+        Raises:
+            CopyError: the driver refuses; nothing waits then.
+        """
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        if self._waited[0] == stream and part <= self._waited[1]:
+            return
+        status = self._wait(stream, self.address + 4 * part, self._target, self._flags)[0]
+        if status.value:
+            raise CopyError(f"The driver refuses to let a stream wait for a load: {status.name}.")
+        self._waited = (stream, part)
+
+
+def supported(device: torch.device, copying_gpu: int | None = None) -> bool:
+    """Whether streams of this GPU can wait for values in memory that `copying_gpu`, if not itself, adds to.
+
+    An addition that gets lost would let the forward pass wait forever: the copier has to have atomic ones.
+    """
+    index = _index(device)
+    if not gpus.attribute(index, "CAN_USE_64_BIT_STREAM_MEM_OPS"):
+        return False
+    return copying_gpu is None or gpus.peer_atomics(copying_gpu, index)
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()

@@ -1,0 +1,71 @@
+"""Who executes a rank's copies: the one place that decides, from facts of the memory, settings and the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sglang_xmem import gpus
+from sglang_xmem.errors import Remedy, Unavailable
+from sglang_xmem.tiers.base import Region, Traits
+
+
+class CopyPolicy(NamedTuple):
+    """Who executes copies.
+
+    Attributes:
+        runner: CUDA ordinal of another GPU that executes them; None: the rank's own, or the CPU.
+        required: the user asked for that; else the rank's own GPU executes them where the other one cannot.
+        relays: CUDA ordinals of GPUs that each move a share of every copy through a link of their own.
+    """
+
+    runner: int | None = None
+    required: bool = False
+    relays: tuple[int, ...] = ()
+
+
+def decide(traits: Traits, settings: Any, region: Region, rank_gpu: int | None) -> CopyPolicy:
+    """Who executes the copies between a region and a rank's GPU.
+
+    Args:
+        settings: of the tier. `copy_on` ("auto", "rank" or "peer") and `gpus` of a tier in GPUs' memory, `relays` of
+            one in the host's.
+
+    Raises:
+        Unavailable: the user asked for a GPU that cannot.
+    """
+    if rank_gpu is None:
+        return CopyPolicy()
+    relays = getattr(settings, "relays", ()) if traits.cpu_addressable else ()
+    # Those dealt to this rank are the ones that were given access.
+    policy = CopyPolicy(relays=tuple(gpu for gpu in relays if gpu in region.reachable_from))
+    copy_on = getattr(settings, "copy_on", "rank")
+    if copy_on == "rank" or not region.gpus:
+        return policy
+    first = region.gpus[0]
+    problem = None
+    if first not in region.reachable_from:
+        problem = f"GPU {first}, which peer.copy_on names, does not reach GPU {rank_gpu} and all of its peers"
+    elif settings.gpus is not None and (use := gpus.foreign_use(first)) is not None:
+        # Whoever else computes there, and the copies, would be in each other's way. A GPU that nobody named is idle.
+        problem = f"{use}, and peer.copy_on wants it idle"
+    if problem is None:
+        return policy._replace(runner=first, required=copy_on == "peer")
+    if copy_on == "peer":
+        raise Unavailable(problem, Remedy("set_option", "peer.gpus", "other GPUs"), Remedy("leave_out", "peer.copy_on"))
+    return policy
+
+
+def common(policies: Sequence[CopyPolicy]) -> CopyPolicy:
+    """The policy for regions that one copier serves, each with its own.
+
+    Raises:
+        Unavailable: the user asked for a GPU that is not the same for all of them.
+    """
+    first = policies[0]
+    if all(policy == first for policy in policies):
+        return first
+    if any(policy.required for policy in policies):
+        raise Unavailable("the pools lie on GPUs of which none can copy for all", Remedy("leave_out", "peer.copy_on"))
+    relays = set(first.relays).intersection(*(policy.relays for policy in policies))
+    return CopyPolicy(relays=tuple(gpu for gpu in first.relays if gpu in relays))

@@ -1,0 +1,122 @@
+"""Placing hooks in SGLang so that a hook that cannot be placed is an error, which SGLang by itself only logs.
+
+Other plugins' hooks on the same targets stay alive: hooks that come with the plugins are registered with SGLang's
+registry and applied by SGLang behind all plugins; those that come later are put around whatever is there by then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from sglang_xmem.errors import UnsupportedSGLang
+
+
+class Hook(NamedTuple):
+    """A function of SGLang to patch.
+
+    Attributes:
+        target: dotted path.
+        parameters: names of the parameters that the hook was written for, in order.
+        kind: "after" (result, *args) or "around" (original, *args), as in SGLang's HookType.
+        function: the hook, as `module:function`, so that tables of hooks are plain data.
+        why: what the patch is for; shown where it cannot be placed.
+    """
+
+    target: str
+    parameters: tuple[str, ...]
+    kind: str
+    function: str
+    why: str
+
+
+#: Module that a SGLang with one of `patches/` has: functions in it call this package by themselves.
+SEAM = "sglang.srt.tier_seam"
+
+#: Targets that this package has patched, or that SGLang will patch for it.
+_placed: set[str] = set()
+
+
+def verify(hooks: Iterable[Hook]) -> None:
+    """Raise UnsupportedSGLang unless every target is there with the expected parameters."""
+    for hook in hooks:
+        try:
+            target = pkgutil.resolve_name(hook.target)
+        except (ImportError, AttributeError) as error:
+            raise UnsupportedSGLang(f"SGLang has no {hook.target}, needed to {hook.why} ({error})") from None
+        found = tuple(inspect.signature(target).parameters)
+        if found != hook.parameters:
+            raise UnsupportedSGLang(
+                f"{hook.target} takes ({', '.join(found)}) and not ({', '.join(hook.parameters)}), "
+                f"so sglang_xmem cannot {hook.why}"
+            )
+
+
+def verify_members(members: Iterable[str]) -> None:
+    """Raise UnsupportedSGLang unless every dotted name can be resolved."""
+    for member in members:
+        try:
+            pkgutil.resolve_name(member)
+        except (ImportError, AttributeError) as error:
+            raise UnsupportedSGLang(f"SGLang has no {member} ({error})") from None
+
+
+def register(hooks: Iterable[Hook]) -> None:
+    """Verify, then hand hooks to SGLang's registry, which places them when all plugins are loaded.
+
+    A target that somebody has patched already, which the registry would pass over without a word, is patched at once.
+
+    Raises:
+        UnsupportedSGLang: a target is not as expected.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    hooks = [hook for hook in hooks if hook.target not in _placed]
+    verify(hooks)
+    for hook in hooks:
+        if hook.target in HookRegistry._patched or seam() is not None:
+            _wrap(hook)
+        else:
+            HookRegistry.register(hook.target, pkgutil.resolve_name(hook.function), HookType(hook.kind))
+        _placed.add(hook.target)
+
+
+def place(hooks: Iterable[Hook]) -> None:
+    """Verify, then patch at once, around whatever other plugins have put there. Placed hooks stay as they are.
+
+    Raises:
+        UnsupportedSGLang: a target is not as expected.
+    """
+    hooks = [hook for hook in hooks if hook.target not in _placed]
+    verify(hooks)
+    for hook in hooks:
+        _wrap(hook)
+        _placed.add(hook.target)
+
+
+def seam() -> Any:
+    """The module of functions that call this package by themselves, in a SGLang that was built with its patch; or None."""
+    try:
+        return importlib.import_module(SEAM)
+    except ImportError:
+        return None
+
+
+def _wrap(hook: Hook) -> None:
+    function = pkgutil.resolve_name(hook.function)
+    native = seam()
+    if native is not None:
+        pkgutil.resolve_name(hook.target)  # a function is known as a seam once its module is imported
+        try:
+            native.provide(hook.target, hook.kind, function)
+        except LookupError as error:
+            raise UnsupportedSGLang(f"{error}, needed to {hook.why}. Apply the patch of this SGLang version") from None
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry._apply_target(hook.target, [(HookType(hook.kind), function, None)])
+    if not hasattr(pkgutil.resolve_name(hook.target), "__wrapped__"):
+        raise UnsupportedSGLang(f"SGLang did not patch {hook.target}, needed to {hook.why}")

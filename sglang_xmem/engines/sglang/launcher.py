@@ -1,0 +1,234 @@
+"""The launcher's part: refuse what cannot work, plan tiers for the ranks, and check that each rank serves from one."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from sglang_xmem.config import parse_options
+from sglang_xmem.engines.sglang import flags, versions
+from sglang_xmem.engines.sglang.hooks import place, verify, verify_members
+from sglang_xmem.engines.sglang.host_budget import launcher_host_budget
+from sglang_xmem.errors import REFUSED_EXIT_STATUS, ConfigError, UnsupportedSGLang, refuse
+from sglang_xmem.plan import Skipped, make_plan
+from sglang_xmem.tiers import Ranks, tier_classes
+
+if TYPE_CHECKING:
+    from sglang_xmem.plan import Plan
+
+#: Key of a scheduler's init info by which the launcher knows that the patches are in.
+INFO_KEY = "hicache_xmem_tier"
+#: Storage backends that take pages as bytes, so that they work over every tier.
+FLAT_BACKENDS = ("file",)
+#: Storage backends that take addresses of host memory.
+ADDRESS_BACKENDS = ("mooncake", "nixl", "hf3fs")
+BACKENDS = (*FLAT_BACKENDS, "dynamic", *ADDRESS_BACKENDS)
+
+#: Whether the engine that this process is starting has the flag on.
+_launching_with_tier = False
+
+
+def check_server_args(result: Any, self: Any) -> None:
+    """Plan, after SGLang's own checks: everything that can be refused before a process starts (hook)."""
+    global _launching_with_tier
+    request = flags.attached(self)
+    _launching_with_tier = request is not None
+    if not isinstance(request, flags.Request):
+        return
+    table = versions.current()
+    try:
+        place(table.launcher_hooks)
+        verify(table.scheduler_hooks)
+        verify_members(table.members)
+        flags.attach(self, plan_for(self, request))
+    except (ConfigError, UnsupportedSGLang) as error:
+        if request.from_cli:
+            refuse(str(error))
+        raise
+
+
+def plan_for(record: Any, request: flags.Request) -> Plan:
+    """Check SGLang's settings and plan tiers for this machine's ranks.
+
+    Raises:
+        ConfigError: one sentence that says what does not work and what to set.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.environ import envs
+
+    cfg = resolving_view(record)
+    retraction = cfg.disaggregation_mode == "decode" and cfg.disaggregation_decode_retraction_backup == "host_pool"
+    if not cfg.enable_hierarchical_cache and not retraction:
+        raise ConfigError("--hicache-use-xmem needs HiCache. Add --enable-hierarchical-cache.")
+    options = parse_options(request.tier, request.config)
+    if not cfg.hicache_size >= 0 or math.isinf(cfg.hicache_size):
+        raise ConfigError(
+            f"--hicache-size must be >= 0 (GB per rank; 0 = use --hicache-ratio), got {cfg.hicache_size}."
+        )
+    if not cfg.hicache_ratio > 0 or math.isinf(cfg.hicache_ratio):
+        raise ConfigError(
+            f"--hicache-ratio must be > 0 (size of the host pool over that of the GPU's), got {cfg.hicache_ratio}."
+        )
+    for option, value, supported, why in _unsupported(cfg):
+        if value not in supported:
+            fix = " or ".join(
+                "leave it out" if s is None or s is False else f"use {option} {s}" for s in supported
+            )
+            raise ConfigError(f"{option} {value} does not work with --hicache-use-xmem: {why}. Instead, {fix}.")
+    if envs.SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS.get():
+        raise ConfigError(
+            "--hicache-use-xmem needs ranks that see all GPUs. Unset SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS."
+        )
+    gpus = local_gpus(cfg)
+    pool_bytes = int(cfg.hicache_size * 1e9) or None
+    plan = make_plan(options, Ranks(gpus=gpus), pool_bytes, launcher_host_budget(len(gpus)))
+    backend = cfg.hicache_storage_backend
+    if needs_addresses(backend, cfg.hicache_storage_backend_extra_config):
+        plan = _with_addresses(plan, f"--hicache-storage-backend {backend}")
+    return plan
+
+
+def _with_addresses(plan: Plan, option: str) -> Plan:
+    """A plan without the tiers whose memory the CPU does not address.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    classes = tier_classes()
+    kept = tuple(c for c in plan.candidates if classes[c.tier].traits.cpu_addressable)
+    if not kept:
+        names = ", ".join(c.tier for c in plan.candidates)
+        raise ConfigError(
+            f"{option} needs memory that the CPU can address, and tier {names} is GPU memory. Use --hicache-xmem-tier "
+            "dram, or --hicache-storage-backend file."
+        )
+    if len(kept) == len(plan.candidates):
+        return plan
+    gone = tuple(Skipped(c.tier, f"{option} cannot address it", ()) for c in plan.candidates if c not in kept)
+    return msgspec.structs.replace(plan, candidates=kept, skipped=plan.skipped + gone)
+
+
+def needs_addresses(backend: str | None, extra: Any) -> bool:
+    """Whether a storage backend needs pages that the CPU can address."""
+    return backend in ADDRESS_BACKENDS or (backend == "dynamic" and _interface_v1(extra))
+
+
+def _interface_v1(extra: Any) -> bool:
+    import json
+
+    if isinstance(extra, str):
+        try:
+            extra = json.loads(extra)
+        except ValueError:
+            return True  # a file; SGLang reads it later, so expect what needs more
+    return bool(extra.get("interface_v1")) if isinstance(extra, dict) else False
+
+
+def _unsupported(cfg: Any) -> list[tuple[str, Any, tuple[Any, ...], str]]:
+    """(option, value, values that work, why others do not)."""
+    backends = (None, *BACKENDS)
+    return [
+        (
+            "--hicache-host-memory-mode",
+            cfg.hicache_host_memory_mode,
+            ("cache",),
+            "its host pool is a buffer for storage and holds no cache",
+        ),
+        (
+            "--hicache-storage-backend",
+            cfg.hicache_storage_backend,
+            backends,
+            "it brings its own host memory or reads SGLang's order of bytes",
+        ),
+        (
+            "--enable-unified-memory",
+            bool(cfg.enable_unified_memory),
+            (False,),
+            "its pages hold several pools in one envelope that SGLang moves itself",
+        ),
+        (
+            "--enable-kv-cache-sharding",
+            bool(getattr(cfg, "enable_kv_cache_sharding", False)),
+            (False,),
+            "its pages are spread over ranks",
+        ),
+        ("--enable-hisparse", bool(getattr(cfg, "enable_hisparse", False)), (False,), "its kernels read host memory"),
+        (
+            "--enable-unified-cache-external-linker",
+            bool(getattr(cfg, "enable_unified_cache_external_linker", False)),
+            (False,),
+            "it takes HiCache's place",
+        ),
+        (
+            "--use-ray",
+            bool(getattr(cfg, "use_ray", False)),
+            (False,),
+            "Ray's actors start schedulers without loading plugins, so the tier would be left out without a word",
+        ),
+        (
+            "--disaggregation-decode-enable-offload-kvcache",
+            bool(getattr(cfg, "disaggregation_decode_enable_offload_kvcache", False)),
+            (False,),
+            "the decode worker offloads through pools of its own",
+        ),
+        ("--device", cfg.device, ("cuda", "cpu"), "tiers are for NVIDIA GPUs"),
+    ]
+
+
+def local_gpus(cfg: Any) -> tuple[int | None, ...]:
+    """CUDA ordinals of the ranks that this launcher starts on this machine, in SGLang's order of starting them.
+
+    The arithmetic is SGLang's: `entrypoints/engine.py:_launch_scheduler_processes` and
+    `managers/data_parallel_controller.py:launch_tensor_parallel_group`.
+    """
+    pp_per_node = max(cfg.pp_size // cfg.nnodes, 1)
+    tp_per_node = cfg.tp_size // max(cfg.nnodes // cfg.pp_size, 1)
+    replicas = 1 if cfg.enable_dp_attention else max(cfg.dp_size, 1)
+    if cfg.device != "cuda":
+        return (None,) * (replicas * pp_per_node * tp_per_node)
+    return tuple(
+        cfg.base_gpu_id
+        + replica * cfg.tp_size * cfg.pp_size * cfg.gpu_id_step
+        + pp * tp_per_node
+        + tp * cfg.gpu_id_step
+        for replica in range(replicas)
+        for pp in range(pp_per_node)
+        for tp in range(tp_per_node)
+    )
+
+
+def wait_for_scheduler_ready(original: Any, scheduler_pipe_readers: Any, scheduler_procs: Any) -> Any:
+    """End the start where a rank refused, which has said why, or came up without the patches (hook)."""
+    if not _launching_with_tier:
+        return original(scheduler_pipe_readers, scheduler_procs)
+    try:
+        infos = original(scheduler_pipe_readers, scheduler_procs)
+    except RuntimeError:
+        if any(process.exitcode == REFUSED_EXIT_STATUS for process in scheduler_procs):
+            _end(scheduler_procs, "A rank exited during startup; see its error above.")
+        raise
+    for rank, info in enumerate(infos):
+        if INFO_KEY not in info:
+            _end(
+                scheduler_procs,
+                f"Rank {rank} started without the patches for --hicache-use-xmem, so it would serve from stock "
+                "HiCache. Look for sglang_xmem in its log, and check SGLANG_PLUGINS.",
+            )
+    return infos
+
+
+def _end(processes: Any, message: str) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    refuse(message)
+
+
+def controller_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
+    """Pass on through a data-parallel controller what its ranks say of the tier (hook)."""
+    infos = getattr(self, "_scheduler_init_infos", None)
+    if infos and all(INFO_KEY in info for info in infos):
+        result[INFO_KEY] = ",".join(sorted({info[INFO_KEY] for info in infos}))
+    return result

@@ -1,0 +1,281 @@
+"""Adoption: SGLang builds its host pools as it always does, without memory; their pages live in an arena.
+
+SGLang's classes stay. Inside `tier_memory` their tensors are made on the `meta` device, so that all dimensions are
+known and no byte is taken. When SGLang puts the pools into a `HostPoolGroup`, the group is *adopted*: its pools are
+described, an arena with frames for all of them is allocated, and each instance gets the arena's functions for storage
+pages. Transfers never ask the pools for memory (transfer.py), so a kernel of SGLang cannot run on tensors that are not
+there.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_xmem import session
+from sglang_xmem.arena import Arena, SpaceSpec, bytes_at
+from sglang_xmem.copies.base import Pages, Step
+from sglang_xmem.copies.geometry import Plane
+from sglang_xmem.engines.sglang import storage
+from sglang_xmem.engines.sglang.geometry import (
+    Description,
+    Section,
+    Unsupported,
+    describe,
+    lay_out,
+    planes_by_layer,
+    space_of,
+)
+from sglang_xmem.engines.sglang.transfer import ADOPTED
+from sglang_xmem.errors import ConfigError, CopyError, refuse, sentence
+
+if TYPE_CHECKING:
+    from sglang_xmem.session import Session
+
+#: Attribute of a HostPoolGroup: sections that are reserved in its arena's frames for pools that come later.
+_RESERVED = "_sglang_xmem_reserved"
+
+
+class AdoptedPool:
+    """A host pool of SGLang whose pages are in an arena.
+
+    Attributes:
+        pool: SGLang's pool.
+        number: of this pool in its session.
+        arena: where its pages are.
+        section: its part of a frame.
+        slots: index numbers of a page.
+        layers: planes by host layer; empty for a pool that holds no bytes.
+        component_bytes: bytes of each component of a page, in the order of SGLang's storage keys.
+    """
+
+    def __init__(
+        self, pool: Any, number: int, arena: Arena | None, description: Description | None, section: Section
+    ) -> None:
+        self.pool = pool
+        self.number = number
+        self._arena = arena
+        self.section = section
+        self.layers: dict[int, list[Plane]] = {}
+        self.slots = 1
+        self.component_bytes: tuple[int, ...] = ()
+        if description is not None:
+            self.slots = description.slots
+            self.host_layer = description.host_layer
+            self.layers = planes_by_layer(description, section)
+            self.component_bytes = tuple(
+                sum(unit.unit_bytes for _, unit in component) for component in description.components
+            )
+
+    @property
+    def arena(self) -> Arena:
+        assert self._arena is not None
+        return self._arena
+
+    def narrow(self, host: torch.Tensor, device: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of this rank's share, where decode context parallelism spreads tokens over ranks."""
+        if getattr(self.pool, "dcp_size", 1) == 1:
+            return host, device
+        from sglang.srt.mem_cache.pool_host.mla import maybe_dcp_kernel_indices
+
+        size, rank = self.pool.dcp_size, self.pool.dcp_rank
+        return maybe_dcp_kernel_indices(host, size, rank), maybe_dcp_kernel_indices(device, size, rank)
+
+
+@contextmanager
+def tier_memory() -> Iterator[None]:
+    """Let SGLang's host pools be built without memory."""
+    from sglang.srt.mem_cache.pool_host import common
+
+    functions = common.ALLOC_MEMORY_FUNCS
+    saved, factory = dict(functions), functions.default_factory
+    functions.clear()  # a defaultdict: a look-up in here leaves its key behind
+    functions.default_factory = lambda: _without_memory
+    quiet = [(module, name, getattr(module, name)) for module, name in _kernel_questions()]
+    for module, name, _ in quiet:
+        setattr(module, name, _no if name != "_resolve_device_accessible_ptr_fn" else _none)
+    try:
+        yield
+    finally:
+        functions.clear()
+        functions.update(saved)
+        functions.default_factory = factory
+        for module, name, original in quiet:
+            setattr(module, name, original)
+
+
+def _without_memory(dims: Any, dtype: torch.dtype, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.empty(tuple(dims), dtype=dtype, device="meta")
+
+
+def _kernel_questions() -> list[tuple[types.ModuleType, str]]:
+    """Functions by which pools prepare SGLang's own copy kernels: they compile, for tens of seconds, what never runs
+    here, reserve GPU memory for it, or ask the driver about tensors that have no memory."""
+    import importlib
+
+    found = []
+    for name in ("common", "mha", "mla", "dsa", "mamba", "qsa", "minimax_m3_nvfp4"):
+        try:
+            module = importlib.import_module(f"sglang.srt.mem_cache.pool_host.{name}")
+        except ImportError:
+            continue
+        found += [
+            (module, function)
+            for function in (
+                "can_use_hicache_jit_kernel",
+                "can_use_write_back_jit_kernel",
+                "_resolve_device_accessible_ptr_fn",
+            )
+            if hasattr(module, function)
+        ]
+    return found
+
+
+def _no(*args: Any, **kwargs: Any) -> bool:
+    return False
+
+
+def _none() -> None:
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- adoption
+
+
+def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]] = ()) -> None:
+    """Put all pools of a HostPoolGroup into a new arena.
+
+    Ends the process with one sentence where a pool cannot be described, or no tier can hold them.
+
+    Args:
+        sidecars: (name, pool) that will join the group later; frames have room for them.
+    """
+    try:
+        described = [(_name(entry.name), entry.host_pool, describe(entry.host_pool)) for entry in group.entries]
+        later = [(name, pool, describe(pool)) for name, pool in sidecars]
+        placed, frames = lay_out(
+            (name, space_of(name), description.section_bytes)
+            for name, _, description in (*described, *later)
+            if description is not None
+        )
+        pages: dict[str, int] = {}
+        for name, pool, description in (*described, *later):
+            if description is not None:
+                space = space_of(name)
+                pages[space] = max(pages.get(space, 0), -(-int(pool.size) // description.slots))
+        device = next(d.device for _, _, d in described if d is not None)
+        arena = Arena(
+            active.placement,
+            [SpaceSpec(space, pages[space], nbytes) for space, nbytes in frames.items()],
+            device=device,
+            copy=active.plan.options.copy,
+        )
+    except (Unsupported, ConfigError, CopyError) as error:
+        refuse(_sentence(error))
+    active.arenas.append(arena)
+    for name, pool, description in described:
+        _attach(active, arena, pool, description, placed.get(name))
+    views = active.pools[-len(described) :]
+    planes = [plane for view in views for planes in view.layers.values() for plane in planes]
+    try:
+        arena.begin([Step(plane, 0, 0) for plane in planes])
+    except CopyError as error:
+        refuse(_sentence(error))
+    setattr(group, _RESERVED, {name: placed[name] for name, _, description in later if description is not None})
+
+
+def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
+    """Put a pool that joins an adopted group into the frames that have room for it."""
+    try:
+        description = describe(pool)
+    except Unsupported as error:
+        refuse(_sentence(error))
+    section = getattr(group, _RESERVED).get(name)
+    if description is not None and (section is None or section.nbytes != description.section_bytes):
+        refuse(
+            f"pool {name} joined HiCache without having been announced. Leave out --hicache-use-xmem for this draft "
+            "model, and report it."
+        )
+    _attach(active, active.arenas[-1], pool, description, section)
+
+
+def _attach(
+    active: Session, arena: Arena, pool: Any, description: Description | None, section: Section | None
+) -> None:
+    view = AdoptedPool(
+        pool, len(active.pools) + 1, arena, description, section or Section(space="", offset=0, nbytes=0)
+    )
+    active.pools.append(view)
+    setattr(pool, ADOPTED, view)
+    pool.can_use_write_back_jit = False
+    if description is not None:
+        storage.attach(view)
+
+
+def self_test(active: Session) -> None:
+    """Send a page of random bytes through every pool and back, before anything is served.
+
+    The GPU's page is as before afterwards. Waits for the GPU.
+
+    Raises:
+        CopyError: bytes came back wrong, or a copy was refused.
+    """
+    for view in active.pools:
+        if not view.layers:
+            continue
+        arena = view.arena
+        planes = [plane for layer in view.layers.values() for plane in layer]
+        unit = 1 if all(plane.device_units > 1 for plane in planes) else 0
+        arrays = [
+            bytes_at(p.device_address + unit * p.device_stride, p.unit_bytes, arena.device) for p in planes
+        ]
+        before = [array.clone() for array in arrays]
+        slots = torch.tensor([unit * view.slots], dtype=torch.int64, device=arena.device)
+        (frames,) = arena.frames([(view.section.space, torch.zeros(1, dtype=torch.int64))])
+        program = arena.compile([Step(plane, 0, 0) for plane in planes], 1)
+        random = [torch.randint(0, 256, array.shape, dtype=torch.uint8, device=array.device) for array in arrays]
+        for array, data in zip(arrays, random, strict=True):
+            array.copy_(data)
+        arena.store(program, [Pages(frames, slots)])
+        for array in arrays:
+            array.fill_(0xFF)
+        arena.load(program, [Pages(frames, slots)])
+        wrong = sum(not torch.equal(array, data) for array, data in zip(arrays, random, strict=True))
+        for array, data in zip(arrays, before, strict=True):
+            array.copy_(data)
+        if wrong:
+            raise CopyError(
+                f"{wrong} of {len(planes)} arrays of {type(view.pool).__name__} came back from tier {arena.tier.name} "
+                "with other bytes. Leave out --hicache-use-xmem, and report it."
+            )
+
+
+def _name(name: Any) -> str:
+    return str(getattr(name, "value", name))
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, Unsupported):
+        return f"--hicache-use-xmem cannot hold this model's KV cache: {error}. Leave the flag out for this model."
+    return sentence(error)
+
+
+def draft_sidecars(group: Any, device_pools: Sequence[Any], build: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """Build a draft model's host pools for their sizes alone, before SGLang does.
+
+    Args:
+        group: the target's HostPoolGroup.
+        device_pools: the draft's pools.
+        build: SGLang's `build_hicache_draft_sidecars`.
+    """
+    if not device_pools:
+        return []
+    controller = types.SimpleNamespace(
+        mem_pool_host=group, page_size=group.page_size, transfer_layer_id_max=1 << 16
+    )
+    _, entries = build(draft_device_pools=device_pools, tree_cache=types.SimpleNamespace(cache_controller=controller))
+    return [(_name(entry.name), entry.host_pool) for entry in entries]

@@ -1,0 +1,229 @@
+"""A scheduler's part: HiCache's pools in a tier. Placed in schedulers of engines with the flag on, nowhere else."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang_xmem import gpus, session
+from sglang_xmem.engines.sglang import flags, launcher, pools, storage, versions
+from sglang_xmem.engines.sglang.hooks import place
+from sglang_xmem.engines.sglang.launcher import INFO_KEY
+from sglang_xmem.errors import ConfigError, CopyError, UnsupportedSGLang, refuse
+from sglang_xmem.plan import Placement, Plan
+from sglang_xmem.session import Session
+
+logger = logging.getLogger(__name__)
+
+#: The pair that all of SGLang's pool classes accept. The flags say how SGLang lays bytes out and copies them; in a tier
+#: neither matters.
+LAYOUT, IO_BACKEND = "page_first", "kernel"
+
+#: A draft model's pools whose sizes are asked for before they are built.
+_announced: tuple[Any, ...] = ()
+#: Whether pools are being built for their sizes alone.
+_measuring = False
+
+
+def publish(result: Any, server_args: Any, *, role: str, hf_config: Any = None, ranks: Any = None) -> None:
+    """Begin a session: a process publishes its configuration once, and a scheduler before it builds anything (hook)."""
+    plan = flags.attached(server_args)
+    if plan is None or role not in ("scheduler", "dp_controller"):
+        return
+    if not isinstance(plan, Plan):  # a launcher that does not call check_server_args
+        refuse("--hicache-use-xmem does not work with this way of starting SGLang. Use sglang serve or sgl.Engine.")
+    table = versions.current()
+    try:
+        place(table.scheduler_hooks if role == "scheduler" else table.controller_hooks)
+    except UnsupportedSGLang as error:
+        refuse(str(error))
+    if role == "scheduler":
+        _begin(plan, ranks)
+        _settle_layout()
+
+
+def _begin(plan: Plan, ranks: Any) -> None:
+    local = plan.ranks.gpus
+    gpu = getattr(ranks, "gpu_id", None) if plan.ranks.uses_gpu else None
+    if plan.ranks.uses_gpu:
+        if gpu not in local:
+            refuse(
+                f"This rank computes on GPU {gpu}, and tiers were planned for GPUs {', '.join(map(str, local))}. "
+                "Leave out --hicache-use-xmem, and report how this engine was started."
+            )
+        index = local.index(gpu)
+        gpus.mark_as_rank()
+    else:
+        index = ranks.world_rank % len(local)
+    session.start(Session(plan, Placement(plan, index, _host_budget)))
+    version = versions.installed()
+    if not versions.proven(version):
+        session.current().notes.append(
+            f"SGLang {version} is newer than what this package was tested with ({', '.join(versions.known())}); its "
+            "functions were verified, and the tier is tried out before it serves"
+        )
+
+
+def _settle_layout() -> None:
+    from sglang.srt.runtime_context import get_context, get_memory
+
+    memory = get_memory()
+    given = (memory.hicache_mem_layout, memory.hicache_io_backend)
+    if given != (LAYOUT, IO_BACKEND):
+        get_context().override("sglang_xmem", hicache_mem_layout=LAYOUT, hicache_io_backend=IO_BACKEND)
+        # Logging is set up after this.
+        session.current().notes.append(
+            f"--hicache-mem-layout {given[0]} and --hicache-io-backend {given[1]} have no effect: the tier keeps a "
+            "page's bytes side by side and copies them itself"
+        )
+
+
+def prepare_staging(original: Any, **kwargs: Any) -> None:
+    """Reserve no GPU memory for SGLang's own stores, which never run here (hook)."""
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def _host_budget(nbytes: int) -> int:
+    """Host RAM for a pool of so many bytes by SGLang's rule."""
+    from sglang.srt.mem_cache.pool_host import base
+
+    budget = base.host_memory_budget_bytes
+    return int(getattr(budget, "__wrapped__", budget)(nbytes))
+
+
+def host_memory_budget_bytes(original: Any, requested_bytes: int = 0, **auto_size: bool) -> int:
+    """Size an automatic pool by its tier's capacity (hook): SGLang knows host RAM alone.
+
+    Args:
+        auto_size: SGLang's flag of that name, which 0.5.21 does not have: its automatic sizes ask for 0 bytes.
+    """
+    active = session.current()
+    if _measuring:
+        return 1 << 62
+    placement = active.placement
+    try:
+        if auto_size.get("auto_size", requested_bytes == 0) and not active.arenas:
+            return placement.automatic_bytes(int(original(requested_bytes, **auto_size)))
+        tier = placement.first_tier()
+        if not tier.traits.counts_as_host_ram:
+            return tier.capacity_bytes()
+    except ConfigError as error:
+        refuse(str(error))
+    return int(original(requested_bytes, **auto_size))
+
+
+# --------------------------------------------------------------------------------------------------------------- pools
+
+
+def attach_pools(original: Any, cache: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build HiCache's pools without memory; they are adopted when SGLang groups them (hook)."""
+    with pools.tier_memory():
+        return original(cache, params, *args, **kwargs)
+
+
+def note_draft(original: Any, params: Any, draft_plan: Any, *, enabled: bool) -> Any:
+    """Remember a draft model's pools, which SGLang builds behind the target's (hook)."""
+    global _announced
+    sidecar = draft_plan is not None and draft_plan.mode.value == "sidecar"
+    _announced = tuple(draft_plan.device_pools) if sidecar else ()
+    return original(params, draft_plan, enabled=enabled)
+
+
+def group_pools(result: Any, self: Any, entries: Any) -> None:
+    """Adopt the pools of a new HostPoolGroup (hook)."""
+    global _measuring
+    if _measuring:
+        return
+    from sglang.srt.mem_cache.hybrid_cache import hybrid_pool_assembler as assembler
+
+    build = assembler.build_hicache_draft_sidecars
+    _measuring = True
+    try:
+        with pools.tier_memory():
+            sidecars = pools.draft_sidecars(self, _announced, getattr(build, "__wrapped__", build))
+    finally:
+        _measuring = False
+    active = session.current()
+    while active.notes:
+        logger.info("sglang_xmem: %s", active.notes.pop(0))
+    pools.adopt_group(active, self, sidecars)
+    self._refresh_transfer_capabilities()
+
+
+def build_draft_sidecars(original: Any, *, draft_device_pools: Any, tree_cache: Any) -> Any:
+    """Build a draft model's pools without memory, and adopt them (hook)."""
+    with pools.tier_memory():
+        specs, entries = original(draft_device_pools=draft_device_pools, tree_cache=tree_cache)
+    group = tree_cache.cache_controller.mem_pool_host
+    for entry in entries:
+        pools.adopt_sidecar(session.current(), group, str(getattr(entry.name, "value", entry.name)), entry.host_pool)
+    return specs, entries
+
+
+def move_indices(original: Any, self: Any, host_indices: Any, device_indices: Any) -> Any:
+    """Leave indices where they are (hook): the load looks up frames on the CPU, and SGLang would copy one number per
+    token from pageable memory, which waits for the GPU."""
+    return host_indices, device_indices
+
+
+def transfer_streams(result: Any, self: Any, io_backend: str) -> None:
+    """Give loads a stream of high priority (hook): the forward pass waits for them, and theirs are a handful of thread
+    blocks, which would queue behind those of whatever kernel came first."""
+    import torch
+
+    if isinstance(self.host_to_device_stream, torch.cuda.Stream):
+        self.host_to_device_stream = torch.cuda.Stream(self.host_to_device_stream.device, priority=-1)
+
+
+def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
+    """Try the tier out, and tell the launcher about it (hook)."""
+    active = session.current()
+    try:
+        pools.self_test(active)
+    except CopyError as error:
+        refuse(str(error))
+    active.serve(_labels(self) if getattr(self, "enable_metrics", False) else None)
+    result[INFO_KEY] = ",".join(active.tier_names())
+    return result
+
+
+def _labels(scheduler: Any) -> dict[str, str]:
+    from sglang.srt.runtime_context import get_parallel, get_serving
+
+    parallel = get_parallel()
+    return {
+        "model_name": str(get_serving().served_model_name),
+        "tp_rank": str(parallel.tp_rank),
+        "pp_rank": str(parallel.pp_rank),
+        "dp_rank": str(getattr(scheduler, "dp_rank", None) or 0),
+    }
+
+
+def internal_state(result: Any, self: Any, recv_req: Any) -> None:
+    """Add the tier to what `/server_info` shows of a rank (hook)."""
+    result.internal_state["sglang_xmem"] = session.current().describe()
+
+
+def attach_storage(
+    original: Any,
+    self: Any,
+    storage_backend: str,
+    prefetch_threshold: int = 256,
+    model_name: str | None = None,
+    storage_backend_extra_config: Any = None,
+) -> Any:
+    """Refuse a storage backend that cannot work over the tier, also one that is attached at run time (hook)."""
+    arenas = session.current().arenas
+    needs = launcher.needs_addresses(storage_backend, storage_backend_extra_config)
+    if storage_backend not in launcher.BACKENDS:
+        raise ValueError(f"sglang_xmem: storage backend {storage_backend} does not work over a tier. Use file.")
+    if needs and arenas and not arenas[-1].cpu_addressable:
+        raise ValueError(
+            f"sglang_xmem: storage backend {storage_backend} needs addresses, and tier {arenas[-1].tier.name} is GPU "
+            "memory. Use file, or start with --hicache-xmem-tier dram."
+        )
+    if not hasattr(type(self.mem_pool_host.anchor_entry.host_pool), "storage_format_tag"):  # SGLang 0.5.21
+        model_name = f"{model_name}-{storage.FORMAT}" if model_name else storage.FORMAT
+    return original(self, storage_backend, prefetch_threshold, model_name, storage_backend_extra_config)

@@ -1,0 +1,274 @@
+"""SGLang's loads and stores as moves of an arena: any pools, one launch, one counter per transfer layer.
+
+Replaces the two `submit_*` of `L2TransferEngine`, and `LayerLoadingEvent.wait`, the other half of a load.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sglang_xmem import session
+from sglang_xmem.copies.base import Pages, Step
+from sglang_xmem.errors import CopyError
+
+if TYPE_CHECKING:
+    from sglang_xmem.copies.base import Program
+    from sglang_xmem.copies.counters import LayerCounters
+    from sglang_xmem.engines.sglang.pools import AdoptedPool
+
+logger = logging.getLogger(__name__)
+
+#: Attribute of a host pool: its AdoptedPool.
+ADOPTED = "_sglang_xmem"
+#: Attributes of a LayerLoadingEvent: counters of the load that it stands for at present, None where its events signal
+#: completion; and the counters that were once made for it, by number of layers.
+_COUNTERS = "_sglang_xmem_counters"
+_MADE = "_sglang_xmem_made"
+
+
+def adopted(transfer: Any) -> AdoptedPool:
+    """The adopted pool of a transfer.
+
+    Raises:
+        RuntimeError: SGLang made this pool behind the adapter's back, so its memory is not in the tier.
+    """
+    pool: AdoptedPool | None = getattr(transfer.host_pool, ADOPTED, None)
+    if pool is None:
+        raise RuntimeError(
+            f"sglang_xmem: {type(transfer.host_pool).__name__} was not put into the tier. Report this SGLang "
+            "configuration, or leave out --hicache-use-xmem."
+        )
+    return pool
+
+
+def submit_host_to_device(
+    original: Any,
+    self: Any,
+    transfers: Any,
+    *,
+    transfer_layer_id_max: int,
+    start_event: Any = None,
+    on_layer_done: Any = None,
+) -> Any:
+    """Enqueue a load: one launch, however many pools and layers (hook)."""
+    begun = time.perf_counter_ns()
+    active = session.current()
+    event: Any = getattr(on_layer_done, "__self__", None)
+    stream = self.host_to_device_stream
+    with active.watch.over("load") as flight:
+        with self._submission(transfers, stream, "host_to_device", start_event) as (prepared, completion):
+            moves = [t for t in prepared if adopted(t).layers]
+            counters = _load(moves, transfer_layer_id_max, event, on_layer_done)
+            if hasattr(event, "finish_event"):
+                setattr(event, _COUNTERS, counters)
+                if counters is not None:
+                    event.finish_event.record(stream)
+        flight.done = completion.finish_event.query
+    active.counts["load_ns"] += time.perf_counter_ns() - begun
+    return completion
+
+
+def _load(moves: Sequence[Any], num_parts: int, event: Any, on_layer_done: Any) -> LayerCounters | None:
+    """Enqueue a load's copies, and the events of its layers where no counters signal them."""
+    counters = None
+    if moves:
+        arena = adopted(moves[0]).arena
+        pages = _pages(arena, moves)
+        counters = _counters_of(event, arena, num_parts)
+        if counters is None and on_layer_done is not None and arena.device.type != "cpu":
+            _load_by_layers(arena, moves, pages, num_parts, on_layer_done)
+            return None
+        key = ("load", num_parts, *_identity(moves))
+        prepared = arena.programs.get(key)
+        if prepared is None:
+            prepared = arena.programs[key] = Prepared.of(arena, load_steps(moves, num_parts), num_parts)
+        try:
+            arena.load(prepared.program, pages, counters)
+        except CopyError as error:
+            _refused("load", error)
+            arena.copy_plainly(prepared.steps, pages, load=True)
+            counters = None
+        _count("load", prepared, pages)
+    if counters is None and on_layer_done is not None:
+        for layer in range(num_parts):
+            on_layer_done(layer)
+    return counters
+
+
+def submit_device_to_host(original: Any, self: Any, transfers: Any) -> Any:
+    """Enqueue a store: one launch, however many pools (hook)."""
+    begun = time.perf_counter_ns()
+    active = session.current()
+    with active.watch.over("store") as flight:
+        with self._submission(transfers, self.device_to_host_stream, "device_to_host") as (prepared, completion):
+            moves = [t for t in prepared if adopted(t).layers]
+            if moves:
+                _store(moves)
+        flight.done = completion.finish_event.query
+    active.counts["store_ns"] += time.perf_counter_ns() - begun
+    return completion
+
+
+def _store(moves: Sequence[Any]) -> None:
+    arena = adopted(moves[0]).arena
+    key = ("store", *_identity(moves))
+    prepared = arena.programs.get(key)
+    if prepared is None:
+        prepared = arena.programs[key] = Prepared.of(arena, _store_steps(moves), 1)
+    pages = _pages(arena, moves)
+    try:
+        arena.store(prepared.program, pages)
+    except CopyError as error:
+        _refused("store", error)
+        arena.copy_plainly(prepared.steps, pages, load=False)
+    _count("store", prepared, pages)
+
+
+def _refused(what: str, error: CopyError) -> None:
+    """Note that the copier refused a copy, which is made another way: a request is slower, and the server lives."""
+    active = session.current()
+    active.counts["refusals"] += 1
+    active.healthy = False
+    logger.warning("sglang_xmem: a %s was refused and is made by plain copies instead: %s", what, error)
+
+
+class Prepared(NamedTuple):
+    """A compiled load or store.
+
+    Attributes:
+        steps: what it was compiled from.
+        page_bytes: bytes that one page of each vector moves.
+    """
+
+    program: Program
+    steps: tuple[Step, ...]
+    page_bytes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arena: Any, steps: Sequence[Step], num_parts: int) -> Prepared:
+        """Compile `steps`."""
+        page_bytes: Counter[int] = Counter()
+        for step in steps:
+            page_bytes[step.vector] += step.plane.unit_bytes
+        vectors = range(max(page_bytes, default=-1) + 1)
+        return cls(arena.compile(steps, num_parts), tuple(steps), tuple(page_bytes[vector] for vector in vectors))
+
+
+def _count(direction: str, prepared: Prepared, pages: Sequence[Pages]) -> None:
+    counts = session.current().counts
+    counts[f"{direction}s"] += 1
+    for each, nbytes in zip(pages, prepared.page_bytes, strict=False):
+        pages_moved = each.frames.numel()
+        counts[f"{direction}_pages"] += pages_moved
+        counts[f"{direction}_bytes"] += pages_moved * nbytes
+
+
+def layer_wait(original: Any, self: Any, layer_index: int) -> None:
+    """Make the current stream wait for a layer of the load that a LayerLoadingEvent stands for."""
+    counters = getattr(self, _COUNTERS, None)
+    if counters is None:
+        original(self, layer_index)
+    else:
+        counters.wait(layer_index)
+
+
+def prepare_counters(result: Any, self: Any, num_layers: int) -> None:
+    """Make the counters of a LayerDoneCounter's loads at start, for making them waits for the GPU."""
+    if not session.active() or not session.current().arenas:
+        return
+    arena = session.current().arenas[-1]
+    for event in self.events:
+        _make_counters(event, arena, num_layers)
+
+
+def _counters_of(event: Any, arena: Any, num_layers: int) -> LayerCounters | None:
+    if event is None or not hasattr(event, "finish_event"):
+        return None
+    made = getattr(event, _MADE, None)
+    if made is None or made[0] is not arena or made[1] != num_layers:
+        made = _make_counters(event, arena, num_layers)
+    counters: LayerCounters | None = made[2]
+    return counters
+
+
+def _make_counters(event: Any, arena: Any, num_layers: int) -> Any:
+    made = (arena, num_layers, arena.make_counters(num_layers))
+    setattr(event, _MADE, made)
+    return made
+
+
+def _pages(arena: Any, moves: Sequence[Any]) -> list[Pages]:
+    """One vector per distinct pair of index tensors: pools that ride on another's numbers share its vector's tensors."""
+    wanted: list[tuple[str, torch.Tensor]] = []
+    known: dict[tuple[int, str, int], int] = {}
+    numbers, slots = [], []
+    for transfer in moves:
+        pool = adopted(transfer)
+        host, device = pool.narrow(transfer.host_indices, transfer.device_indices)
+        key = (id(transfer.host_indices), pool.section.space, pool.slots)
+        number = known.get(key)
+        if number is None:
+            number = known[key] = len(wanted)
+            wanted.append((pool.section.space, _on_cpu(host)[:: pool.slots] // pool.slots))
+        numbers.append(number)
+        slots.append(device[:: pool.slots])
+    frames = arena.frames(wanted)
+    return [Pages(frames[number], slot) for number, slot in zip(numbers, slots, strict=True)]
+
+
+def _on_cpu(indices: torch.Tensor) -> torch.Tensor:
+    # `move_indices` keeps host indices on the CPU. Whoever brings others pays for it, rather than getting wrong pages.
+    return indices if indices.device.type == "cpu" else indices.cpu()
+
+
+def _identity(moves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    """What a compiled move depends on. Drafts bring a new layer map each time, so it is the pools and not the maps; the
+    order of pools differs from load to load."""
+    return tuple((adopted(t).number, id(t.device_pool) if t.is_draft else 0) for t in moves)
+
+
+def _store_steps(moves: Sequence[Any]) -> list[Step]:
+    return [
+        Step(plane, vector, 0)
+        for vector, transfer in enumerate(moves)
+        for planes in adopted(transfer).layers.values()
+        for plane in planes
+    ]
+
+
+def load_steps(moves: Sequence[Any], num_parts: int) -> list[Step]:
+    """What SGLang's loop over layers and transfers copies, in its order."""
+    steps = []
+    for layer in range(num_parts):
+        for vector, transfer in enumerate(moves):
+            pool = adopted(transfer)
+            local = layer if transfer.layer_mapper is None else transfer.layer_mapper(layer)
+            if local is None or (transfer.layer_mapper is None and layer >= pool.pool.layer_num):
+                continue
+            host_layer = pool.host_layer(local, transfer.is_draft)
+            if host_layer is not None:
+                steps += [Step(plane, vector, layer) for plane in pool.layers[host_layer]]
+    return steps
+
+
+def _load_by_layers(arena: Any, moves: Sequence[Any], pages: Any, num_parts: int, on_layer_done: Any) -> None:
+    """A launch and an event per layer, for GPUs whose streams cannot wait for counters."""
+    key = ("layers", num_parts, *_identity(moves))
+    programs = arena.programs.get(key)
+    if programs is None:
+        by_layer: list[list[Step]] = [[] for _ in range(num_parts)]
+        for step in load_steps(moves, num_parts):
+            by_layer[step.part].append(step._replace(part=0))
+        programs = arena.programs[key] = [arena.compile(steps, 1) if steps else None for steps in by_layer]
+        logger.warning("sglang_xmem: a load is one launch per layer here, since streams cannot wait for counters")
+    session.current().counts["loads_by_layers"] += 1
+    for layer, program in enumerate(programs):
+        if program is not None:
+            arena.load(program, pages)
+        on_layer_done(layer)

@@ -1,0 +1,97 @@
+"""What differs between versions of SGLang: one table per version, plain data that needs no SGLang to be read."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+from dataclasses import dataclass
+
+from sglang_xmem.engines.sglang.hooks import Hook
+from sglang_xmem.errors import UnsupportedSGLang
+
+#: Module of each version's table, newest first.
+TABLES = {"0.5.23": "v0_5_23", "0.5.22": "v0_5_22", "0.5.21": "v0_5_21"}
+
+
+@dataclass(frozen=True)
+class VersionTable:
+    """A version of SGLang, as far as this package touches it.
+
+    Attributes:
+        version: as its distribution says.
+        flag_hooks: placed in every process; they only carry the options.
+        launcher_hooks: placed in a launcher with the flag on.
+        controller_hooks: placed in a data-parallel controller with the flag on.
+        scheduler_hooks: placed in a scheduler with the flag on.
+        members: dotted names of SGLang that are read besides the hooks' targets.
+        environment: names on `sglang.srt.environ.envs` that are read.
+        controller_reports: whether a data-parallel controller passes on what its ranks say of the tier.
+    """
+
+    version: str
+    flag_hooks: tuple[Hook, ...]
+    launcher_hooks: tuple[Hook, ...]
+    controller_hooks: tuple[Hook, ...]
+    scheduler_hooks: tuple[Hook, ...]
+    members: tuple[str, ...]
+    environment: tuple[str, ...]
+    controller_reports: bool = True
+
+
+def known() -> tuple[str, ...]:
+    """Versions that have a table, newest first."""
+    return tuple(TABLES)
+
+
+def load(version: str) -> VersionTable:
+    """The table of a version; for one that is newer than all tables, the newest one's, to be verified and tried out.
+
+    Raises:
+        UnsupportedSGLang: there is none; the message names the versions that have one.
+    """
+    base = _base(version)
+    newest = next(iter(TABLES))
+    name = base if base in TABLES else newest if _release(base) > _release(newest) else None
+    if name is None:
+        raise UnsupportedSGLang(
+            f"SGLang {version} is installed, and sglang_xmem works with {', '.join(TABLES)}. Run pip install "
+            f"sglang=={newest}."
+        )
+    table: VersionTable = importlib.import_module(f"{__name__}.{TABLES[name]}").TABLE
+    return table
+
+
+def proven(version: str) -> bool:
+    """Whether a version has a table of its own, with which it was tested."""
+    return version in TABLES
+
+
+def _base(version: str) -> str:
+    """A version without its post-release or local part: a rebuild of the same sources."""
+    return version.split("+")[0].split(".post")[0]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def installed() -> str:
+    """The version of SGLang that is installed.
+
+    Raises:
+        UnsupportedSGLang: none is.
+    """
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        raise UnsupportedSGLang("SGLang is not installed. Run pip install sglang.") from None
+
+
+def current() -> VersionTable:
+    """The table of the SGLang that is installed.
+
+    Raises:
+        UnsupportedSGLang: it has none, or SGLang is not installed.
+    """
+    return load(installed())

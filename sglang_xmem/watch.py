@@ -1,0 +1,122 @@
+"""A thread that nothing blocks: it notices loads and stores that do not end, and exports what a session counted.
+
+A copy that never ends cannot be taken back: it may write to its pages at any later time, when they belong to somebody
+else. So a rank whose copy is overdue ends, in one sentence, and whoever supervises it starts it again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+import psutil
+
+#: Seconds between two looks.
+INTERVAL_S = 0.25
+#: Exit status of a rank whose copy is overdue (EX_UNAVAILABLE of sysexits.h).
+OVERDUE_EXIT_STATUS = 69
+
+
+class InFlight:
+    """A load or store that has begun.
+
+    Attributes:
+        done: whether it has ended; None while it is being enqueued.
+        finished: called once when it has, with the seconds that the watch saw it in flight.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.begun = time.monotonic()
+        self.done: Callable[[], bool] | None = None
+
+
+class Watch:
+    """Looks at copies in flight every INTERVAL_S.
+
+    Args:
+        deadline_s: seconds that a copy may take; 0 for no limit.
+        describe: names the tier, for the sentence.
+        each_look: called every second, to export numbers; an exception is swallowed, for serving matters more.
+        end: ends the process; for tests.
+    """
+
+    def __init__(
+        self,
+        deadline_s: float,
+        describe: Callable[[], str],
+        each_look: Callable[[], None] | None = None,
+        end: Callable[[str], None] | None = None,
+    ) -> None:
+        self._deadline_s = deadline_s
+        self._describe = describe
+        self._each_look = each_look
+        self._end = end or end_rank
+        self._numbers = itertools.count()
+        self._in_flight: dict[int, InFlight] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sglang_xmem-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more; returns when the thread has ended."""
+        self._stopped.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @contextmanager
+    def over(self, what: str) -> Iterator[InFlight]:
+        """Watch a copy from before it is enqueued. Whoever enqueues it sets `done`; without, it ends with the block."""
+        number = next(self._numbers)
+        entry = self._in_flight[number] = InFlight(what)
+        try:
+            yield entry
+        except BaseException:
+            self._in_flight.pop(number, None)
+            raise
+        if entry.done is None:
+            self._in_flight.pop(number, None)
+
+    def look(self) -> None:
+        """Forget what has ended, and end the process for what is overdue."""
+        now = time.monotonic()
+        for number, entry in list(self._in_flight.items()):
+            if entry.done is not None and entry.done():
+                self._in_flight.pop(number, None)
+            elif self._deadline_s and now - entry.begun > self._deadline_s:
+                self._in_flight.pop(number, None)
+                self._end(
+                    f"A {entry.what} {self._describe()} has not ended within {self._deadline_s:g} s. This rank ends, so "
+                    "that its supervisor can start it again; look for errors of the GPUs (nvidia-smi, dmesg), or raise "
+                    "'watch.deadline_s' in --hicache-xmem-config."
+                )
+
+    def _run(self) -> None:
+        looks = 0
+        while not self._stopped.wait(INTERVAL_S):
+            self.look()
+            looks += 1
+            if self._each_look is not None and looks % 4 == 0:
+                with suppress(Exception):
+                    self._each_look()
+
+
+def end_rank(message: str) -> NoReturn:
+    """End this process at once with one sentence, and tell SGLang's parent, as SGLang's own watchdog does."""
+    sys.stderr.write(f"sglang_xmem: {message}\n")
+    sys.stderr.flush()
+    with suppress(psutil.Error, OSError):
+        parent = psutil.Process().parent()
+        if parent is not None:
+            parent.send_signal(signal.SIGQUIT)
+    os._exit(OVERDUE_EXIT_STATUS)

@@ -1,0 +1,27 @@
+"""Tier dax keeps the contract, with a file on tmpfs for its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fake_pinning import MIB, pinning
+from test_dax_tier import Device, device
+from tiers import Case, TierContract
+
+__all__ = ["device"]
+
+
+class TestDax(TierContract):
+    @pytest.fixture
+    def case(self, device: Device) -> Iterator[Case]:
+        with pinning(2 * MIB) as driver:
+
+            def fail(number: int | None) -> None:
+                driver.fail_at, driver.acquired = number, 0
+
+            def check() -> None:
+                driver.check_untouched()
+                device.plans()  # nobody holds any of it
+
+            yield Case(device.tier(gpu=0), check, fail=fail, calls=6)

@@ -1,0 +1,108 @@
+"""The kinds of pools that SGLang's CPU engine can run, with what each needs and what a hit in the tier has to move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness import LONGER, OTHER_PREFIX, PROMPT_TOKENS, Spec, Step
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One model's way through cold, hit in the device pool, flood, hit in the tier, and hits that lack a pool.
+
+    Attributes:
+        model: `--kind` of make_tiny_model.py.
+        loads: what the load of a hit moves, by SGLang's names of pools: tokens, or states.
+        options: keywords of sgl.Engine, over harness.BASE_OPTIONS.
+        draft: the model is its own draft; its pools are named in `drafts`.
+        drafts: pools that outputs do not depend on, because drafts are verified; they show in the verifications.
+        prompt_tokens: of the first prompt.
+        extend: later prompts are the first one with more tokens, for models whose pools hold states at the ends of
+            nodes alone: an equal prompt matches one token less than the node has.
+        hit: tokens that a hit finds.
+    """
+
+    model: str
+    loads: Mapping[str, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    draft: bool = False
+    drafts: tuple[str, ...] = ()
+    prompt_tokens: int = PROMPT_TOKENS
+    extend: bool = False
+    hit: int = (PROMPT_TOKENS - 1) // 16 * 16
+
+    def steps(self, controls: bool = True) -> list[Step]:
+        """Steps of a run; `controls` are hits with each pool's load left out, named "without POOL"."""
+        again = f"A{LONGER}" if self.extend else "A"
+        steps: list[Step] = [
+            ("ask", "cold", "A"),
+            ("ask", "device_hit", again),
+            ("ask", "device_hit_again", again),
+            ("flood",),
+            ("ask", "tier_hit", again),
+            ("ask", "changed", f"A{OTHER_PREFIX}{LONGER}" if self.extend else f"A{OTHER_PREFIX}"),
+        ]
+        for pool in self.loads if controls else ():
+            steps += [("flood",), ("leave_out", pool), ("ask", f"without {pool}", again), ("leave_out",)]
+        return steps
+
+    def spec(self, model: str, options: Mapping[str, Any], environment: Mapping[str, str], **steps: Any) -> Spec:
+        """A run of this kind: `options` go over the kind's own."""
+        own = dict(self.options)
+        if self.draft:
+            own["speculative_draft_model_path"] = model
+        return Spec(
+            "engine",
+            model,
+            {**own, **options},
+            self.steps(**steps),
+            environment,
+            prompt_tokens=self.prompt_tokens,
+        )
+
+
+def whole_pages(tokens: int, page_size: int = 16) -> int:
+    """Tokens of a prompt that a hit finds: whole pages, and at least one token is computed."""
+    return (tokens - 1) // page_size * page_size
+
+
+#: A chain of three drafts.
+DRAFTS: Mapping[str, Any] = {
+    "speculative_algorithm": "STANDALONE",
+    "speculative_num_steps": 3,
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
+
+KINDS: Mapping[str, Kind] = {
+    "mha": Kind("mha", {"kv": 384}),
+    "mla": Kind("mla", {"kv": 384}),
+    # The host pool of windows is as small as that of the device; a flood that fills it would lose the whole hit.
+    "swa": Kind("swa", {"kv": 384, "swa": 64}, {"hicache_ratio": 12.0}),
+    # A load restores the state of the tree's node and that of the request. SGLang has states on a CPU with pages of
+    # one token alone, and the stand-ins compute token by token: short prompts.
+    "gdn": Kind(
+        "gdn",
+        {"kv": 80, "mamba": 2},
+        {
+            "page_size": 1,
+            "max_total_tokens": 256,
+            "mamba_radix_cache_strategy": "no_buffer",
+            "max_mamba_cache_size": 12,
+            "hicache_ratio": 8.0,
+        },
+        prompt_tokens=80,
+        extend=True,
+        hit=80,
+    ),
+    # The draft is the model itself, so all drafts are right as long as its K and V are.
+    "draft": Kind("mha", {"kv": 384, "draft": 384}, DRAFTS, draft=True, drafts=("draft",)),
+}
+
+
+def loads_of(loads: Sequence[Mapping[str, int]], kind: Kind) -> list[Mapping[str, int]]:
+    """Those of a log's loads that are a hit of this kind."""
+    return [load for load in loads if load == kind.loads]

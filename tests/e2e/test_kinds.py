@@ -1,0 +1,130 @@
+"""HiCache with every kind of pools that SGLang's CPU engine can run: hits in the tier, and controls of each pool.
+
+An engine a kind goes through all steps once. That a hit in the tier equals one in the device pool to the last bit says
+something because the controls differ: with a pool's load left out, the same prompt gives another output.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import pytest
+from harness import Result, run
+from kinds import KINDS, Kind, loads_of
+
+pytestmark = pytest.mark.cpu_engine
+
+#: Options of each way to run HiCache, over a kind's own.
+#: To switch sglang_xmem on: "dram": harness.XMEM_DRAM
+ENGINES: Mapping[str, Mapping[str, Any]] = {"stock": {}}
+
+
+class Outcome(NamedTuple):
+    """What a kind's engine gave."""
+
+    kind: Kind
+    engine: str
+    result: Result
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Directory of the tiny model of a kind; made once a session."""
+    directory = tmp_path_factory.mktemp("models")
+
+    def make(kind: str) -> str:
+        path = directory / kind
+        if not path.exists():
+            script = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
+            subprocess.run([sys.executable, str(script), str(path), "--kind", kind], check=True)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def outcome_of(model_of: Callable[[str], str]) -> Callable[[str, str], Outcome]:
+    """Runs an engine of a kind; once a session for each."""
+    outcomes: dict[tuple[str, str], Outcome] = {}
+
+    def outcome(engine: str, name: str) -> Outcome:
+        if (engine, name) not in outcomes:
+            kind = KINDS[name]
+            result = run(kind.spec(model_of(kind.model), ENGINES[engine], {}))
+            outcomes[engine, name] = Outcome(kind, engine, result)
+        return outcomes[engine, name]
+
+    return outcome
+
+
+@pytest.fixture(scope="module", params=[f"{engine}-{kind}" for engine in ENGINES for kind in KINDS])
+def outcome(request: pytest.FixtureRequest, outcome_of: Callable[[str, str], Outcome]) -> Outcome:
+    """Each engine with each kind."""
+    engine, kind = request.param.split("-")
+    return outcome_of(engine, kind)
+
+
+def check_tier_hit(kind: Kind, answers: Mapping[str, harness.Answer], name: str = "tier_hit") -> None:
+    """The answer came from the tier alone, and is what a hit in the device pool gave."""
+    expected = answers["device_hit"]
+    assert answers["cold"].cached.get("device", 0) + answers["cold"].cached.get("host", 0) == 0
+    assert expected.cached == {"device": kind.hit, "host": 0}
+    assert answers["device_hit_again"].output_ids == expected.output_ids
+    assert answers["device_hit_again"].logprobs == expected.logprobs
+    assert answers[name].cached == {"device": 0, "host": kind.hit}
+    assert answers[name].output_ids == expected.output_ids
+    # The same computation on the same bytes: equal to the last bit.
+    assert answers[name].logprobs == expected.logprobs
+    # As many drafts were right; also says that their pool holds what it held.
+    assert answers[name].verifications == expected.verifications
+
+
+def test_tier_hit_equals_device_hit(outcome: Outcome) -> None:
+    check_tier_hit(outcome.kind, outcome.result.answers)
+    if not outcome.kind.extend:
+        assert outcome.result.answers["device_hit"].output_ids == outcome.result.answers["cold"].output_ids
+    assert outcome.result.survivors == []
+    assert outcome.result.statuses == [0]
+    assert outcome.result.tier == (None if outcome.engine == "stock" else outcome.engine)
+
+
+def test_loads_move_every_pool(outcome: Outcome) -> None:
+    """SGLang asks for the pools that this kind is here for, at each hit in the tier."""
+    assert len(loads_of(outcome.result.loads, outcome.kind)) == 1 + len(outcome.kind.loads)
+
+
+def test_changed_prefix_changes_the_output(outcome: Outcome) -> None:
+    """Otherwise equal outputs would say nothing about what was loaded."""
+    answers = outcome.result.answers
+    assert answers["changed"].output_ids != answers["tier_hit"].output_ids
+    assert answers["changed"].cached.get("host", 0) + answers["changed"].cached.get("device", 0) == 0
+
+
+def test_every_pool_left_out_is_noticed(outcome: Outcome) -> None:
+    """Negative control: the very check used above fails for a hit whose load lacks a pool."""
+    answers = outcome.result.answers
+    for pool in outcome.kind.loads:
+        name = f"without {pool}"
+        assert answers[name].cached == {"device": 0, "host": outcome.kind.hit}
+        if pool in outcome.kind.drafts:
+            # Drafts are verified, so the output is right; it takes more rounds.
+            assert answers[name].output_ids == answers["device_hit"].output_ids
+            assert answers[name].verifications > answers["device_hit"].verifications
+        else:
+            assert answers[name].output_ids != answers["device_hit"].output_ids
+        with pytest.raises(AssertionError):
+            check_tier_hit(outcome.kind, answers, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "stock"])
+def test_outputs_are_those_of_stock(engine: str, kind: str, outcome_of: Callable[[str, str], Outcome]) -> None:
+    """Not only equal among themselves."""
+    ours, stock = (outcome_of(name, kind).result.answers for name in (engine, "stock"))
+    for name in ("cold", "device_hit", "tier_hit", "changed"):
+        assert (ours[name].output_ids, ours[name].logprobs) == (stock[name].output_ids, stock[name].logprobs)

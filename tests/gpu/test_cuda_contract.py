@@ -1,0 +1,123 @@
+"""The CUDA and Triton kernels on a GPU, over every kind of tier memory: the contract, all variants in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from copiers import CopierContract, Limits
+
+from sglang_xmem.copies import CopyPolicy, make_copier, shared
+from sglang_xmem.copies.base import PageCopier
+from sglang_xmem.copies.cuda import CudaPageCopier
+from sglang_xmem.copies.geometry import Slab
+from sglang_xmem.copies.triton import TritonPageCopier
+from sglang_xmem.copies.tuning import DEFAULT_TUNING, SMALL_UNIT_TUNING, CudaTuning
+
+pytestmark = pytest.mark.gpu
+
+GPU = "cuda:0"
+TUNINGS = [
+    CudaTuning(),
+    CudaTuning(unroll=16, streaming=True),
+    CudaTuning(ctas=3, threads=96, unroll=3),
+    CudaTuning(variant="bulk"),
+    CudaTuning(variant="bulk", ctas=5, rings=4, stages=3, stage_bytes=4096, pending_stores=1),
+    CudaTuning(variant="bulk", stages=7, stage_bytes=32768, pending_stores=3),
+    CudaTuning(variant="bulk", ctas=2, stages=2, stage_bytes=2048, pending_stores=0),
+    CudaTuning(variant="bulk", ctas=2, stages=32, stage_bytes=1024, pending_stores=0),
+    *DEFAULT_TUNING.values(),
+    *SMALL_UNIT_TUNING.values(),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are compiled here, not found in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_XMEM_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def peer_access() -> None:
+    """Let kernels on GPU 0 reach the memory of GPU 1 that torch allocates."""
+    from cuda.bindings import driver
+
+    if not torch.cuda.can_device_access_peer(0, 1):
+        pytest.skip("the two GPUs cannot reach each other's memory")
+    torch.ones(1, device="cuda:1")
+    with torch.cuda.device(GPU):
+        torch.cuda.synchronize()
+        status, context = driver.cuDevicePrimaryCtxRetain(1)
+        assert status.value == 0, status
+        (status,) = driver.cuCtxEnablePeerAccess(context, 0)
+        assert status.name in ("CUDA_SUCCESS", "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED"), status
+
+
+class OnGpu(CopierContract):
+    device = GPU
+    made = 0
+
+    def make(self, slabs: Sequence[Slab], device: torch.device) -> PageCopier:
+        """Each time with the next settings."""
+        tuning = TUNINGS[self.made % len(TUNINGS)]
+        type(self).made += 1
+        return CudaPageCopier(slabs, device, load=tuning, store=tuning)
+
+
+class TestHbm(OnGpu):
+    tier = GPU
+    seeds = range(60)
+
+
+class TestPinned(OnGpu):
+    tier = "pinned"
+    seeds = range(100, 130)
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.usefixtures("peer_access")
+class TestPeer(OnGpu):
+    tier = "cuda:1"
+    seeds = range(200, 230)
+
+
+@pytest.mark.gpus(2)
+class TestRunByThePeer(OnGpu):
+    tier = "cuda:1"
+    reads_all_units = True  # it asks the driver about unit 0
+    seeds = range(300, 330)
+
+    def make(self, slabs: Sequence[Slab], device: torch.device) -> PageCopier:
+        copier, reason = make_copier("auto", slabs, device, link="nvlink", policy=CopyPolicy(1, required=True))
+        assert reason is None
+        return copier
+
+
+@pytest.mark.gpus(2)
+class TestRelayed(OnGpu):
+    tier = "pinned"
+    reads_all_units = True
+    seeds = range(400, 430)
+
+    @pytest.fixture(autouse=True)
+    def _small_shares(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shared, "MIN_SHARE_BYTES", 4096)
+
+    def make(self, slabs: Sequence[Slab], device: torch.device) -> PageCopier:
+        return make_copier("auto", slabs, device, link="pcie", policy=CopyPolicy(relays=(1,)))[0]
+
+
+class TestTriton(OnGpu):
+    tier = "pinned"
+    seeds = range(500, 508)  # it compiles for many of them
+    limits = Limits(units=1 << 20, large=False)
+
+    def make(self, slabs: Sequence[Slab], device: torch.device) -> PageCopier:
+        pytest.importorskip("triton")
+        return TritonPageCopier(slabs, device)
