@@ -113,9 +113,7 @@ def _find(tree: ast.Module, names: list[str]) -> ast.AST | None:
     nodes: list[ast.stmt] = tree.body
     found: ast.AST | None = None
     for name in names:
-        found = next(
-            (n for n in nodes if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == name), None
-        )
+        found = next((n for n in nodes if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == name), None)
         if found is None:
             return None
         nodes = getattr(found, "body", [])

@@ -108,9 +108,7 @@ class Arena:
         allocation = placement.allocate([(spec.pages * spec.frame_bytes, spec.frame_bytes) for spec in spaces])
         self.tier = allocation.tier
         self._regions = list(allocation.regions)
-        self.spaces = {
-            spec.name: Space(spec, region) for spec, region in zip(spaces, allocation.regions, strict=True)
-        }
+        self.spaces = {spec.name: Space(spec, region) for spec, region in zip(spaces, allocation.regions, strict=True)}
         #: Compiled loads and stores, by what their maker knows them by.
         self.programs: dict[Any, Any] = {}
         self._closed = False
@@ -208,9 +206,7 @@ class Arena:
         Slow: some operations per plane and slab, and it waits for the GPU where there is more than one slab.
         """
         slabs = [slab for space in self.spaces.values() for slab in space.slabs]
-        rows = [
-            bytes_at(s.address, s.frames * s.frame_bytes, self.device).view(s.frames, s.frame_bytes) for s in slabs
-        ]
+        rows = [bytes_at(s.address, s.frames * s.frame_bytes, self.device).view(s.frames, s.frame_bytes) for s in slabs]
         for step in steps:
             plane, (frames, slots) = step.plane, pages[step.vector]
             array = bytes_at(

@@ -1,44 +1,70 @@
-"""The command `sglang-xmem`."""
+"""The command `sglang-xmem`. Imports neither torch nor SGLang: a benchmark's module is imported when it runs."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from sglang_xmem import doctor
-from sglang_xmem.bench import compare, multiturn, report, throughput, trace, ttft
+import sglang_xmem
 from sglang_xmem.errors import ConfigError
-from sglang_xmem.mtier import daemon
+
+#: Status of a command that was interrupted, as a shell reports SIGINT.
+INTERRUPTED = 130
+
+#: Commands by name: the module, which has `add_arguments`, `run` and a docstring, and what the command is for.
+COMMANDS = {
+    "mtierd": ("sglang_xmem.mtier.daemon", "share banks of memory among engines"),
+    "doctor": ("sglang_xmem.doctor", "what this machine has, and which tier it would get"),
+}
+BENCHMARKS = {
+    "ttft": ("sglang_xmem.bench.ttft", "time to first token of hits, by backend and prompt length"),
+    "throughput": ("sglang_xmem.bench.throughput", "tokens/s by hit ratio and concurrency"),
+    "multiturn": ("sglang_xmem.bench.multiturn", "agents with growing shared context, TTFT by turn"),
+    "trace": ("sglang_xmem.bench.trace", "a recorded trace of requests, replayed"),
+    "report": ("sglang_xmem.bench.report", "table and plots of results"),
+    "compare": ("sglang_xmem.bench.compare", "what changed between two results"),
+}
+
+
+class _Lazy(argparse.ArgumentParser):
+    """A parser that imports its command's module when it is used: help and arguments come from there."""
+
+    module: str | None = None
+
+    def _load(self) -> None:
+        name, self.module = self.module, None
+        if name is not None:
+            module: Any = importlib.import_module(name)
+            self.description = module.__doc__
+            module.add_arguments(self)
+            self.set_defaults(run=module.run)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._load()
+        return super().parse_known_args(args, namespace)
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands; each sets `run`, a function of the parsed arguments that returns the exit status."""
-    root = argparse.ArgumentParser(prog="sglang-xmem", description=__doc__)
-    commands = root.add_subparsers(dest="command", required=True)
-    bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
-    for name, module, purpose in (
-        ("ttft", ttft, "time to first token of hits, by backend and prompt length"),
-        ("throughput", throughput, "tokens/s by hit ratio and concurrency"),
-        ("multiturn", multiturn, "agents with growing shared context, TTFT by turn"),
-        ("trace", trace, "a recorded trace of requests, replayed"),
-        ("report", report, "table, CSV and plots of results"),
-        ("compare", compare, "what changed between two results"),
-    ):
-        command = bench.add_parser(name, help=purpose, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    service = commands.add_parser("mtierd", help="share banks of memory among engines", description=daemon.__doc__)
-    daemon.add_arguments(service)
-    service.set_defaults(run=daemon.run)
-    examine = commands.add_parser(
-        "doctor", help="what this machine has, and which tier it would get", description=doctor.__doc__
-    )
-    doctor.add_arguments(examine)
-    examine.set_defaults(run=doctor.run)
+    root = argparse.ArgumentParser(prog="sglang-xmem", description="Commands of sglang_xmem.")
+    root.add_argument("--version", action="version", version=f"sglang_xmem {sglang_xmem.__version__}")
+    commands = root.add_subparsers(dest="command", required=True, parser_class=_Lazy)
+    bench: Any = commands.add_parser("bench", help="measure", description="Benchmarks.")
+    _add(bench.add_subparsers(dest="bench", required=True, parser_class=_Lazy).add_parser, BENCHMARKS)
+    _add(commands.add_parser, COMMANDS)
     return root
 
 
-def main(argv: list[str] | None = None) -> int:
+def _add(add_parser: Callable[..., Any], commands: dict[str, tuple[str, str]]) -> None:
+    for name, (module, purpose) in commands.items():
+        add_parser(name, help=purpose, formatter_class=argparse.RawDescriptionHelpFormatter).module = module
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
     args = parser().parse_args(argv)
     try:
         return int(args.run(args))
@@ -46,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sglang-xmem: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

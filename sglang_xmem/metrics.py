@@ -68,9 +68,7 @@ class Exporter:
             if metric.kind == "counter":
                 made: Any = prometheus_client.Counter(PREFIX + metric.name, metric.help, names)
             else:
-                made = prometheus_client.Gauge(
-                    PREFIX + metric.name, metric.help, names, multiprocess_mode="mostrecent"
-                )
+                made = prometheus_client.Gauge(PREFIX + metric.name, metric.help, names, multiprocess_mode="mostrecent")
             self._series[metric.name] = made.labels(**self._labels)
 
     def export(self) -> None:

@@ -67,9 +67,7 @@ def make_model(kind: str, directory: Path) -> None:
     config: Any
     if kind in ("mha", "draft", "draft-small"):
         layers = 2 if kind == "draft-small" else 12
-        config = t.Qwen3Config(
-            **COMMON, **sizes, num_hidden_layers=layers, num_key_value_heads=4, head_dim=128
-        )
+        config = t.Qwen3Config(**COMMON, **sizes, num_hidden_layers=layers, num_key_value_heads=4, head_dim=128)
         model: Any = t.Qwen3ForCausalLM(config)
         with torch.no_grad():
             for layer in model.model.layers:

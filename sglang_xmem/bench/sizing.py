@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_xmem.adapters.host_budget import fallback_host_budget, launcher_host_budget
+from sglang_xmem.engines.sglang.host_budget import fallback_host_budget, launcher_host_budget
 from sglang_xmem.errors import ConfigError
 
 

@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 from sglang_xmem.config import AUTO, CONFIG_OPTION
-from sglang_xmem.doctor import bandwidth, facts, tiers
 from sglang_xmem.errors import ConfigError
 
 #: Of the JSON; a change that takes a key away or gives it another meaning raises it.
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hicache-xmem-tier", default=AUTO, metavar="TIER", help="as the server's; default: auto")
     parser.add_argument(CONFIG_OPTION, default=None, metavar="JSON|@FILE", help="as the server's")
     parser.add_argument("--no-bandwidth", action="store_true", help="measure nothing")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout in place of the screen")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the screen")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +49,8 @@ def examine(args: argparse.Namespace) -> Json:
     Raises:
         ConfigError: options that the server would refuse.
     """
+    from sglang_xmem.doctor import facts, tiers
+
     if not 0 <= args.hicache_size < 1e9:
         raise ConfigError(f"--hicache-size is {args.hicache_size:g}; give GB a rank, or leave it out.")
     engine = tiers.engine_gpus(args.tp_size, args.base_gpu_id)
@@ -81,6 +82,8 @@ def examine(args: argparse.Namespace) -> Json:
 
 def _add_bandwidth(gpu_list: list[Json], peers: list[Json], measured: bool) -> None:
     """Put rates, or why there are none, into the GPUs' and the pairs' rows."""
+    from sglang_xmem.doctor import bandwidth
+
     rows, problem = bandwidth.run() if measured and gpu_list else ([], "--no-bandwidth")
     by_link = {(row["gpu"], row["peer"]): row for row in rows}
     for target in [*gpu_list, *peers]:

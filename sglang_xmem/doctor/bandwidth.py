@@ -1,7 +1,7 @@
 """A quick measurement of the links between GPUs, and of each GPU's to host memory, in a child process on a clock.
 
-What the tiers do at their best: the copy engine on contiguous memory, the peer's memory as tier `peer` maps it, all
-GPUs awake; those that others use are left alone.
+What the tiers do at their best: the copy engine on contiguous memory, the peer's memory as tier `peer` maps it, a CUDA
+context on every GPU, so that none runs at idle clocks; GPUs that others use are left alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from sglang_xmem import gpus
 from sglang_xmem.doctor.child import run_task
-from sglang_xmem.errors import TierUnavailable
+from sglang_xmem.errors import Unavailable
 from sglang_xmem.tiers.peer import PeerRankPlan, PeerSettings, PeerTier
 
 #: Bytes of a copy: enough for 99 % of a link's rate, small beside any GPU's memory.
@@ -25,7 +25,7 @@ REPETITIONS = 5
 #: Seconds for all measurements, the child's start included, and the time at which it is stopped.
 BUDGET_S = 8.0
 LIMIT_S = 9.5
-NO_TIME = "the time was up"
+NO_TIME = "the time for measuring was up"
 #: Bytes compared at the start, in the middle and at the end of each copy.
 _SAMPLE_BYTES = 4096
 
@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 def run() -> tuple[list[Json], str | None]:
     """Rows of `measure`, and why there are no more of them if so."""
-    outcome = run_task("bandwidth", {"deadline": time.monotonic() + BUDGET_S}, LIMIT_S)
+    outcome = run_task("bandwidth", {"deadline": time.monotonic() + BUDGET_S}, LIMIT_S, total=True)
     return outcome.lines, outcome.problem
 
 
@@ -48,11 +48,11 @@ def measure(deadline: float) -> Iterator[Json]:
     busy = {gpu: gpus.foreign_use(gpu) for gpu in visible}
     peers = {gpu: [peer for peer in visible if peer != gpu and gpus.can_access_peer(gpu, peer)] for gpu in visible}
     left = sum(1 + len(peers[gpu]) for gpu in visible)
-    with ExitStack() as awake:
+    with ExitStack() as contexts:
         for gpu in visible:  # once, since making a context takes longer than measuring a link
-            with suppress(TierUnavailable):  # told where it is missed
+            with suppress(Unavailable):  # reported where it is missed
                 if busy[gpu] is None and time.monotonic() < deadline:
-                    gpus.hold_context(gpu, awake)
+                    gpus.hold_context(gpu, contexts)
         yield from _rows(visible, peers, busy, left, deadline)
 
 
@@ -67,7 +67,7 @@ def _rows(
             if reason is None and time.monotonic() < deadline:
                 try:
                     bench = stack.enter_context(_bench(gpu))
-                except TierUnavailable as error:
+                except Unavailable as error:
                     reason = str(error)
             for row in rows:
                 now = time.monotonic()
@@ -81,7 +81,7 @@ def _rows(
                     share = (deadline - now) / left
                     try:
                         yield {**row, **(bench.host(share) if peer is None else bench.peer(peer, share))}
-                    except TierUnavailable as error:
+                    except Unavailable as error:
                         yield {**row, "not_measured": str(error)}
                 left -= 1
 
@@ -131,11 +131,13 @@ class _Bench:
 
     def peer(self, peer: int, share_s: float) -> Json:
         """Both directions between a peer's memory and the GPU."""
-        tier = PeerTier(PeerSettings(gpus=(peer,), copy_on="rank"), PeerRankPlan(gpus=(peer,), named=True), self._gpu)
+        plan = PeerRankPlan(gpus=(peer,), named=True)
+        tier = PeerTier(PeerSettings(gpus=(peer,), copy_on="rank"), plan, self._gpu)
         region = tier.allocate(COPY_BYTES)
         try:
-            read = self._gbps(self._buffer, region.extents[0].address, share_s / 2)
-            return {"read_gbps": read, "write_gbps": self._gbps(region.extents[0].address, self._buffer, share_s / 2)}
+            there = region.extents[0].address
+            read = self._gbps(self._buffer, there, share_s / 2)
+            return {"read_gbps": read, "write_gbps": self._gbps(there, self._buffer, share_s / 2)}
         finally:
             region.release()
 
@@ -145,7 +147,7 @@ class _Bench:
         """Median rate of a few copies, in GB/s (1e9 bytes).
 
         Raises:
-            TierUnavailable: a call failed, or what arrived is not what was sent.
+            Unavailable: a call failed, or what arrived is not what was sent.
         """
         d = self._driver
         samples = {at: os.urandom(_SAMPLE_BYTES) for at in (0, COPY_BYTES // 2, COPY_BYTES - _SAMPLE_BYTES)}
@@ -165,7 +167,7 @@ class _Bench:
                     break
         for at, sample in samples.items():
             if self._read(target + at, host_target) != sample:
-                raise TierUnavailable("the bytes that arrived are not those that were sent; check the IOMMU and ACS")
+                raise Unavailable("the bytes that arrived are not those that were sent; check the IOMMU and ACS")
         return round(COPY_BYTES / statistics.median(times) / 1e6, 2)
 
     def _write(self, address: int, data: bytes, on_host: bool) -> None:
@@ -187,7 +189,7 @@ class _Bench:
 
 @contextmanager
 def _cpus_near(gpu: int) -> Iterator[None]:
-    """This thread on CPUs of the GPU's NUMA node, where the machine tells and allows."""
+    """This thread on CPUs of the GPU's NUMA node, where the machine reports it and allows it."""
     before = os.sched_getaffinity(0)
     with suppress(OSError, ValueError):
         node = gpus.numa_node(gpu)

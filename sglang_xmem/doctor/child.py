@@ -8,15 +8,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
-from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.errors import ConfigError, Unavailable
 
 #: Generators by name: module and function.
 TASKS = {
@@ -25,6 +28,10 @@ TASKS = {
 }
 _CONFIG_ERROR = "config_error"
 _FAILED = "failed"
+#: A child's first line.
+_RUNS = {"runs": True}
+#: Seconds for a child to start. Nothing in there can hang; on a machine with much else to do it takes its time.
+START_LIMIT_S = 300.0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -34,8 +41,13 @@ class Outcome(msgspec.Struct, frozen=True):
     problem: str | None
 
 
-def run_task(task: str, arguments: dict[str, Any], limit_s: float) -> Outcome:
-    """Run a task for at most `limit_s` seconds.
+def run_task(task: str, arguments: dict[str, Any], limit_s: float, *, total: bool = False) -> Outcome:
+    """Run a task.
+
+    Args:
+        limit_s: seconds without a line that end it, counted from when the child has imported what it needs: a busy
+            machine is slow at that, which says nothing about what is asked.
+        total: `limit_s` is for all of it, the child's start included.
 
     Raises:
         ConfigError: the task found the user's options to be wrong.
@@ -45,37 +57,64 @@ def run_task(task: str, arguments: dict[str, Any], limit_s: float) -> Outcome:
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
-    problem = None
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    found: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    errors: list[str] = []
+    threads = [
+        threading.Thread(target=_read_lines, args=(process.stdout, found), daemon=True),
+        threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True),  # type: ignore[union-attr]
+    ]
+    for thread in threads:
+        thread.start()
+    timed_out = True
     try:
-        try:
-            output, errors = process.communicate(json.dumps(arguments), timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            problem = f"it did not answer within {limit_s:g} s"
-            process.kill()
-            output, errors = _rest(process)
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(arguments))
+            process.stdin.close()
+        lines, timed_out = _collect(found, limit_s, total)
     finally:
-        if process.poll() is None:
+        if timed_out:
             process.kill()
-    lines: list[dict[str, Any]] = []
-    for text in output.splitlines():
-        with suppress(ValueError):  # a line that the end of the process cut off
-            lines.append(json.loads(text))
+        # A process that a driver's call holds does not end on the signal either.
+        for thread in threads:
+            thread.join(2)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(2)
     if lines and _CONFIG_ERROR in lines[-1]:
         raise ConfigError(lines[-1][_CONFIG_ERROR])
     if lines and _FAILED in lines[-1]:
-        problem = lines.pop()[_FAILED]
-    elif problem is None and process.returncode:
-        problem = _ending(process.returncode, errors)
-    return Outcome(lines, problem)
+        return Outcome(lines[:-1], lines[-1][_FAILED])
+    if timed_out:
+        return Outcome(lines, f"it did not answer within {limit_s:g} s")
+    status = process.returncode
+    return Outcome(lines, _ending(status, "".join(errors)) if status else None)
 
 
-def _rest(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """What a killed child had written; nothing of one that a driver's call holds against the signal."""
-    try:
-        return process.communicate(timeout=2)
-    except subprocess.TimeoutExpired as error:
-        partial = error.output or b""
-        return partial.decode(errors="replace") if isinstance(partial, bytes) else partial, ""
+def _read_lines(file: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in file:
+        lines.put(line)
+    lines.put(None)
+
+
+def _collect(found: queue.SimpleQueue[str | None], limit_s: float, total: bool) -> tuple[list[dict[str, Any]], bool]:
+    """Objects that a child wrote, without the one that says that it runs; and whether it took too long."""
+    lines: list[dict[str, Any]] = []
+    until = time.monotonic() + (limit_s if total else START_LIMIT_S)
+    while True:
+        try:
+            text = found.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            return lines, True
+        if text is None:
+            return lines, False
+        if not total:
+            until = time.monotonic() + limit_s
+        with suppress(ValueError):  # a line that the end of the process cut off
+            line = json.loads(text)
+            if line != _RUNS:
+                lines.append(line)
 
 
 def _ending(status: int, errors: str) -> str:
@@ -98,15 +137,17 @@ def main() -> int:
 
         module, function = TASKS[sys.argv[1]]
         try:
-            for found in getattr(importlib.import_module(module), function)(**json.load(sys.stdin)):
+            run, arguments = getattr(importlib.import_module(module), function), json.load(sys.stdin)
+            write(_RUNS)
+            for found in run(**arguments):
                 write(found)
         except ConfigError as error:
             write({_CONFIG_ERROR: str(error)})
             return 2
-        except TierUnavailable as error:
+        except Unavailable as error:
             write({_FAILED: str(error)})
             return 1
-        except Exception as error:  # a line on the screen in place of a traceback
+        except Exception as error:  # a line on the screen instead of a traceback
             words = " ".join(str(error).split())
             write({_FAILED: f"{type(error).__name__}: {words}" if words else type(error).__name__})
             return 1

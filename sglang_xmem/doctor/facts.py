@@ -1,6 +1,6 @@
 """What this machine has, by asking the kernel, NVML and the driver. Nothing here allocates or makes a CUDA context.
 
-Every function returns JSON; what cannot be had is None or empty with the reason beside it.
+Every function returns JSON; what is unavailable is None or empty, next to the reason.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 
 import sglang_xmem
-from sglang_xmem import gpus
-from sglang_xmem.engines.sglang import versions
-from sglang_xmem.errors import TierUnavailable
+from sglang_xmem import gpus, machine
+from sglang_xmem.engines.sglang import versions as sglang_versions
+from sglang_xmem.errors import Unavailable, UnsupportedSGLang
 from sglang_xmem.tiers.mtier import DEFAULT_LIBRARY, LIBRARY_VARIABLE
 
 Json = dict[str, Any]
@@ -39,11 +39,12 @@ def versions() -> Json:
 
 def plugin_problem(sglang: str | None) -> str | None:
     """Why `--hicache-use-xmem` would not be there, None where it would."""
-    known = ", ".join(versions.known())
     if sglang is None:
-        return f"SGLang is not installed; run pip install sglang=={known}"
-    if sglang not in versions.known():
-        return f"SGLang {sglang} is installed and sglang_xmem knows {known}; run pip install sglang=={known}"
+        return f"SGLang is not installed; run pip install sglang=={sglang_versions.known()[0]}"
+    try:
+        sglang_versions.load(sglang)
+    except UnsupportedSGLang as error:
+        return str(error).rstrip(".")
     if "sglang_xmem" not in {point.name for point in importlib.metadata.entry_points(group=_ENTRY_POINTS)}:
         return "sglang_xmem is not installed as a plugin of SGLang; run pip install on it in this environment"
     listed = os.environ.get("SGLANG_PLUGINS", "")
@@ -65,7 +66,7 @@ def gpu_list() -> tuple[list[Json], str | None]:
     """Each GPU, and why there is none."""
     try:
         visible = gpus.visible_gpus()
-    except TierUnavailable as error:
+    except Unavailable as error:
         return [], str(error)
     return [_gpu(gpu) for gpu in visible], None if visible else "the NVIDIA driver finds no GPU"
 
@@ -111,7 +112,7 @@ def peer_access(visible: list[int]) -> list[Json]:
                 row: Json = {"gpu": gpu, "peer": peer, "access": None, "reason": None}
                 try:
                     row["access"] = gpus.can_access_peer(gpu, peer)
-                except TierUnavailable as error:
+                except Unavailable as error:
                     row["reason"] = str(error)
                 rows.append(row)
     return rows
@@ -138,7 +139,8 @@ def numa_nodes(root: Path = Path("/")) -> list[Json]:
     numbers = []
     with suppress(OSError):
         numbers = sorted(int(path.name[4:]) for path in directory.glob("node[0-9]*") if path.name[4:].isdigit())
-    return [_numa_node(directory / f"node{number}", number) for number in numbers]
+    cxl = machine.cxl_nodes(root)
+    return [{**_numa_node(directory / f"node{number}", number), "cxl": number in cxl} for number in numbers]
 
 
 def _numa_node(directory: Path, number: int) -> Json:
@@ -201,8 +203,8 @@ def xmem() -> Json:
 
 
 def reason_of(error: Exception) -> str:
-    """A clause for people; the kind of an error is told where its words may not stand alone."""
+    """A clause for people; the kind of an error is part of it where its words may not be enough."""
     words = " ".join(str(error).split())
-    if isinstance(error, TierUnavailable):
+    if isinstance(error, Unavailable):
         return words
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -18,12 +18,13 @@ Json = dict[str, Any]
 
 def show(found: Json) -> None:
     """Print `found`, the doctor's JSON, on stdout."""
-    # Into a file or a pipe as wide as it comes; a terminal's width is the reader's choice.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
+    # A terminal's width is the reader's choice, and so is COLUMNS.
+    console = Console(highlight=False, markup=False, emoji=False)
     for part in (_versions, _gpus, _peers, _memory, _devices, _tiers):
         for block in part(found):
-            console.print(block)
-    console.print(verdict(found["tiers"]))
+            # A file or a pipe gets a line of text as one line.
+            console.print(block, soft_wrap=not sys.stdout.isatty() and not isinstance(block, Table))
+    console.print(verdict(found["tiers"]), soft_wrap=not sys.stdout.isatty())
 
 
 def _versions(found: Json) -> list[Any]:
@@ -33,11 +34,12 @@ def _versions(found: Json) -> list[Any]:
     if driver["version"] is not None:
         names.append(f"NVIDIA driver {driver['version']} (CUDA {driver['cuda']})")
     else:
-        missing.append(f"NVIDIA driver ({driver['reason']})")
+        # The reason comes with the GPUs, unless they are there all the same.
+        missing.append("NVIDIA driver" + (f" ({driver['reason']})" if found["gpus"]["list"] else ""))
     lines: list[Any] = [", ".join(names) + (f"; without {', '.join(missing)}" if missing else "")]
     problem = found["plugin"]["reason"]
     if problem is not None:
-        lines.append(Text(f"--hicache-use-xmem is not there: {problem}.", style="bold red"))
+        lines.append(Text(f"--hicache-use-xmem is unavailable: {problem}.", style="bold red"))
     return lines
 
 
@@ -45,7 +47,7 @@ def _gpus(found: Json) -> list[Any]:
     if not found["gpus"]["list"]:
         return [_heading("GPUs: ", f"none; {found['gpus']['reason']}")]
     title, table = _heading("GPUs (GB = 1e9 bytes; copies with pinned host memory in GB/s)"), _table()
-    _columns(table, "GPU", "<name", "free", "total", "NUMA", "from host", "to host", "<used by (process, GB)")
+    _columns(table, "GPU", "<name", "free", "total", "NUMA", "from host", "to host", "<used by (GB)")
     notes = []
     for gpu in found["gpus"]["list"]:
         rates = [_rate(gpu[key]) for key in ("read_gbps", "write_gbps")]
@@ -55,7 +57,7 @@ def _gpus(found: Json) -> list[Any]:
             + (f" {_gb(p['used_bytes'])}" if p["used_bytes"] else "")
             for p in gpu["processes"]
         )
-        # The clause names processes where there are any; without, it tells of memory that no visible process has.
+        # The clause names processes where there are any; without, it is about memory that no visible process has.
         users = users or gpu["in_use"] or ("?" if gpu["reason"] else "nobody")
         table.add_row(
             str(gpu["gpu"]), gpu["name"] or "?", _gb(gpu["free_bytes"]), _gb(gpu["total_bytes"]),
@@ -105,7 +107,7 @@ def _memory(found: Json) -> list[Any]:
     limit = host["locked_limit_bytes"]
     line = (
         f"{_gb(host['available_bytes'])} of {_gb(host['total_bytes'])} GB available; locked-memory limit "
-        f"{'none' if limit is None else f'{limit / 2**30:.2f} GiB'}"
+        f"{'none' if limit is None else _size(limit)}"
     )
     blocks: list[Any] = [_heading("Host memory: ", line)]
     if found["numa_nodes"]:
@@ -115,7 +117,7 @@ def _memory(found: Json) -> list[Any]:
             reserved = [size for size in node["hugepages"] if size["total"]]
             pages = ", ".join(f"{s['free']} of {s['total']} x {_page(s['page_bytes'])}" for s in reserved)
             table.add_row(
-                str(node["node"]),
+                f"{node['node']}{' (CXL)' if node['cxl'] else ''}",
                 _gb(node["free_bytes"]),
                 _gb(node["total_bytes"]),
                 ", ".join(map(str, node["gpus"])) or "-",
@@ -134,10 +136,12 @@ def _devices(found: Json) -> list[Any]:
     xmem = found["xmem"]
     banks = xmem["banks"]
     if banks is None:
-        status = xmem["reason"]
+        # With tier mtier in the table below, its line there says so.
+        asked = {line["tier"]: line["reason"] for line in found["tiers"]["found"]}
+        status = "no banks" if xmem["reason"] == asked.get("mtier") else xmem["reason"]
     else:
-        rooms = (f"bank {i}: {_gb(b['available_bytes'])} of {_gb(b['total_bytes'])}" for i, b in enumerate(banks))
-        status = f"{xmem['library']}; GB available: {', '.join(rooms) or 'no bank'}"
+        free = (f"bank {i}: {_gb(b['available_bytes'])} of {_gb(b['total_bytes'])}" for i, b in enumerate(banks))
+        status = f"{xmem['library']}; GB available: {', '.join(free) or 'no bank'}"
     return [_heading("Devdax: ", "; ".join(lines) or "no device"), _heading("X-Mem: ", str(status))]
 
 
@@ -148,12 +152,12 @@ def _tiers(found: Json) -> list[Any]:
     title, table = _heading(f"Tiers for a pool of {size}, ranks on {ranks}, fastest first"), _table()
     _columns(table, "<tier", "<", "GB a rank", "<why not")
     for line in tiers["found"]:
-        state = "no" if line["reason"] is not None else "taken" if line["tier"] == tiers["takes"] else "could"
+        state = "no" if line["reason"] is not None else "chosen" if line["tier"] == tiers["takes"] else "possible"
         table.add_row(line["tier"], state, _gb(line["room_bytes"]), line["reason"] or "")
     blocks: list[Any] = [title, table]
     if tiers["host_budget"] == "fallback":
         blocks.append(
-            "Host tiers may take the available memory less the 10 GiB that SGLang leaves free; cgroups not seen."
+            "SGLang is not installed: host tiers may have the available memory less the 10 GiB that it leaves free."
         )
     return blocks
 
@@ -163,23 +167,22 @@ def verdict(tiers: Json) -> Text:
     size = "" if tiers["pool_bytes"] is None else f" for --hicache-size {tiers['pool_bytes'] / 1e9:g}"
     auto = tiers["asked"] == AUTO
     able = _able(tiers)
-    taken = next((line for line in tiers["found"] if line["tier"] == tiers["takes"]), None)
-    if taken is not None:
-        room = f"room for {_gb(taken['room_bytes'])} GB a rank"
+    chosen = next((line for line in tiers["found"] if line["tier"] == tiers["takes"]), None)
+    if chosen is not None:
+        free = f"{_gb(chosen['room_bytes'])} GB free for each rank"
         why = "the only tier that can hold it" if len(able) == 1 else "the fastest tier that can hold it"
-        text = (
-            f"auto takes {taken['tier']}{size}: {why}, {room}" if auto else f"{taken['tier']} can be used{size}: {room}"
-        )
-        over = [line["tier"] for line in tiers["found"] if line["reason"] is not None]
-        text += f"; passes over: {', '.join(over)} (reasons above)." if over else "."
+        name = chosen["tier"]
+        text = f"auto uses {name}{size}: {why}, {free}" if auto else f"{name} can be used{size}: {free}"
+        skipped = [line["tier"] for line in tiers["found"] if line["reason"] is not None]
+        text += f"; skipped: {', '.join(skipped)} (reasons above)." if skipped else "."
     elif auto:
         text = f"auto finds no tier{size}: see the reasons above."
     else:
-        text = f"{tiers['asked']} cannot be used{size}: {tiers['found'][0]['reason']}."
+        text = f"{tiers['asked']} is unavailable{size}: {tiers['found'][0]['reason']}."
     if tiers["stuck"] and auto:
         names = " or ".join(able) or "another"
         text += f" A server asks {', '.join(tiers['stuck'])} too, and may not start; give --hicache-xmem-tier {names}."
-    return Text(text, style="bold green" if taken is not None else "bold red")
+    return Text(text, style="bold green" if chosen is not None else "bold red")
 
 
 def _able(tiers: Json) -> list[str]:
@@ -203,6 +206,14 @@ def _columns(table: Table, *names: str) -> None:
 
 def _gb(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes / 1e9:.2f}"
+
+
+def _size(nbytes: int) -> str:
+    """Bytes in decimal units, as everywhere on this screen but for pages of memory."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes} bytes"
 
 
 def _rate(gbps: float | None) -> str:

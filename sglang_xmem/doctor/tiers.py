@@ -5,22 +5,22 @@ Each tier is asked as if it had been named; `auto` takes the first that can, in 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_xmem import gpus
-from sglang_xmem.engines.sglang.host_budget import fallback_host_budget, launcher_host_budget
-from sglang_xmem.config import AUTO, parse_options
+from sglang_xmem import gpus, machine
+from sglang_xmem.config import parse_options
 from sglang_xmem.doctor.child import run_task
 from sglang_xmem.engines.sglang import versions
-from sglang_xmem.errors import ConfigError, TierUnavailable
-from sglang_xmem.plan import Candidate, HostBudget, candidate_free_bytes
+from sglang_xmem.engines.sglang.host_budget import launcher_host_budget
+from sglang_xmem.errors import ConfigError, Unavailable, UnsupportedSGLang
+from sglang_xmem.plan import Candidate, HostBudget, candidate_free_bytes, tried_tiers
 from sglang_xmem.plan import examine as examine_tiers
-from sglang_xmem.tiers import Ranks, tier_classes
+from sglang_xmem.tiers import Ranks
 from sglang_xmem.tiers.mtier import MTierTier, bank_rooms
 
-#: An SDK's import takes seconds (it imports torch); its library may wait for its service for good.
+#: Seconds that a tier may take to answer: an SDK's import takes some (it imports torch), and its library may wait for
+#: its service for good.
 LIMIT_S = 30.0
 #: The step that lists X-Mem's banks. First: a tier that hangs hides nothing that was asked before.
 BANKS = "banks"
@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 
 def engine_gpus(tp_size: int, base_gpu_id: int) -> list[int | None]:
-    """The GPU of each rank as SGLang deals them, None where this machine has none.
+    """The GPU of each rank as SGLang assigns them, None where this machine has none.
 
     Raises:
         ConfigError: they ask for GPUs that are not there.
@@ -38,7 +38,7 @@ def engine_gpus(tp_size: int, base_gpu_id: int) -> list[int | None]:
         raise ConfigError(f"--tp-size is {tp_size}; give 1 or more.")
     try:
         visible = gpus.visible_gpus()
-    except TierUnavailable:
+    except Unavailable:
         return [None] * tp_size
     if not visible:
         return [None] * tp_size
@@ -54,9 +54,10 @@ def engine_gpus(tp_size: int, base_gpu_id: int) -> list[int | None]:
 def sglang_is_known() -> bool:
     """Whether the SGLang that is installed is one that this package patches."""
     try:
-        return importlib.metadata.version("sglang") in versions.known()
-    except importlib.metadata.PackageNotFoundError:
+        versions.current()
+    except UnsupportedSGLang:
         return False
+    return True
 
 
 def examine(steps: list[str], config: str | None, engine: list[int | None], pool_bytes: int | None) -> Iterator[Json]:
@@ -76,8 +77,8 @@ def examine(steps: list[str], config: str | None, engine: list[int | None], pool
         if isinstance(found, Candidate):
             try:
                 yield _line(step, room_bytes=candidate_free_bytes(found, options, ranks, pool_bytes or 0, budget))
-            except TierUnavailable as error:  # as a rank would pass it over
-                yield _line(step, str(error))
+            except Unavailable as error:  # a rank would skip it too
+                yield _line(step, error.reason)
         else:
             yield _line(step, found.words())
 
@@ -85,7 +86,7 @@ def examine(steps: list[str], config: str | None, engine: list[int | None], pool
 def _banks() -> Json:
     try:
         return {"banks": [{"total_bytes": total, "available_bytes": room} for total, room in bank_rooms()]}
-    except TierUnavailable as error:
+    except Unavailable as error:
         return {"banks": None, "reason": str(error)}
 
 
@@ -97,6 +98,11 @@ def _host_budget(n_ranks: int) -> HostBudget:
     return launcher_host_budget(n_ranks) if sglang_is_known() else fallback_host_budget(n_ranks)
 
 
+def fallback_host_budget(n_ranks: int) -> HostBudget:
+    """What each of `n_ranks` may claim of the host's RAM where SGLang, whose rule it is, is not installed."""
+    return lambda nbytes: (machine.host_available_bytes() - machine.HOST_RESERVE_BYTES) // n_ranks
+
+
 def verdict(
     tier: str, config: str | None, engine: list[int | None], pool_bytes: int | None, *, banks: bool = True
 ) -> tuple[Json, Json]:
@@ -105,8 +111,7 @@ def verdict(
     Raises:
         ConfigError: options that the server would refuse.
     """
-    parse_options(tier, config)
-    names = list(tier_classes()) if tier == AUTO else [tier]
+    names = tried_tiers(parse_options(tier, config))
     bank_line: Json = {}
     found: dict[str, Json] = {}
     stuck: list[str] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+import io
 import json
 import os
 import re
@@ -20,14 +22,14 @@ import pytest
 from cuda.bindings import driver as bindings
 from test_peer_tier import FAILURE, GRANULARITY, SUCCESS, FakeDriver
 
-from sglang_xmem import cli, gpus
-from sglang_xmem.adapters import host_budget
+from sglang_xmem import cli, gpus, machine
 from sglang_xmem.config import parse_options
 from sglang_xmem.doctor import bandwidth, child, facts, screen, tiers
 from sglang_xmem.doctor.child import Outcome
-from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.engines.sglang import host_budget
+from sglang_xmem.errors import ConfigError, Unavailable
 from sglang_xmem.plan import make_plan
-from sglang_xmem.tiers import Ranks, dram
+from sglang_xmem.tiers import Ranks
 from sglang_xmem.tiers import mtier as mtier_tier
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -176,7 +178,7 @@ class GpuMachine:
         assert (cuda.ranges, cuda.mapped, cuda.handles, cuda.free) == ({}, {}, {}, self.start)
 
 
-def in_process(task: str, arguments: dict[str, Any], limit_s: float) -> Outcome:
+def in_process(task: str, arguments: dict[str, Any], limit_s: float, *, total: bool = False) -> Outcome:
     """`run_task` without the process: what is patched here holds in it."""
     module, function = child.TASKS[task]
     arguments = json.loads(json.dumps(arguments))
@@ -209,8 +211,9 @@ def make_machine(monkeypatch: pytest.MonkeyPatch, count: int) -> GpuMachine:
         monkeypatch.setattr(module, "run_task", in_process)
     monkeypatch.setattr(tiers, "launcher_host_budget", lambda n: lambda nbytes: (machine.available - (10 << 30)) // n)
     monkeypatch.setattr(tiers, "fallback_host_budget", tiers.launcher_host_budget)
-    monkeypatch.setattr(dram.psutil, "virtual_memory", lambda: SimpleNamespace(available=machine.available, total=GB))
-    monkeypatch.setattr(dram, "_nodes", lambda: [0])
+    for name in ("memory_nodes", "cpu_nodes"):
+        monkeypatch.setattr(facts.machine, name, lambda *_: (0,))
+    monkeypatch.setattr(facts.machine, "host_available_bytes", lambda *_: machine.available)
     return machine
 
 
@@ -304,6 +307,9 @@ def test_numa_nodes(tmp_path: Path) -> None:
             f"{nodes}/node0/hugepages/hugepages-1048576kB/free_hugepages": "3\n",
             f"{nodes}/node0/hugepages/hugepages-2048kB/nr_hugepages": "0\n",
             f"{nodes}/node0/hugepages/hugepages-2048kB/free_hugepages": "0\n",
+            f"{nodes}/node0/cpulist": "0-3\n",
+            f"{nodes}/node2/meminfo": "Node 2 MemTotal:  4000 kB\nNode 2 MemFree:  3000 kB\n",
+            f"{nodes}/node2/cpulist": "\n",
             f"{nodes}/node10/meminfo": "nonsense",
             f"{nodes}/online": "0,10\n",
         },
@@ -317,8 +323,10 @@ def test_numa_nodes(tmp_path: Path) -> None:
                 {"page_bytes": 2 << 20, "total": 0, "free": 0},
                 {"page_bytes": 1 << 30, "total": 4, "free": 3},
             ],
+            "cxl": False,
         },
-        {"node": 10, "total_bytes": None, "free_bytes": None, "hugepages": []},
+        {"node": 2, "total_bytes": 4096000, "free_bytes": 3072000, "hugepages": [], "cxl": True},
+        {"node": 10, "total_bytes": None, "free_bytes": None, "hugepages": [], "cxl": False},
     ]
     assert facts.numa_nodes(tmp_path / "none") == []
 
@@ -439,12 +447,12 @@ def test_verdict(
         with pytest.raises(ConfigError) as caught:
             planned()
         words = str(caught.value)
-        assert all(line["reason"] in words for line in verdict["found"])
+        assert all(line["reason"] in words for line in verdict["found"]), words
     else:
         plan = planned()
         assert plan.candidates[0].tier == taken
         reasons = [(line["tier"], line["reason"]) for line in verdict["found"] if line["reason"] is not None]
-        assert list(plan.passed_over) == reasons
+        assert [(skipped.tier, skipped.words()) for skipped in plan.skipped] == reasons
 
 
 def test_words_of_the_verdict(two: GpuMachine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -453,14 +461,14 @@ def test_words_of_the_verdict(two: GpuMachine, capsys: pytest.CaptureFixture[str
         return capsys.readouterr().out.splitlines()[-1].strip()
 
     assert last_line("--hicache-size", "200") == (
-        "auto takes dram for --hicache-size 200: the only tier that can hold it, room for 489.26 GB a rank; passes "
-        "over: mtier, peer (reasons above)."
+        "auto uses dram for --hicache-size 200: the only tier that can hold it, 489.26 GB free for each rank; skipped: "
+        "mtier, peer (reasons above)."
     )
-    assert last_line().startswith("auto takes peer: the fastest tier that can hold it, room for 98.93 GB a rank;")
+    assert last_line().startswith("auto uses peer: the fastest tier that can hold it, 98.93 GB free for each rank;")
     assert last_line("--hicache-size", "999") == "auto finds no tier for --hicache-size 999: see the reasons above."
     peer = last_line("--hicache-size", "200", "--hicache-xmem-tier", "peer")
-    assert peer.startswith("peer cannot be used for --hicache-size 200: the pool needs 200.00 GB a rank")
-    assert last_line("--hicache-xmem-tier", "dram") == "dram can be used: room for 489.26 GB a rank."
+    assert peer.startswith("peer is unavailable for --hicache-size 200: ")
+    assert last_line("--hicache-xmem-tier", "dram") == "dram can be used: 489.26 GB free for each rank."
 
 
 def test_ranks_follow_the_servers_flags(two: GpuMachine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,7 +486,7 @@ def test_ranks_follow_the_servers_flags(two: GpuMachine, capsys: pytest.CaptureF
         (["--tp-size", "0"], "--tp-size is 0"),
         (["--hicache-size", "-1"], "--hicache-size is -1"),
         (["--hicache-size", "nan"], "--hicache-size is nan"),
-        (["--hicache-xmem-tier", "nvme"], "'nvme' is not known"),
+        (["--hicache-xmem-tier", "nvme"], "is 'nvme'. Give one of auto, mtier, peer, dram, dax"),
         (["--hicache-xmem-config", "{"], "is not JSON"),
         (["--hicache-xmem-config", '{"peer": {"gpus": [5]}}'], "names GPU 5"),
     ],
@@ -519,9 +527,9 @@ def test_a_given_size_does_not_need_the_cgroup(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_fallback_budget_leaves_what_sglang_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = SimpleNamespace(available=(10 << 30) + 8 * GB)
-    monkeypatch.setattr(host_budget.psutil, "virtual_memory", lambda: memory)
-    assert host_budget.fallback_host_budget(2)(GB) == 4 * GB
+    """Within limits of cgroups, which `machine` knows without SGLang."""
+    monkeypatch.setattr(machine, "host_available_bytes", lambda: (10 << 30) + 8 * GB)
+    assert tiers.fallback_host_budget(2)(GB) == 4 * GB
 
 
 # ---- child processes ----
@@ -593,6 +601,17 @@ def test_an_error_of_another_kind_is_a_line_and_the_next_tier_is_asked(monkeypat
     assert (verdict["takes"], verdict["stuck"]) == ("mtier", ["peer"])
 
 
+def test_a_slow_start_is_not_taken_for_a_tier_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A busy machine imports slowly; the limit is for what is asked."""
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(3)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
+    arguments = {"steps": ["peer", "dram"], "config": None, "engine": [None], "pool_bytes": None}
+    outcome = child.run_task("tiers", arguments, 2.0)
+    assert outcome.problem is None
+    assert [line["tier"] for line in outcome.lines] == ["peer", "dram"]
+    assert child.run_task("tiers", arguments, 2.0, total=True).problem == "it did not answer within 2 s"
+
+
 def test_wrong_settings_are_told_by_the_child() -> None:
     arguments = {"steps": ["dram"], "config": '{"dram": {"threads": -1}}', "engine": [None], "pool_bytes": None}
     with pytest.raises(ConfigError, match=r"dram\.threads"):
@@ -601,7 +620,7 @@ def test_wrong_settings_are_told_by_the_child() -> None:
 
 def test_a_measurement_that_is_stopped_keeps_what_it_has(two: GpuMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     done = [{"gpu": 0, "peer": None, "read_gbps": 55.0, "write_gbps": 54.0}]
-    monkeypatch.setattr(bandwidth, "run_task", lambda *_: Outcome(done, "it did not answer within 9.5 s"))
+    monkeypatch.setattr(bandwidth, "run_task", lambda *_, **__: Outcome(done, "it did not answer within 9.5 s"))
     arguments = cli.parser().parse_args(["doctor"])
     from sglang_xmem.doctor import examine
 
@@ -683,10 +702,26 @@ def test_screen(full: GpuMachine, capsys: pytest.CaptureFixture[str]) -> None:
         "6 of 8 x 2 MiB",
         "/dev/dax0.0 64.00 GB (it has no node",
         "bank 0: 40.00 of 40.00",
-        "auto takes peer for --hicache-size 90",
+        "auto uses peer for --hicache-size 90",
     ):
         assert words in out
     assert "61.00" in out  # GB of the process on GPU 1
+
+
+def test_screen_of_a_machine_without_gpus(cpu_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fact once, decimal units alone, and tables of 80 columns in a pipe."""
+    monkeypatch.setattr(facts.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.main(["doctor"])
+    text = out.getvalue()
+    assert text.count("no NVIDIA driver") == 1
+    assert "locked-memory limit 8.39 MB\n" in text
+    assert "GiB" not in text.replace("10 GiB", "")
+    assert "use --hicache-xmem-tier dram" not in text
+    table = text[text.index("Tiers for") :].splitlines()[1:-1]
+    assert max(map(len, table)) <= 80
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -726,7 +761,7 @@ def test_documented_commands_run_here() -> None:
 
 def test_child_and_driver_errors_have_words(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Any:
-        raise TierUnavailable("this machine has no NVIDIA driver")
+        raise Unavailable("this machine has no NVIDIA driver")
 
     monkeypatch.setattr(gpus, "visible_gpus", missing)
     monkeypatch.setattr(gpus, "driver_versions", missing)

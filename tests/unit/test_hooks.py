@@ -365,9 +365,7 @@ def keywords() -> Any:
         ],
         "subclass": Fork.server_args_class(**_options(**KEYWORDS))._sglang_xmem == asked,
         "wrapped once": _engine_class().server_args_class is factory,
-        "wrong types": [
-            _message(functools.partial(factory, **_options(hicache_use_xmem=on))) for on in ("yes", 1)
-        ],
+        "wrong types": [_message(functools.partial(factory, **_options(hicache_use_xmem=on))) for on in ("yes", 1)],
         "without the switch": [
             _message(functools.partial(factory, **_options(**{name: KEYWORDS[name]})))
             for name in ("hicache_xmem_tier", "hicache_xmem_config")

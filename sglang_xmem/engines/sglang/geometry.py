@@ -231,9 +231,7 @@ def _mla(pool: Any) -> Description | None:
         buffers = [b for p in (pool.device_pool, *_drafts(pool)) for b in p.kv_buffer]
         host_layers, host_layer = list(range(len(buffers))), _same_layer
     units = token_rows(buffers, pool.page_size)
-    return Description(
-        (tuple(zip(host_layers, units, strict=True)),), pool.page_size, host_layer, buffers[0].device
-    )
+    return Description((tuple(zip(host_layers, units, strict=True)),), pool.page_size, host_layer, buffers[0].device)
 
 
 def _dsa_indexer(pool: Any) -> Description | None:

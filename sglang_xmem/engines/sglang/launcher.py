@@ -73,9 +73,7 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
         )
     for option, value, supported, why in _unsupported(cfg):
         if value not in supported:
-            fix = " or ".join(
-                "leave it out" if s is None or s is False else f"use {option} {s}" for s in supported
-            )
+            fix = " or ".join("leave it out" if s is None or s is False else f"use {option} {s}" for s in supported)
             raise ConfigError(f"{option} {value} does not work with --hicache-use-xmem: {why}. Instead, {fix}.")
     if envs.SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS.get():
         raise ConfigError(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_xmem import session
 from sglang_xmem.arena import Arena, SpaceSpec, bytes_at
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
@@ -203,9 +202,7 @@ def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
     _attach(active, active.arenas[-1], pool, description, section)
 
 
-def _attach(
-    active: Session, arena: Arena, pool: Any, description: Description | None, section: Section | None
-) -> None:
+def _attach(active: Session, arena: Arena, pool: Any, description: Description | None, section: Section | None) -> None:
     view = AdoptedPool(
         pool, len(active.pools) + 1, arena, description, section or Section(space="", offset=0, nbytes=0)
     )
@@ -230,9 +227,7 @@ def self_test(active: Session) -> None:
         arena = view.arena
         planes = [plane for layer in view.layers.values() for plane in layer]
         unit = 1 if all(plane.device_units > 1 for plane in planes) else 0
-        arrays = [
-            bytes_at(p.device_address + unit * p.device_stride, p.unit_bytes, arena.device) for p in planes
-        ]
+        arrays = [bytes_at(p.device_address + unit * p.device_stride, p.unit_bytes, arena.device) for p in planes]
         before = [array.clone() for array in arrays]
         slots = torch.tensor([unit * view.slots], dtype=torch.int64, device=arena.device)
         (frames,) = arena.frames([(view.section.space, torch.zeros(1, dtype=torch.int64))])
@@ -274,8 +269,6 @@ def draft_sidecars(group: Any, device_pools: Sequence[Any], build: Callable[...,
     """
     if not device_pools:
         return []
-    controller = types.SimpleNamespace(
-        mem_pool_host=group, page_size=group.page_size, transfer_layer_id_max=1 << 16
-    )
+    controller = types.SimpleNamespace(mem_pool_host=group, page_size=group.page_size, transfer_layer_id_max=1 << 16)
     _, entries = build(draft_device_pools=device_pools, tree_cache=types.SimpleNamespace(cache_controller=controller))
     return [(_name(entry.name), entry.host_pool) for entry in entries]

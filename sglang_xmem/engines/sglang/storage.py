@@ -57,7 +57,9 @@ def attach(view: AdoptedPool) -> None:
     def is_stride_page_aligned(page_size_bytes: int = 4096) -> bool:
         """Whether every page's address is a multiple of `page_size_bytes`."""
         starts = arena.spaces[section.space].table + section.offset
-        return bool((starts % page_size_bytes == 0).all()) and all(n % page_size_bytes == 0 for n in view.component_bytes)
+        return bool((starts % page_size_bytes == 0).all()) and all(
+            n % page_size_bytes == 0 for n in view.component_bytes
+        )
 
     def destroy() -> None:
         """Give the arena's memory back, with that of the pools beside this one."""
