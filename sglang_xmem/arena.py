@@ -233,7 +233,7 @@ class Arena:
         return self.tier.traits.cpu_addressable
 
     def host_buffers(self) -> list[torch.Tensor]:
-        """All slabs as flat uint8 CPU tensors, for backends that register memory; empty if the CPU cannot address it."""
+        """All slabs as flat uint8 CPU tensors, for backends that register memory; empty if the CPU cannot reach it."""
         return [view for _, view in self._views] if self.cpu_addressable else []
 
     def read(self, space: str, page: int, offset: int, nbytes: int) -> torch.Tensor:

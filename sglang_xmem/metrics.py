@@ -19,14 +19,14 @@ class Metric(NamedTuple):
     Attributes:
         name: without the prefix.
         kind: "counter" or "gauge".
-        count: key of `Session.counts`, for counters.
+        key: of `Session.counts`, for counters.
         scale: what a count is multiplied by.
     """
 
     name: str
     kind: str
     help: str
-    count: str = ""
+    key: str = ""
     scale: float = 1.0
 
 
@@ -78,6 +78,6 @@ class Exporter:
         self._series["tier_healthy"].set(float(session.healthy))
         for metric in METRICS:
             if metric.kind == "counter":
-                value = session.counts[metric.count] * metric.scale
+                value = session.counts[metric.key] * metric.scale
                 self._series[metric.name].inc(max(0.0, value - self._exported.get(metric.name, 0.0)))
                 self._exported[metric.name] = value

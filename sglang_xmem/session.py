@@ -37,8 +37,6 @@ class Session:
         self.healthy = True
         self.watch = Watch(deadline_s, self._where, self._export)
         self._exporter: Exporter | None = None
-        #: Host RAM that this rank may claim, as it was when SGLang began to size an automatic pool.
-        self.sized_against: int | None = None
 
     def serve(self, labels: Mapping[str, str] | None) -> None:
         """Begin to watch copies, and to export metrics with `labels` unless None."""

@@ -7,6 +7,7 @@ else. So a rank whose copy is overdue ends, in one sentence, and whoever supervi
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import sys
@@ -18,10 +19,33 @@ from typing import NoReturn
 
 import psutil
 
+from sglang_xmem.errors import ConfigError
+
+#: Environment variable: seconds that a load or store may take before its rank ends; 0 for no limit.
+DEADLINE_VARIABLE = "SGLANG_XMEM_DEADLINE_S"
+DEADLINE_S = 30.0
 #: Seconds between two looks.
 INTERVAL_S = 0.25
 #: Exit status of a rank whose copy is overdue (EX_UNAVAILABLE of sysexits.h).
 OVERDUE_EXIT_STATUS = 69
+
+
+def deadline_s() -> float:
+    """The deadline that the environment sets.
+
+    Raises:
+        ConfigError: its value is not a number of seconds.
+    """
+    text = os.environ.get(DEADLINE_VARIABLE, "")
+    if not text:
+        return DEADLINE_S
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{DEADLINE_VARIABLE} must be seconds >= 0 (0 = no limit), got {text!r}.")
+    return value
 
 
 class InFlight:
@@ -29,7 +53,6 @@ class InFlight:
 
     Attributes:
         done: whether it has ended; None while it is being enqueued.
-        finished: called once when it has, with the seconds that the watch saw it in flight.
     """
 
     def __init__(self, what: str) -> None:
@@ -96,9 +119,9 @@ class Watch:
             elif self._deadline_s and now - entry.begun > self._deadline_s:
                 self._in_flight.pop(number, None)
                 self._end(
-                    f"A {entry.what} {self._describe()} has not ended within {self._deadline_s:g} s. This rank ends, so "
-                    "that its supervisor can start it again; look for errors of the GPUs (nvidia-smi, dmesg), or raise "
-                    "'watch.deadline_s' in --hicache-xmem-config."
+                    f"A {entry.what} {self._describe()} has not ended within {self._deadline_s:g} s, so this rank ends "
+                    "and its supervisor can start it again. Look for errors of the GPUs (nvidia-smi, dmesg), or raise "
+                    f"{DEADLINE_VARIABLE}."
                 )
 
     def _run(self) -> None:

@@ -381,7 +381,10 @@ def main() -> None:
             wanted = [kind, "draft-small"] if kind == "draft" else [kind]
             for each in wanted:
                 if not (model.parent / each / "config.json").exists():
-                    code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import pools; from pathlib import Path; pools.make_model({each!r}, Path({str(model.parent / each)!r}))"
+                    code = (
+                        f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import pools, pathlib; "
+                        f"pools.make_model({each!r}, pathlib.Path({str(model.parent / each)!r}))"
+                    )
                     subprocess.run([sys.executable, "-c", code], check=True)
         else:
             model = Path(shapes[kind])

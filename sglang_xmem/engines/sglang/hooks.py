@@ -98,7 +98,7 @@ def place(hooks: Iterable[Hook]) -> None:
 
 
 def seam() -> Any:
-    """The module of functions that call this package by themselves, in a SGLang that was built with its patch; or None."""
+    """The module through which functions of a SGLang with one of `patches/` call this package; None in others."""
     try:
         return importlib.import_module(SEAM)
     except ImportError:

@@ -14,6 +14,7 @@ from sglang_xmem.engines.sglang.host_budget import launcher_host_budget
 from sglang_xmem.errors import REFUSED_EXIT_STATUS, ConfigError, UnsupportedSGLang, refuse
 from sglang_xmem.plan import Skipped, make_plan
 from sglang_xmem.tiers import Ranks, tier_classes
+from sglang_xmem.watch import deadline_s
 
 if TYPE_CHECKING:
     from sglang_xmem.plan import Plan
@@ -79,6 +80,7 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
         raise ConfigError(
             "--hicache-use-xmem needs ranks that see all GPUs. Unset SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS."
         )
+    deadline_s()
     gpus = local_gpus(cfg)
     pool_bytes = int(cfg.hicache_size * 1e9) or None
     plan = make_plan(options, Ranks(gpus=gpus), pool_bytes, launcher_host_budget(len(gpus)))

@@ -12,6 +12,7 @@ from sglang_xmem.engines.sglang.launcher import INFO_KEY
 from sglang_xmem.errors import ConfigError, CopyError, UnsupportedSGLang, refuse
 from sglang_xmem.plan import Placement, Plan
 from sglang_xmem.session import Session
+from sglang_xmem.watch import deadline_s
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def _begin(plan: Plan, ranks: Any) -> None:
         gpus.mark_as_rank()
     else:
         index = ranks.world_rank % len(local)
-    session.start(Session(plan, Placement(plan, index, _host_budget)))
+    session.start(Session(plan, Placement(plan, index, _host_budget), deadline_s()))
     version = versions.installed()
     if not versions.proven(version):
         session.current().notes.append(

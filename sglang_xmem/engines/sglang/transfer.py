@@ -204,7 +204,7 @@ def _make_counters(event: Any, arena: Any, num_layers: int) -> Any:
 
 
 def _pages(arena: Any, moves: Sequence[Any]) -> list[Pages]:
-    """One vector per distinct pair of index tensors: pools that ride on another's numbers share its vector's tensors."""
+    """One vector per pool; pools that ride on another's numbers share the tensor of its frames' addresses."""
     wanted: list[tuple[str, torch.Tensor]] = []
     known: dict[tuple[int, str, int], int] = {}
     numbers, slots = [], []
