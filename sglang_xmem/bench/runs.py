@@ -145,12 +145,17 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str) -> None
     model.add_argument("--shape", choices=sorted(shapes.SHAPES), default="qwen3-30b-a3b", help="dummy weights")
     model.add_argument("--model", help="path of a model to run with its weights")
     parser.add_argument("--page-size", type=at_least(1), default=None, help="tokens; default 64, with --shape tiny 16")
-    parser.add_argument("--tp-size", type=at_least(1), default=1)
+    parser.add_argument("--tp-size", type=at_least(1), default=1, help="tensor parallel ranks (1)")
     parser.add_argument(
         "--hicache-size", type=at_least(0), default=0, help="GB a rank; 0: what the workload needs, and some"
     )
-    parser.add_argument("--stock-layout", default="layer_first", choices=["layer_first", "page_first"])
-    parser.add_argument("--attention-backend", default=None)
+    parser.add_argument(
+        "--stock-layout",
+        default="layer_first",
+        choices=["layer_first", "page_first"],
+        help="of stock's pool (layer_first)",
+    )
+    parser.add_argument("--attention-backend", default=None, help="SGLang's option (its own choice)")
     parser.add_argument("--xmem-config", default=None, help="--hicache-xmem-config of the tier engines")
     parser.add_argument(
         "--variant",
@@ -161,7 +166,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str) -> None
     )
     parser.set_defaults(variants={})  # `settle` reads --variant; a server that runs already has none
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sgl.Engine keywords")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts (0)")
     parser.add_argument("--timeout", type=at_least(1, float), default=900, help="seconds an engine may take")
     parser.add_argument("--quick", action="store_true", help="the least that still shows something; says little")
     parser.add_argument(

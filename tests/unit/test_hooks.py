@@ -148,8 +148,17 @@ def flag_off() -> Any:
     return {"changed": _changed(before), "compared": len(before), "attached": hasattr(record, "_sglang_xmem")}
 
 
+def _depth(target: str) -> int:
+    """How many decorators a function has that say so."""
+    function, depth = pkgutil.resolve_name(target), 0
+    while hasattr(function, "__wrapped__"):
+        function, depth = function.__wrapped__, depth + 1
+    return depth
+
+
 def flag_on() -> Any:
     before = _identities()
+    own = {hook.target: _depth(hook.target) for hook in ALL_HOOKS}
     _load_plugins()
     _keyword_record(**KEYWORDS).check_server_args()
     in_launcher = _changed(before)
@@ -158,12 +167,7 @@ def flag_on() -> Any:
         record.check_server_args()
         _publish(record)
         hooks.verify(ALL_HOOKS)
-    wrappers = {}
-    for hook in ALL_HOOKS:
-        function, depth = pkgutil.resolve_name(hook.target), 0
-        while hasattr(function, "__wrapped__"):
-            function, depth = function.__wrapped__, depth + 1
-        wrappers[hook.target] = depth
+    wrappers = {target: _depth(target) - depth for target, depth in own.items()}
     return {"in_launcher": in_launcher, "changed": _changed(before), "wrappers": wrappers}
 
 
@@ -672,7 +676,7 @@ def test_a_plan_is_the_same_in_another_process(reports: dict[str, Report]) -> No
 @pytest.mark.cpu_engine
 def test_flags_of_the_commands(reports: dict[str, Report]) -> None:
     value = value_of(reports["flags"])
-    assert value["request"] == ["auto", '{"dram": {}}', True]
+    assert value["request"] == [None, '{"dram": {}}', True]
     assert value["off"] == [False, False, False]
 
 
