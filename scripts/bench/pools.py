@@ -225,6 +225,8 @@ def check(kind: str, tier: str, model: Path, gpu: bool) -> dict[str, Any]:
     pool = 6 * whole
     options = engine_options(kind, tier, gpu, page)
     options.update(model_path=str(model), max_total_tokens=pool, context_length=8192)
+    if gpu:
+        options["attention_backend"] = "triton"  # nothing to compile first; what is compared are bits
     if kind == "draft":
         options["speculative_draft_model_path"] = str(model.parent / "draft-small")
     server = Server(options)

@@ -1,7 +1,7 @@
 """`sglang-xmem bench report FILE`: tables, CSV and plots of results that were written before.
 
 The other benchmarks use it for the run that they have just made. Plots need matplotlib (`pip install
-'sglang_xmem[bench]'`), no display and no GPU.
+'.[bench]' in a clone`), no display and no GPU.
 """
 
 from __future__ import annotations
