@@ -2,7 +2,8 @@
 """Writes a small random model in Hugging Face format, without a tokenizer: make_tiny_model.py DIR [options].
 
 `--kind` says which pools SGLang keeps for it: mha (Qwen3: K and V), mla (DeepSeek V2: latents), swa (Mellum: K and V of
-a full layer, and of sliding-window layers), gdn (Qwen3-Next: K and V of a full layer, and states of linear ones).
+full layers, and of sliding-window layers), asymmetric (MiMo-V2: as swa, V narrower than K), gdn (Qwen3-Next: K and V of
+full layers, and states of linear ones), mtp (MiMo: K and V, also of a layer that drafts).
 
 A plain random model attends to all tokens alike, so its greedy output hardly depends on the prompt's prefix and a
 damaged load goes unnoticed. Here the attention is sharpened and made to outweigh the rest of each layer, so much in
@@ -124,6 +125,71 @@ def make_swa(arguments: argparse.Namespace) -> Any:
     return model
 
 
+def make_asymmetric(arguments: argparse.Namespace) -> Any:
+    """MiMo-V2: as Mellum, but V has half as many elements as K."""
+    from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM, Qwen3Config
+
+    types = layer_types(arguments, "sliding_attention")
+    heads = {
+        "num_attention_heads": arguments.heads,
+        "num_key_value_heads": arguments.kv_heads,
+        "head_dim": arguments.head_dim,
+        "v_head_dim": arguments.head_dim // 2,
+    }
+    sizes = {**common(arguments), **heads, "layer_types": types, "moe_intermediate_size": 128}
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = MiMoV2FlashConfig(**sizes, sliding_window=64, mlp_layer_types=["dense"] * arguments.layers)
+    model = MiMoV2FlashForCausalLM(config)
+    for layer, kind in zip(model.model.layers, types, strict=True):
+        if hasattr(layer.self_attn, "sinks"):
+            del layer.self_attn.sinks
+        layer.self_attn.q_proj.weight.mul_(0.75 * arguments.sharpness)
+        # What lies outside the window reaches the output through full layers alone.
+        layer.self_attn.o_proj.weight.mul_(40.0 if kind == "full_attention" else 6.0)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    # SGLang reads the published model's names, and cannot read the rotary embeddings that Transformers writes for each
+    # type of layer; so the configuration is another model's, with those names in it.
+    model.config = Qwen3Config(
+        **sizes,
+        **{f"swa_{name}": count for name, count in heads.items()},
+        hybrid_layer_pattern=[int(kind == "sliding_attention") for kind in types],
+        moe_layer_freq=[0] * arguments.layers,
+        sliding_window_size=64,
+        layernorm_epsilon=1e-5,
+        attention_value_scale=0.707,
+        encoder_only=False,
+        scale_emb=1.0,
+        topk_method="greedy",
+        scoring_func="softmax",
+        add_swa_attention_sink_bias=False,
+        add_full_attention_sink_bias=False,
+    )
+    return model
+
+
+def make_mtp(arguments: argparse.Namespace) -> Any:
+    """MiMo: Qwen2 with a layer that drafts. Its drafts are random, so none is ever right."""
+    from torch import nn
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+
+    class MiMoForCausalLM(Qwen2ForCausalLM):
+        """Named as SGLang's class, which is what the configuration says then."""
+
+    config = Qwen2Config(**common(arguments), num_nextn_predict_layers=1)
+    model = MiMoForCausalLM(config)
+    layer = Qwen2DecoderLayer(config, arguments.layers - 1)
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        layer.add_module(name, Qwen2RMSNorm(config.hidden_size))
+    layer.add_module("input_proj", nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False))
+    model.model.add_module("mtp_layers", nn.ModuleList([layer]))
+    for layer in (*model.model.layers, *model.model.mtp_layers):
+        layer.self_attn.q_proj.weight.mul_(0.75 * arguments.sharpness)
+        layer.self_attn.o_proj.weight.mul_(6.0)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    return model
+
+
 def make_gdn(arguments: argparse.Namespace) -> Any:
     """Qwen3-Next: a pool of K and V for full layers, and one of states (temporal and convolution) for linear ones."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
@@ -164,6 +230,8 @@ KINDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "mha": make_mha,
     "mla": make_mla,
     "swa": make_swa,
+    "asymmetric": make_asymmetric,
+    "mtp": make_mtp,
     "gdn": make_gdn,
 }
 

@@ -82,18 +82,22 @@ def gate_shared_expert(
     output.copy_(output.float() + gated if do_add else gated)
 
 
-@_around(f"{_TORCH_ATTENTION}.forward_extend")
-def extend_by_drafts(
+@_around(f"{_TORCH_ATTENTION}.forward_extend", f"{_TORCH_ATTENTION}.forward_decode")
+def torch_attention(
     original: Callable[..., Any], self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Verify drafts: each request is extended by a chain of them, which its batch does not say."""
-    if not batch.forward_mode.is_target_verify():
-        return original(self, q, k, v, layer, batch, *args, **kwargs)
-    prefixes = batch.seq_lens
-    drafts = torch.full_like(prefixes, batch.spec_info.draft_token_num)
-    extended = copy.copy(batch)
-    extended.extend_prefix_lens, extended.extend_seq_lens, extended.seq_lens = prefixes, drafts, prefixes + drafts
-    return original(self, q, k, v, layer, extended, *args, **kwargs)
+    """Take what models give other backends too: sinks that they do not have, and drafts to verify.
+
+    Each request is extended by a chain of drafts, which its batch does not say; the rest is causal attention.
+    """
+    if kwargs.pop("sinks", None) is not None:
+        raise NotImplementedError("SGLang's torch attention has no sinks")
+    if batch.forward_mode.is_target_verify():
+        prefixes = batch.seq_lens
+        drafts = torch.full_like(prefixes, batch.spec_info.draft_token_num)
+        batch = copy.copy(batch)
+        batch.extend_prefix_lens, batch.extend_seq_lens, batch.seq_lens = prefixes, drafts, prefixes + drafts
+    return original(self, q, k, v, layer, batch, *args, **kwargs)
 
 
 @_around("sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend")
