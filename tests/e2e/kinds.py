@@ -76,6 +76,8 @@ DRAFTS: Mapping[str, Any] = {
 KINDS: Mapping[str, Kind] = {
     "mha": Kind("mha", {"kv": 384}),
     "mla": Kind("mla", {"kv": 384}),
+    # The indexer's keys come in rows of 64 tokens.
+    "dsa": Kind("dsa", {"kv": 384, "indexer": 384}, {"page_size": 64}),
     # The host pool of windows is as small as that of the device; a flood that fills it would lose the whole hit.
     "swa": Kind("swa", {"kv": 384, "swa": 64}, {"hicache_ratio": 12.0}),
     "asymmetric": Kind("asymmetric", {"kv": 384, "swa": 64}, {"hicache_ratio": 12.0}),

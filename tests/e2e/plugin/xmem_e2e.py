@@ -91,35 +91,42 @@ def _left_out() -> set[str]:
         return set()
 
 
-def _rows(device_pool: Any, indices: Any) -> list[bytes]:
-    """A digest of each row, of all tensors that the device pool has, read without anybody's idea of addresses."""
+def _rows(transfer: Any, device_pool: Any) -> dict[int, bytes]:
+    """A digest of each row, of all tensors that the device pool has, read without anybody's idea of addresses.
+
+    A row is a token, a state, or the page of an indexer; it goes by its index in the host pool.
+    """
     import torch
 
-    if hasattr(device_pool, "mamba_cache"):
+    host, device = transfer.host_indices.long(), transfer.device_indices.long()
+    if _name(transfer) == "indexer":
+        tensors = list(device_pool.index_k_with_scale_buffer)
+        page = transfer.host_pool.page_size
+        host, device = host[::page] // page, device[::page] // page
+    elif hasattr(device_pool, "mamba_cache"):
         cache = device_pool.mamba_cache
         tensors = [layer for state in (cache.temporal, *cache.conv) for layer in state]
     elif hasattr(device_pool, "k_buffer"):
         tensors = [*device_pool.k_buffer, *device_pool.v_buffer]
     else:
         tensors = list(device_pool.kv_buffer)
-    rows = [tensor[indices.long()].contiguous().view(torch.uint8).reshape(len(indices), -1) for tensor in tensors]
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in torch.cat(rows, 1).numpy()]
+    rows = [tensor[device].contiguous().view(torch.uint8).reshape(len(device), -1) for tensor in tensors]
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in torch.cat(rows, 1).numpy()]
+    return dict(zip(host.tolist(), digests, strict=True))
 
 
 def _record(transfer: Any) -> None:
     entry = _entries.get(id(transfer.host_pool))
     # Drafts that are packed with the target are no transfers of their own.
-    packed = getattr(entry, "packed_draft_device_pools", ())
-    for device_pool in (transfer.device_pool, *packed):
+    for device_pool in (transfer.device_pool, *getattr(entry, "packed_draft_device_pools", ())):
         held = _stored.setdefault((id(transfer.host_pool), id(device_pool)), {})
-        held.update(zip(transfer.host_indices.tolist(), _rows(device_pool, transfer.device_indices), strict=True))
+        held.update(_rows(transfer, device_pool))
 
 
 def _wrong(transfer: Any) -> int:
     """Rows that do not hold what was stored; those that were not stored from a device pool do not count."""
     held = _stored.get((id(transfer.host_pool), id(transfer.device_pool)), {})
-    rows = _rows(transfer.device_pool, transfer.device_indices)
-    return sum(held.get(index, row) != row for index, row in zip(transfer.host_indices.tolist(), rows, strict=True))
+    return sum(held.get(index, row) != row for index, row in _rows(transfer, transfer.device_pool).items())
 
 
 def _say(what: str) -> None:
