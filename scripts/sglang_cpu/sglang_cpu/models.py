@@ -133,7 +133,7 @@ def pick_tokens(
     from sglang.srt.model_executor.forward_context import get_attn_backend, get_token_to_kv_pool
 
     pool, fp8 = get_token_to_kv_pool(), torch.float8_e4m3fn
-    page, dim = pool.index_page_size, self.head_dim
+    page, dim = getattr(pool, "index_page_size", pool.page_size), self.head_dim
     rows = pool.get_index_k_with_scale_buffer(layer_id=layer_id)
     keys, scales = rows[:, : page * dim].unflatten(1, (page, dim)), rows[:, page * dim :].unflatten(1, (page, 4))
     key = self.k_norm(self.wk(x)[0].float()).float()
