@@ -1,8 +1,14 @@
 #!/usr/bin/env python3
 """Writes a small random model in Hugging Face format, without a tokenizer: make_tiny_model.py DIR [options].
 
-`--kind` says which pools SGLang keeps for it: mha (Qwen3: K and V), mla (DeepSeek V2: latents), swa (Mellum: K and V of
-a full layer, and of sliding-window layers), gdn (Qwen3-Next: K and V of a full layer, and states of linear ones).
+`--kind` says which pools SGLang keeps for it:
+  mha         Qwen3: K and V
+  mla         DeepSeek V2: latents
+  dsa         DeepSeek V3.2: latents, and keys of an indexer
+  swa         Mellum: K and V of full layers, and of sliding-window layers
+  asymmetric  MiMo-V2: as swa, V narrower than K
+  gdn         Qwen3-Next: K and V of full layers, and states of linear ones
+  mtp         MiMo: K and V, also of a layer that drafts
 
 A plain random model attends to all tokens alike, so its greedy output hardly depends on the prompt's prefix and a
 damaged load goes unnoticed. Here the attention is sharpened and made to outweigh the rest of each layer, so much in
@@ -53,30 +59,27 @@ def make_mha(arguments: argparse.Namespace) -> Any:
     return model
 
 
-def make_mla(arguments: argparse.Namespace) -> Any:
-    """DeepSeek V2: one pool of latents, which are K and V at once."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-
+def latent_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the configurations of DeepSeek's models have."""
     dim = arguments.head_dim // 2
-    sizes = {**common(arguments), "num_key_value_heads": arguments.heads, "head_dim": dim}
-    config = DeepseekV2Config(
-        **sizes,
-        moe_intermediate_size=128,
-        q_lora_rank=None,
-        kv_lora_rank=2 * dim,
-        qk_rope_head_dim=dim,
-        qk_nope_head_dim=dim,
-        v_head_dim=dim,
+    return {
+        **common(arguments),
+        "num_key_value_heads": arguments.heads,
+        "head_dim": dim,
+        "moe_intermediate_size": 128,
+        "kv_lora_rank": 2 * dim,
+        "qk_rope_head_dim": dim,
+        "qk_nope_head_dim": dim,
+        "v_head_dim": dim,
         # Dense in all layers; SGLang wants the experts to be described nevertheless.
-        n_routed_experts=4,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        first_k_dense_replace=arguments.layers + 1,  # SGLang also asks about the layer behind the last
-        topk_method="greedy",
-        n_group=1,
-        topk_group=1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": arguments.layers + 1,  # SGLang also asks about the layer behind the last
+        "n_group": 1,
+        "topk_group": 1,
         # Scales nothing (factor 1), but SGLang has DeepSeek's attention for a CPU with its own rotary embedding alone.
-        rope_scaling={
+        "rope_scaling": {
             "type": "yarn",
             "rope_type": "yarn",
             "factor": 1.0,
@@ -87,10 +90,41 @@ def make_mla(arguments: argparse.Namespace) -> Any:
             "original_max_position_embeddings": 32768,
             "rope_theta": 10000.0,
         },
-    )
+    }
+
+
+def make_mla(arguments: argparse.Namespace) -> Any:
+    """DeepSeek V2: one pool of latents, which are K and V at once."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(**latent_sizes(arguments), q_lora_rank=None, topk_method="greedy")
     model = DeepseekV2ForCausalLM(config)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.mul_(0.75 * arguments.sharpness)
+        layer.self_attn.o_proj.weight.mul_(6.0)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    return model
+
+
+def make_dsa(arguments: argparse.Namespace) -> Any:
+    """DeepSeek V3.2: a pool of latents, and one of keys that pick 32 tokens to attend to."""
+    from torch import nn
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
+        """Named as SGLang's class, which is what the configuration says then."""
+
+    ranks = {"q_lora_rank": 128, "index_topk": 32, "index_n_heads": 2, "index_head_dim": 128}
+    config = DeepseekV3Config(**latent_sizes(arguments), **ranks)
+    model = DeepseekV32ForCausalLM(config)
+    for layer in model.model.layers:
+        indexer = nn.Module()
+        indexer.wq_b = nn.Linear(128, 2 * 128, bias=False)
+        indexer.wk = nn.Linear(config.hidden_size, 128, bias=False)
+        indexer.weights_proj = nn.Linear(config.hidden_size, 2, bias=False)
+        indexer.k_norm = nn.LayerNorm(128)
+        layer.self_attn.indexer = indexer
+        layer.self_attn.q_b_proj.weight.mul_(0.75 * arguments.sharpness)
         layer.self_attn.o_proj.weight.mul_(6.0)
         layer.mlp.down_proj.weight.mul_(0.3)
     return model
@@ -120,6 +154,71 @@ def make_swa(arguments: argparse.Namespace) -> Any:
         layer.self_attn.k_norm.weight.fill_(arguments.sharpness / 2)
         # What lies outside the window reaches the output through full layers alone.
         layer.self_attn.o_proj.weight.mul_(40.0 if kind == "full_attention" else 6.0)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    return model
+
+
+def make_asymmetric(arguments: argparse.Namespace) -> Any:
+    """MiMo-V2: as Mellum, but V has half as many elements as K."""
+    from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM, Qwen3Config
+
+    types = layer_types(arguments, "sliding_attention")
+    heads = {
+        "num_attention_heads": arguments.heads,
+        "num_key_value_heads": arguments.kv_heads,
+        "head_dim": arguments.head_dim,
+        "v_head_dim": arguments.head_dim // 2,
+    }
+    sizes = {**common(arguments), **heads, "layer_types": types, "moe_intermediate_size": 128}
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = MiMoV2FlashConfig(**sizes, sliding_window=64, mlp_layer_types=["dense"] * arguments.layers)
+    model = MiMoV2FlashForCausalLM(config)
+    for layer, kind in zip(model.model.layers, types, strict=True):
+        if hasattr(layer.self_attn, "sinks"):
+            del layer.self_attn.sinks
+        layer.self_attn.q_proj.weight.mul_(0.75 * arguments.sharpness)
+        # What lies outside the window reaches the output through full layers alone.
+        layer.self_attn.o_proj.weight.mul_(40.0 if kind == "full_attention" else 6.0)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    # SGLang reads the published model's names, and cannot read the rotary embeddings that Transformers writes for each
+    # type of layer; so the configuration is another model's, with those names in it.
+    model.config = Qwen3Config(
+        **sizes,
+        **{f"swa_{name}": count for name, count in heads.items()},
+        hybrid_layer_pattern=[int(kind == "sliding_attention") for kind in types],
+        moe_layer_freq=[0] * arguments.layers,
+        sliding_window_size=64,
+        layernorm_epsilon=1e-5,
+        attention_value_scale=0.707,
+        encoder_only=False,
+        scale_emb=1.0,
+        topk_method="greedy",
+        scoring_func="softmax",
+        add_swa_attention_sink_bias=False,
+        add_full_attention_sink_bias=False,
+    )
+    return model
+
+
+def make_mtp(arguments: argparse.Namespace) -> Any:
+    """MiMo: Qwen2 with a layer that drafts. Its drafts are random, so none is ever right."""
+    from torch import nn
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+
+    class MiMoForCausalLM(Qwen2ForCausalLM):
+        """Named as SGLang's class, which is what the configuration says then."""
+
+    config = Qwen2Config(**common(arguments), num_nextn_predict_layers=1)
+    model = MiMoForCausalLM(config)
+    layer = Qwen2DecoderLayer(config, arguments.layers - 1)
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        layer.add_module(name, Qwen2RMSNorm(config.hidden_size))
+    layer.add_module("input_proj", nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False))
+    model.model.add_module("mtp_layers", nn.ModuleList([layer]))
+    for layer in (*model.model.layers, *model.model.mtp_layers):
+        layer.self_attn.q_proj.weight.mul_(0.75 * arguments.sharpness)
+        layer.self_attn.o_proj.weight.mul_(6.0)
         layer.mlp.down_proj.weight.mul_(0.3)
     return model
 
@@ -163,7 +262,10 @@ def make_gdn(arguments: argparse.Namespace) -> Any:
 KINDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "mha": make_mha,
     "mla": make_mla,
+    "dsa": make_dsa,
     "swa": make_swa,
+    "asymmetric": make_asymmetric,
+    "mtp": make_mtp,
     "gdn": make_gdn,
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness import LONGER, OTHER_PREFIX, PROMPT_TOKENS, Spec, Step
+from harness import LONGER, OTHER_PREFIX, PROMPT_TOKENS, Load, Spec, Step
 
 
 @dataclass(frozen=True)
@@ -14,22 +14,24 @@ class Kind:
     """One model's way through cold, hit in the device pool, flood, hit in the tier, and hits that lack a pool.
 
     Attributes:
-        model: `--kind` of make_tiny_model.py.
+        model: arguments of make_tiny_model.py.
         loads: what the load of a hit moves, by SGLang's names of pools: tokens, or states.
         options: keywords of sgl.Engine, over harness.BASE_OPTIONS.
         draft: the model is its own draft; its pools are named in `drafts`.
-        drafts: pools that outputs do not depend on, because drafts are verified; they show in the verifications.
+        drafts: pools that outputs do not depend on, because drafts are verified.
+        drafts_right: some drafts of a right pool are right, so a wrong one shows in the number of verifications.
         prompt_tokens: of the first prompt.
         extend: later prompts are the first one with more tokens, for models whose pools hold states at the ends of
             nodes alone: an equal prompt matches one token less than the node has.
         hit: tokens that a hit finds.
     """
 
-    model: str
+    model: tuple[str, ...]
     loads: Mapping[str, int]
     options: Mapping[str, Any] = field(default_factory=dict)
     draft: bool = False
     drafts: tuple[str, ...] = ()
+    drafts_right: bool = False
     prompt_tokens: int = PROMPT_TOKENS
     extend: bool = False
     hit: int = (PROMPT_TOKENS - 1) // 16 * 16
@@ -64,28 +66,25 @@ class Kind:
         )
 
 
-def whole_pages(tokens: int, page_size: int = 16) -> int:
-    """Tokens of a prompt that a hit finds: whole pages, and at least one token is computed."""
-    return (tokens - 1) // page_size * page_size
-
-
 #: A chain of three drafts.
 DRAFTS: Mapping[str, Any] = {
-    "speculative_algorithm": "STANDALONE",
     "speculative_num_steps": 3,
     "speculative_eagle_topk": 1,
     "speculative_num_draft_tokens": 4,
 }
 
 KINDS: Mapping[str, Kind] = {
-    "mha": Kind("mha", {"kv": 384}),
-    "mla": Kind("mla", {"kv": 384}),
+    "mha": Kind(("--kind", "mha"), {"kv": 384}),
+    "mla": Kind(("--kind", "mla"), {"kv": 384}),
+    # The indexer's keys come in rows of 64 tokens.
+    "dsa": Kind(("--kind", "dsa"), {"kv": 384, "indexer": 384}, {"page_size": 64}),
     # The host pool of windows is as small as that of the device; a flood that fills it would lose the whole hit.
-    "swa": Kind("swa", {"kv": 384, "swa": 64}, {"hicache_ratio": 12.0}),
+    "swa": Kind(("--kind", "swa"), {"kv": 384, "swa": 64}, {"hicache_ratio": 12.0}),
+    "asymmetric": Kind(("--kind", "asymmetric"), {"kv": 384, "swa": 64}, {"hicache_ratio": 12.0}),
     # A load restores the state of the tree's node and that of the request. SGLang has states on a CPU with pages of
     # one token alone, and the stand-ins compute token by token: short prompts.
     "gdn": Kind(
-        "gdn",
+        ("--kind", "gdn"),
         {"kv": 80, "mamba": 2},
         {
             "page_size": 1,
@@ -98,11 +97,26 @@ KINDS: Mapping[str, Kind] = {
         extend=True,
         hit=80,
     ),
-    # The draft is the model itself, so all drafts are right as long as its K and V are.
-    "draft": Kind("mha", {"kv": 384, "draft": 384}, DRAFTS, draft=True, drafts=("draft",)),
+    # The draft is the model itself. It does not see the first token, which changes what a sharper model says; with this
+    # one half of its drafts are right as long as its K and V are, and none without.
+    "draft": Kind(
+        ("--kind", "mha", "--sharpness", "2"),
+        {"kv": 384, "draft": 384},
+        {**DRAFTS, "speculative_algorithm": "STANDALONE"},
+        draft=True,
+        drafts=("draft",),
+        drafts_right=True,
+    ),
+    # The layer that drafts is a further layer of the target's host pool.
+    "mtp": Kind(
+        ("--kind", "mtp"),
+        {"kv": 384, "kv+draft": 384},
+        {**DRAFTS, "speculative_algorithm": "EAGLE"},
+        drafts=("kv+draft",),
+    ),
 }
 
 
-def loads_of(loads: Sequence[Mapping[str, int]], kind: Kind) -> list[Mapping[str, int]]:
+def loads_of(loads: Sequence[Load], kind: Kind) -> list[Load]:
     """Those of a log's loads that are a hit of this kind."""
-    return [load for load in loads if load == kind.loads]
+    return [load for load in loads if load.moved == kind.loads]

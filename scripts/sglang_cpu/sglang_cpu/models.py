@@ -6,6 +6,7 @@ Nothing here knows about HiCache, and each function acts for the models that cal
 from __future__ import annotations
 
 import copy
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -82,18 +83,84 @@ def gate_shared_expert(
     output.copy_(output.float() + gated if do_add else gated)
 
 
-@_around(f"{_TORCH_ATTENTION}.forward_extend")
-def extend_by_drafts(
+@_around(f"{_TORCH_ATTENTION}.forward_extend", f"{_TORCH_ATTENTION}.forward_decode")
+def torch_attention(
     original: Callable[..., Any], self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Verify drafts: each request is extended by a chain of them, which its batch does not say."""
-    if not batch.forward_mode.is_target_verify():
-        return original(self, q, k, v, layer, batch, *args, **kwargs)
-    prefixes = batch.seq_lens
-    drafts = torch.full_like(prefixes, batch.spec_info.draft_token_num)
-    extended = copy.copy(batch)
-    extended.extend_prefix_lens, extended.extend_seq_lens, extended.seq_lens = prefixes, drafts, prefixes + drafts
-    return original(self, q, k, v, layer, extended, *args, **kwargs)
+    """Take what models give other backends too: sinks that they do not have, drafts to verify, and tokens to look at.
+
+    Each request is extended by a chain of drafts, which its batch does not say; the rest is causal attention.
+    """
+    picked = kwargs.pop("topk_indices", None)
+    if kwargs.pop("sinks", None) is not None:
+        raise NotImplementedError("SGLang's torch attention has no sinks")
+    if batch.forward_mode.is_target_verify():
+        prefixes = batch.seq_lens
+        drafts = torch.full_like(prefixes, batch.spec_info.draft_token_num)
+        batch = copy.copy(batch)
+        batch.extend_prefix_lens, batch.extend_seq_lens, batch.seq_lens = prefixes, drafts, prefixes + drafts
+    # With tokens picked, for what it writes.
+    output = original(self, q, k, v, layer, batch, *args, **kwargs)
+    return output if picked is None else _attend_to(picked, self, q, layer)
+
+
+def _attend_to(picked: torch.Tensor, backend: Any, q: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Attention of each token to the latents of the slots that were picked for it; -1 is none."""
+    queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).float()
+    latents = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)[picked.clamp(min=0)].squeeze(2).float()
+    scores = torch.einsum("thd,tkd->thk", queries, latents) * layer.scaling
+    weights = scores.masked_fill((picked < 0)[:, None], float("-inf")).softmax(-1)
+    output = torch.einsum("thk,tkd->thd", weights, latents[..., : layer.v_head_dim])
+    return output.reshape(len(queries), -1).to(q.dtype)
+
+
+@_around("sglang.srt.layers.attention.dsa.dsa_indexer.Indexer.forward_native")
+def pick_tokens(
+    original: Callable[..., Any],
+    self: Any,
+    x: torch.Tensor,
+    q_lora: torch.Tensor,
+    positions: torch.Tensor,
+    forward_batch: Any,
+    layer_id: int,
+    return_indices: bool = True,
+) -> torch.Tensor | None:
+    """Store the new tokens' keys as DeepSeek V3.2's indexer does (fp8 and a scale each, a page's in one row), and pick.
+
+    Without rotary embedding and Hadamard transform: which tokens are picked depends on all keys, and is not what a GPU
+    picks.
+    """
+    from sglang.srt.model_executor.forward_context import get_attn_backend, get_token_to_kv_pool
+
+    pool, fp8 = get_token_to_kv_pool(), torch.float8_e4m3fn
+    page, dim = getattr(pool, "index_page_size", pool.page_size), self.head_dim
+    rows = pool.get_index_k_with_scale_buffer(layer_id=layer_id)
+    keys, scales = rows[:, : page * dim].unflatten(1, (page, dim)), rows[:, page * dim :].unflatten(1, (page, 4))
+    key = self.k_norm(self.wk(x)[0].float()).float()
+    scale = key.abs().amax(-1, keepdim=True).clamp(min=1e-4) / torch.finfo(fp8).max
+    slots = forward_batch.out_cache_loc
+    keys[slots // page, slots % page] = (key / scale).to(fp8).view(torch.uint8)
+    scales[slots // page, slots % page] = scale.view(torch.uint8)
+    if not return_indices:
+        return None
+    query = self.wq_b(q_lora)[0].float().unflatten(-1, (self.n_heads, dim))
+    gate = self.weights_proj(x)[0].float()
+    picked = torch.full((len(x), self.index_topk), -1, dtype=torch.int64)
+    table = get_attn_backend().req_to_token_pool.req_to_token
+    lengths = forward_batch.seq_lens.tolist()
+    decodes = forward_batch.forward_mode.is_decode()
+    extends = [1] * len(lengths) if decodes else forward_batch.extend_seq_lens.tolist()
+    begin = 0
+    for request, length, extend in zip(forward_batch.req_pool_indices.tolist(), lengths, extends, strict=True):
+        seen, span = table[request, :length].long(), slice(begin, begin + extend)
+        held = keys[seen // page, seen % page].view(fp8).float()
+        held = held * scales[seen // page, seen % page].contiguous().view(torch.float32)
+        score = torch.einsum("th,ths->ts", gate[span], torch.relu(torch.einsum("thd,sd->ths", query[span], held)))
+        later = torch.arange(length)[None] > positions[span, None]
+        best = score.masked_fill(later, float("-inf")).topk(min(self.index_topk, length))
+        picked[span, : best.indices.shape[1]] = torch.where(best.values.isinf(), -1, seen[best.indices])
+        begin += extend
+    return picked
 
 
 @_around("sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend")
@@ -134,6 +201,13 @@ class _DraftSteps:
         """Prepare a forward pass."""
         for backend in self.attn_backends:
             backend.init_forward_metadata(batch)
+
+
+@_around("sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments")
+def adjust_for_a_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let SGLang choose as on an H100 where it asks for the GPU without asking whether there is one: DeepSeek V3.2."""
+    with unittest.mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+        return original(*args, **kwargs)
 
 
 def register_latent_attention() -> None:

@@ -25,7 +25,7 @@ def register() -> None:
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_cpu import copies, linear_attention, models
+    from sglang_cpu import allocator, copies, linear_attention, models
 
     for function in linear_attention.OPERATORS:
         if not hasattr(torch.ops.sgl_kernel, function.__name__):
@@ -44,6 +44,7 @@ def register() -> None:
         if _exists(target):
             HookRegistry.register(target, hook, HookType.AROUND)
     models.register_latent_attention()
+    allocator.register()
 
 
 def _exists(target: str) -> bool:

@@ -1,4 +1,4 @@
-"""A plugin of SGLang for the end-to-end tests: says what loads move, leaves pools out of them, and delays copies.
+"""A plugin of SGLang for the end-to-end tests: checks what loads move, leaves pools out of them, and delays copies.
 
 This directory on PYTHONPATH is enough for SGLang to find it, beside whatever else is installed; `harness` puts it
 there. Without the variables below it does nothing. It knows SGLang and the copier contract, and no adapter: it acts on
@@ -7,6 +7,7 @@ instances of SGLang's transfer engine, in front of whatever has replaced that cl
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -14,20 +15,23 @@ from pathlib import Path
 from typing import Any
 
 #: File with the names of pools (kv, swa, mamba, draft) whose loads are left out, with commas between. It is read at
-#: each load, so a test may change it while the engine runs. Where the variable is set, each load is logged too.
+#: each load, so a test may change it while the engine runs. Where the variable is set, each load is logged and checked
+#: too; empty, nothing is hooked, for what is timed.
 LEAVE_OUT = "SGLANG_XMEM_TEST_LEAVE_OUT"
 #: With 1, copies of loads are delayed until somebody waits for them, and their destinations are poisoned before.
 LAZY = "SGLANG_XMEM_TEST_LAZY"
 
-#: Names of host pools as SGLang's group has them, by id; pools live as long as their engine.
-_names: dict[int, str] = {}
+#: Entries of SGLang's group of host pools, by id of the host pool; those live as long as their engine.
+_entries: dict[int, Any] = {}
+#: What a row (of all layers) of a device pool held when it was stored, by host pool, device pool and host index.
+_stored: dict[tuple[int, int], dict[int, bytes]] = {}
 
 
 def register() -> None:
     """Called by SGLang in each of its processes."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if LEAVE_OUT in os.environ:
+    if os.environ.get(LEAVE_OUT):
         group = "sglang.srt.mem_cache.pool_host.group.HostPoolGroup"
         HookRegistry.register(f"{group}.__init__", _group_made, HookType.AFTER)
         HookRegistry.register(f"{group}.add_entry", _entry_added, HookType.AFTER)
@@ -49,25 +53,34 @@ def _group_made(result: Any, group: Any, entries: Any, *args: Any, **kwargs: Any
 
 
 def _entry_added(result: Any, group: Any, entry: Any) -> None:
-    _names[id(entry.host_pool)] = entry.name.value
+    _entries[id(entry.host_pool)] = entry
 
 
 def _engine_made(result: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
-    # Bound here and now: what adapters have made of the method is behind it, whatever the order of plugins.
-    submit = engine.submit_host_to_device
+    # Bound here and now: what adapters have made of the methods is behind these, whatever the order of plugins.
+    submit_load, submit_store = engine.submit_host_to_device, engine.submit_device_to_host
 
-    def without_some(transfers: list[Any], **kwargs: Any) -> Any:
+    def load(transfers: list[Any], **kwargs: Any) -> Any:
         left_out = _left_out()
         kept = [transfer for transfer in transfers if _name(transfer) not in left_out]
+        done = submit_load(kept, **kwargs)
         moved = " ".join(f"{_name(transfer)}={transfer.host_indices.numel()}" for transfer in transfers)
-        _say(f"load {moved}; left out: {len(transfers) - len(kept)}")
-        return submit(kept, **kwargs)
+        # A lazy load has not written yet, and its reader may change a state once it has.
+        wrong = "" if os.environ.get(LAZY) == "1" else " ".join(f"{_name(one)}={_wrong(one)}" for one in transfers)
+        _say(f"load {moved}; wrong {wrong}; left out {len(transfers) - len(kept)}")
+        return done
 
-    engine.submit_host_to_device = without_some
+    def store(transfers: list[Any], **kwargs: Any) -> Any:
+        for transfer in transfers:
+            _record(transfer)
+        return submit_store(transfers, **kwargs)
+
+    engine.submit_host_to_device, engine.submit_device_to_host = load, store
 
 
 def _name(transfer: Any) -> str:
-    name = _names.get(id(transfer.host_pool), "?")
+    entry = _entries.get(id(transfer.host_pool))
+    name = "?" if entry is None else entry.name.value
     return f"{name}+draft" if transfer.is_draft else name
 
 
@@ -76,6 +89,44 @@ def _left_out() -> set[str]:
         return set(Path(os.environ[LEAVE_OUT]).read_text().strip().split(","))
     except FileNotFoundError:
         return set()
+
+
+def _rows(transfer: Any, device_pool: Any) -> dict[int, bytes]:
+    """A digest of each row, of all tensors that the device pool has, read without anybody's idea of addresses.
+
+    A row is a token, a state, or the page of an indexer; it goes by its index in the host pool.
+    """
+    import torch
+
+    host, device = transfer.host_indices.long(), transfer.device_indices.long()
+    if _name(transfer) == "indexer":
+        tensors = list(device_pool.index_k_with_scale_buffer)
+        page = transfer.host_pool.page_size
+        host, device = host[::page] // page, device[::page] // page
+    elif hasattr(device_pool, "mamba_cache"):
+        cache = device_pool.mamba_cache
+        tensors = [layer for state in (cache.temporal, *cache.conv) for layer in state]
+    elif hasattr(device_pool, "k_buffer"):
+        tensors = [*device_pool.k_buffer, *device_pool.v_buffer]
+    else:
+        tensors = list(device_pool.kv_buffer)
+    rows = [tensor[device].contiguous().view(torch.uint8).reshape(len(device), -1) for tensor in tensors]
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in torch.cat(rows, 1).numpy()]
+    return dict(zip(host.tolist(), digests, strict=True))
+
+
+def _record(transfer: Any) -> None:
+    entry = _entries.get(id(transfer.host_pool))
+    # Drafts that are packed with the target are no transfers of their own.
+    for device_pool in (transfer.device_pool, *getattr(entry, "packed_draft_device_pools", ())):
+        held = _stored.setdefault((id(transfer.host_pool), id(device_pool)), {})
+        held.update(_rows(transfer, device_pool))
+
+
+def _wrong(transfer: Any) -> int:
+    """Rows that do not hold what was stored; those that were not stored from a device pool do not count."""
+    held = _stored.get((id(transfer.host_pool), id(transfer.device_pool)), {})
+    return sum(held.get(index, row) != row for index, row in _rows(transfer, transfer.device_pool).items())
 
 
 def _say(what: str) -> None:
