@@ -27,9 +27,11 @@ class Way(NamedTuple):
     environment: Mapping[str, str] = {}
 
 
-#: To switch sglang_xmem on:
-#:   "dram": Way(harness.XMEM_DRAM), "dram lazy": Way(harness.XMEM_DRAM, {harness.LAZY: "1"})
-ENGINES: Mapping[str, Way] = {"stock": Way({})}
+ENGINES: Mapping[str, Way] = {
+    "stock": Way({}),
+    "dram": Way(harness.XMEM_DRAM),
+    "dram lazy": Way(harness.XMEM_DRAM, {harness.LAZY: "1"}),
+}
 
 
 class Outcome(NamedTuple):
