@@ -56,6 +56,21 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
         pytest.exit("terminated", returncode=pytest.ExitCode.INTERRUPTED)
 
 
+#: Folders of tests in the order in which they run: what fails soonest comes first, engines after everything else.
+ORDER = ("unit", "fakes", "contracts", "emulation", "bench", "mtier", "pools", "e2e", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by ORDER, tests that start engines behind the others of their folder."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.relative_to(REPOSITORY / "tests").parts[0] if item.path.is_relative_to(REPOSITORY) else ""
+        engine = item.get_closest_marker("cpu_engine") is not None
+        return (engine, ORDER.index(folder) if folder in ORDER else 0)
+
+    items.sort(key=place)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run, with the reason in pytest's summary."""
     needed = 1 if item.get_closest_marker("gpu") else 0

@@ -174,7 +174,7 @@ class _Lines:
 
 
 def main(make_engine: Callable[..., Any] | None = None) -> int:
-    """The worker. `make_engine` stands in for sgl.Engine in tests."""
+    """The worker. Tests give a `make_engine` instead of sgl.Engine."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     lines = _Lines(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)  # SGLang and its processes print to stdout

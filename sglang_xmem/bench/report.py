@@ -20,7 +20,7 @@ from sglang_xmem.errors import ConfigError
 
 Row = dict[str, Any]
 
-#: Order, colours (Okabe and Ito's, which colour-blind readers can tell apart) and markers of backends.
+#: Order, colours (Okabe and Ito's, which colour-blind readers can distinguish) and markers of backends.
 STYLES = {
     "hbm": ("#000000", None),
     "peer": ("#009e73", "^"),
@@ -34,7 +34,7 @@ STYLES = {
 }
 FLOOR_AND_CEILING = ("hbm", "recompute")
 
-#: What tells rows of a benchmark apart, and what its rows have at least.
+#: What a row of a benchmark is a measurement of, and what its rows have at least.
 IDENTITY = {
     "ttft": ("backend", "prompt_tokens"),
     "throughput": ("backend", "hit_ratio", "concurrency"),

@@ -32,7 +32,7 @@ from sglang_xmem.doctor import tiers
 from sglang_xmem.errors import ConfigError, Unavailable
 from sglang_xmem.tiers import tier_classes
 
-#: Backends besides the tiers. `hbm` is SGLang without HiCache, `recompute` SGLang without any cache of prefixes,
+#: Backends that are not tiers. `hbm` is SGLang without HiCache, `recompute` SGLang without any cache of prefixes,
 #: `auto` the tier that --hicache-xmem-tier auto uses.
 HBM, RECOMPUTE, STOCK = "hbm", "recompute", "stock"
 #: Of a prompt; above what any model takes, and below what does not fit into memory as a list.

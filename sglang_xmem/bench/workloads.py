@@ -178,7 +178,7 @@ def read_trace(
 ) -> list[TraceRequest]:
     """Read a trace in Mooncake's format: `timestamp` (ms), `input_length`, `output_length` (tokens), `hash_ids`.
 
-    Each id stands for a block of tokens, equal ids for equal ones; ids become tokens drawn from the id.
+    Each id is a block of tokens, equal ids for equal ones; ids become tokens drawn from the id.
 
     Args:
         path: JSON Lines file.
