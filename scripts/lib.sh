@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Functions shared by the scripts here; to be sourced. Sets and reads PYTHON, the interpreter with everything in it.
 # shellcheck shell=bash
 
@@ -55,7 +56,7 @@ installation_key() {
     {
         printf '%s\n' "$SGLANG_VERSION" "$1"
         if has_gpu; then printf 'gpu\n'; fi
-        cat "$REPOSITORY/setup.py" "$REPOSITORY"/scripts/requirements-cpu*.txt
+        cat "$REPOSITORY/pyproject.toml" "$REPOSITORY"/scripts/requirements-cpu*.txt
         find "$REPOSITORY/scripts/sglang_cpu" -type f \( -name '*.py' -o -name '*.pth' -o -name '*.toml' \) \
             -not -path '*/build/*' -print0 | sort -z | xargs -0 cat
     } | sha256sum | cut -d ' ' -f 1

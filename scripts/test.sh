@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Lint, types and all tests: scripts/test.sh [pytest arguments]
+# SPDX-License-Identifier: Apache-2.0
+# Lint, types, prose and all tests, the quick ones first: scripts/test.sh [pytest arguments]
+# With arguments, such as a test's file, pytest runs once and nothing else does.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -7,7 +9,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 use_cpu_engine_without_gpu
 prepare_python "$REPOSITORY/.venv-test" "[dev]"
 cd "$REPOSITORY"
+if (($#)); then
+    exec "$PYTHON" -m pytest "$@"
+fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+"$PYTHON" scripts/lint_prose.py
+# One run, so that there is one summary. tests/conftest.py sorts: unit tests, contracts, services, engines, GPUs.
+"$PYTHON" -m pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 import signal
@@ -27,19 +28,47 @@ def gpu_count() -> int:
     return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
 
 
-if gpu_count() == 0:
-    # Without a GPU SGLang has its CPU engine or nothing; child processes inherit this.
-    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+if gpu_count() == 0 and "SGLANG_USE_CPU_ENGINE" not in os.environ:
+    # Without a GPU SGLang has its CPU engine or nothing; child processes inherit this. In this process the
+    # environment's .pth file has looked for the variable already, so what it would have done is done here.
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    if importlib.util.find_spec("sglang_cpu") is not None:
+        importlib.import_module("sglang_cpu.imports").install()
+
+#: Signals that ended the run.
+_TERMINATED: list[int] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """SIGTERM, as `timeout` sends it, is an interrupt: servers end with the tests that started them."""
 
     def interrupt(number: int, frame: object) -> None:
+        _TERMINATED.append(number)
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """End the run where a test took the interrupt for its own, as one of a command that handles interrupts does."""
+    if _TERMINATED:
+        pytest.exit("terminated", returncode=pytest.ExitCode.INTERRUPTED)
+
+
+#: Folders of tests in the order in which they run: what fails soonest comes first, engines after everything else.
+ORDER = ("unit", "fakes", "contracts", "emulation", "bench", "mtier", "pools", "e2e", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by ORDER, tests that start engines behind the others of their folder."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.relative_to(REPOSITORY / "tests").parts[0] if item.path.is_relative_to(REPOSITORY) else ""
+        engine = item.get_closest_marker("cpu_engine") is not None
+        return (engine, ORDER.index(folder) if folder in ORDER else 0)
+
+    items.sort(key=place)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,4 @@
-"""`sglang-xmem bench compare A B`: what changed between two results, with the spread in view.
+"""What changed between two results, with the spread in view.
 
 A and B are JSON Lines files, or ids of runs in the files under --results. Of a file the last run counts, or with
 FILE#RUN the one that is named. A difference smaller than the spread of either side is called noise, and where a side
@@ -10,40 +10,25 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang_xmem.bench import report, stats
 from sglang_xmem.errors import ConfigError
 
 FASTER, SLOWER, NOISE, UNKNOWN, MISSING = "faster", "slower", "noise", "one sample", "not measured"
 
-
-@dataclass(frozen=True)
-class Metric:
-    """The number of a row that is compared: its name, and whether more of it is better."""
-
-    name: str
-    more_is_better: bool
-
-    def value(self, row: dict[str, Any]) -> float | None:
-        """In the metric's unit; None where nothing was measured."""
-        found = row["ttft_ms"]["p50"] if self.name == "TTFT p50 ms" else row.get(self.name)
-        return None if found is None else float(found)
-
-
+#: What is compared of each benchmark's rows: a rate, of which more is better, or the median of ttft_ms.
 METRICS = {
-    "ttft": Metric("TTFT p50 ms", False),
-    "throughput": Metric("tokens_per_s", True),
-    "multiturn": Metric("TTFT p50 ms", False),
-    "trace": Metric("TTFT p50 ms", False),
-    "copy": Metric("gbps", True),
+    "ttft": "TTFT p50 ms",
+    "throughput": "tokens_per_s",
+    "multiturn": "TTFT p50 ms",
+    "trace": "TTFT p50 ms",
+    "copy": "gbps",
 }
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One row of A and the same of B.
 
     Attributes:
@@ -69,10 +54,10 @@ class Change:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", help="FILE, FILE#RUN or RUN")
     parser.add_argument("b", help="the same")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder where runs are looked for")
-    parser.add_argument(
-        "--fail-on-slower", action="store_true", help="exit with 1 if anything is slower or not measured"
-    )
+    results = "folder where runs are looked for; default docs/results"
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help=results)
+    fail = "exit with 1 if anything is slower or not measured"
+    parser.add_argument("--fail-on-slower", action="store_true", help=fail)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,37 +65,31 @@ def run(args: argparse.Namespace) -> int:
     benches = {row.get("bench") for row in [*a, *b]}
     if len(benches) != 1 or (bench := str(next(iter(benches)))) not in METRICS:
         raise ConfigError(
-            f"{args.a} and {args.b} are not two results of one benchmark; compare {', '.join(METRICS)} with its like."
+            f"{args.a} and {args.b} are not two results of one benchmark. Compare {', '.join(METRICS)} with its like."
         )
     changes = compare(a, b)
     if not changes:
-        raise ConfigError(f"{args.a} and {args.b} have no row in common.")
-    lines = [
-        [
-            " ".join(_label(value) for value in change.what),
-            f"{change.a:.2f}",
-            "-" if change.verdict == MISSING else f"{change.b:.2f}",
-            "-" if change.verdict == MISSING else f"{change.change:+.1%}",
-            "-" if change.spread is None else f"{change.spread:.2f}",
-            change.verdict,
-        ]
-        for change in changes
-    ]
-    title = f"{bench}, {METRICS[bench].name}: A = {a[0].get('run')}, B = {b[0].get('run')}"
+        raise ConfigError(f"{args.a} and {args.b} have no row in common. Name other runs.")
+    lines = []
+    for change in changes:
+        b_cells = ["-", "-"] if change.verdict == MISSING else [f"{change.b:.2f}", f"{change.change:+.1%}"]
+        spread = "-" if change.spread is None else f"{change.spread:.2f}"
+        lines.append([_words(change.what), f"{change.a:.2f}", *b_cells, spread, change.verdict])
+    title = f"{bench}, {METRICS[bench]}: A = {a[0].get('run')}, B = {b[0].get('run')}"
     report.show_table(title, [" ".join(report.IDENTITY[bench]), "A", "B", "change", "spread", "B is"], lines)
     for side, rows, other in (("A", a, b), ("B", b, a)):
         alone = {report.identity(row) for row in rows} - {report.identity(row) for row in other}
         if alone:
-            print(f"only in {side}: " + "; ".join(sorted(" ".join(_label(v) for v in what[1:]) for what in alone)))
-    for name in ("shape", "page_size", "tp_size"):
-        values = [{str(row.get(name)) for row in rows} for rows in (a, b)]
-        if values[0] != values[1]:
+            print(f"only in {side}: " + "; ".join(sorted(_words(what[1:]) for what in alone)))
+    for name in ("shape", "page_size", "tp_size", "machine"):
+        values = [{str(row[name]) for row in rows if name in row} for rows in (a, b)]
+        if all(values) and values[0] != values[1]:
             print(f"not the same {name}: A {', '.join(sorted(values[0]))}, B {', '.join(sorted(values[1]))}")
     return 1 if args.fail_on_slower and any(change.verdict in (SLOWER, MISSING) for change in changes) else 0
 
 
-def _label(value: Any) -> str:
-    return "all" if value is None else str(value)
+def _words(what: Sequence[Any]) -> str:
+    return " ".join("all" if value is None else str(value) for value in what)
 
 
 def load(name: str, results: Path) -> list[dict[str, Any]]:
@@ -131,8 +110,15 @@ def load(name: str, results: Path) -> list[dict[str, Any]]:
         # Timelines have the id of the run that they were recorded in.
         found = [row for row in found if row.get("bench") in METRICS] or found
     if not found:
-        raise ConfigError(f"{name} is neither a file with results nor a run in {results}/*.jsonl.")
+        raise ConfigError(f"{name} is neither a file with results nor a run in {results}/*.jsonl. Name one of these.")
+    for row in found:
+        report.check_row(row, path)
     return found
+
+
+def _value(row: dict[str, Any], metric: str) -> float | None:
+    found = row["ttft_ms"]["p50"] if metric == "TTFT p50 ms" else row.get(metric)
+    return None if found is None else float(found)
 
 
 def compare(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> list[Change]:
@@ -140,25 +126,19 @@ def compare(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> list[Ch
     other = {report.identity(row): row for row in report.merged(b)}
     changes = []
     for row in report.merged(a):
-        match = other.get(report.identity(row))
-        if match is None:
-            continue
+        match, what = other.get(report.identity(row)), report.identity(row)[1:]
         metric = METRICS[str(row["bench"])]
-        first, second = metric.value(row), metric.value(match)
-        if not first:
+        first, second = _value(row, metric), None if match is None else _value(match, metric)
+        if match is None or not first:
             continue
         if not second:
-            changes.append(Change(report.identity(row)[1:], first, math.nan, None, MISSING))
+            changes.append(Change(what, first, math.nan, None, MISSING))
             continue
-        spreads = report.interval(row), report.interval(match)
+        mine, theirs = report.interval(row), report.interval(match)
         spread, verdict = None, UNKNOWN
-        if spreads[0] is not None and spreads[1] is not None:
-            spread = max(high - low for high, low in ((s[1], s[0]) for s in spreads if s is not None))
-            if metric.name == "gbps":  # the spread is of times; as a share it is the same
-                spread = max((s[1] - s[0]) / s[1] for s in spreads if s is not None) * max(first, second)
-                noise = abs(second - first) <= spread
-            else:
-                noise = not stats.differs(spreads[0], spreads[1], second - first)
-            verdict = NOISE if noise else FASTER if (second > first) == metric.more_is_better else SLOWER
-        changes.append(Change(report.identity(row)[1:], first, second, spread, verdict))
+        if mine is not None and theirs is not None:
+            spread = max(mine[1] - mine[0], theirs[1] - theirs[0])
+            better = (second > first) == (metric != "TTFT p50 ms")
+            verdict = (FASTER if better else SLOWER) if stats.differs(mine, theirs, second - first) else NOISE
+        changes.append(Change(what, first, second, spread, verdict))
     return changes

@@ -1,93 +1,74 @@
-"""Progress with time left on stderr: a bar of rich on a terminal, now and then a line elsewhere."""
+"""Progress with time left on stderr: tqdm's bar on a terminal, a line of it now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import Any
+
+from tqdm import tqdm
 
 #: Seconds between lines where stderr is no terminal.
 EVERY_S = 15.0
 
 
+class _Lines:
+    """stderr for tqdm where it is no terminal: what would go over a line becomes a line."""
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line and not line.startswith("("):  # before anything has begun
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class Progress:
-    """Of a whole run; time left comes from the pace of steps and the time that engines took to start.
+    """Of a whole run.
 
     Args:
-        steps: of all engines.
+        steps: of each engine, in order.
     """
 
-    def __init__(self, steps: int) -> None:
-        self._steps = max(1, steps)
-        self._done = 0
-        self._engine = ""
-        self._engine_end = 0
-        self._began = self._said = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
-        if sys.stderr.isatty():
-            self._bar = _bar()
+    def __init__(self, steps: list[int]) -> None:
+        self._steps, self._engine, self._name = steps, -1, ""
+        self._started = 0.0
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=sum(steps),
+            file=sys.stderr if terminal else _Lines(),
+            mininterval=0.5 if terminal else EVERY_S,
+            leave=False,
+            dynamic_ncols=terminal,
+            bar_format=None if terminal else "{desc} ({n_fmt}/{total_fmt}, about {remaining} left)",
+        )
 
     def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._steps)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.close()
 
-    def engine(self, name: str, steps: int) -> None:
-        """An engine starts."""
-        self._engine, self._engine_end = name, self._done + steps
-        self._show(f"{name}: starting", always=True)
+    def engine(self, name: str) -> None:
+        """The next engine starts; all steps of those before count as done."""
+        self._engine += 1
+        self._name, self._started = name, time.time()
+        self._bar.n = sum(self._steps[: self._engine])
+        self._bar.set_description_str(f"{name}: starting")
 
     def started(self) -> None:
-        """The engine serves."""
-        self._show(f"{self._engine}: warming up", always=True)
+        """The engine serves. Its start is no part of the pace that the time left comes from."""
+        self._bar.start_t += time.time() - self._started
+        self._bar.set_description_str(f"{self._name}: serves")
 
-    def engine_done(self) -> None:
-        """All steps of the engine count as done, whatever it has done."""
-        self._done = self._engine_end
-        if self._bar is not None:
-            self._show(self._engine)
-
-    def step(self, doing: str, count: int = 1) -> None:
-        """So many steps more are done."""
-        self._done = min(self._done + count, self._engine_end)
-        self._show(f"{self._engine}: {doing}")
+    def step(self, doing: str) -> None:
+        """One more step is done."""
+        self._bar.set_description_str(f"{self._name}: {doing}", refresh=False)
+        self._bar.update(min(1, sum(self._steps[: self._engine + 1]) - self._bar.n))
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def left_s(self) -> float | None:
-        """Seconds to the end at the pace so far, engine starts included; None before the first step."""
-        if not self._done:
-            return None
-        return (time.monotonic() - self._began) / self._done * (self._steps - self._done)
-
-    def _show(self, text: str, always: bool = False) -> None:
-        left = self.left_s()
-        left_text = "" if left is None else f", about {left:.0f} s left"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=text + left_text)
-        elif always or time.monotonic() - self._said >= EVERY_S:
-            self._said = time.monotonic()
-            print(f"{text} ({self._done}/{self._steps}{left_text})", file=sys.stderr, flush=True)
-
-
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as RichProgress
-
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return RichProgress(*columns, console=Console(stderr=True), transient=True)
+        self._bar.write(text, file=sys.stderr)

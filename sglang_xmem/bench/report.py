@@ -1,16 +1,16 @@
-"""`sglang-xmem bench report FILE`: tables, CSV and plots of results that were written before.
+"""Tables and plots of results that were written before.
 
-The other benchmarks use it for the run that they have just made. Plots need matplotlib (`pip install
-'.[bench]' in a clone`), no display and no GPU.
+The other benchmarks use it for the run that they have just made. Plots need matplotlib (pip install matplotlib), no
+display and no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,47 +20,66 @@ from sglang_xmem.errors import ConfigError
 
 Row = dict[str, Any]
 
-#: Order and colours (Okabe and Ito's, which colour-blind readers can tell apart) of backends.
-COLOURS = {
-    "hbm": "#000000",
-    "peer": "#009e73",
-    "mtier": "#cc79a7",
-    "cxl": "#f0e442",
-    "auto": "#56b4e9",
-    "dram": "#0072b2",
-    "stock": "#d55e00",
-    "server": "#e69f00",
-    "recompute": "#888888",
+#: Order, colours (Okabe and Ito's, which colour-blind readers can distinguish) and markers of backends.
+STYLES = {
+    "hbm": ("#000000", None),
+    "peer": ("#009e73", "^"),
+    "mtier": ("#cc79a7", "D"),
+    "dax": ("#f0e442", "o"),
+    "auto": ("#56b4e9", "o"),
+    "dram": ("#0072b2", "o"),
+    "stock": ("#d55e00", "s"),
+    "server": ("#e69f00", "v"),
+    "recompute": ("#888888", None),
 }
 FLOOR_AND_CEILING = ("hbm", "recompute")
-#: Where lines lie on each other, another marker shows both.
-MARKERS = {"stock": "s", "peer": "^", "mtier": "D", "server": "v"}
+
+#: What a row of a benchmark is a measurement of, and what its rows have at least.
+IDENTITY = {
+    "ttft": ("backend", "prompt_tokens"),
+    "throughput": ("backend", "hit_ratio", "concurrency"),
+    "multiturn": ("backend", "turn"),
+    "trace": ("backend",),
+    "copy": ("tier", "case", "direction"),
+    "soak": ("tier",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="JSON Lines file of a benchmark")
-    parser.add_argument("--run", default=None, dest="run_id", help="id of a run in it; default: the last")
-    parser.add_argument(
-        "--output", type=Path, default=None, help="where files go, without ending; default: beside FILE"
-    )
-    parser.add_argument("--no-plots", action="store_true", help="the table alone")
+    parser.add_argument("--run", default=None, dest="run_id", help="id of a run in it, see --list; default: the last")
+    parser.add_argument("--list", action="store_true", help="the file's runs, and nothing else")
+    parser.add_argument("--json", action="store_true", help="a flat JSON object a row on stdout, such as pandas reads")
+    parser.add_argument("--plot", type=Path, default=None, metavar="NAME.png", help="also plot; .png, .svg or .pdf")
 
 
 def run(args: argparse.Namespace) -> int:
     rows = read_rows(args.file)
-    chosen = args.run_id or next((row["run"] for row in reversed(rows) if "run" in row), None)
+    for row in rows:
+        check_row(row, args.file)
+    runs = list(dict.fromkeys(str(row["run"]) for row in rows))
+    if args.list:
+        show_table(f"Runs in {args.file}", *_runs_table(args.file, rows, runs), wrap=True)
+        return 0
+    chosen = args.run_id or (runs[-1] if runs else None)
     rows = rows_of_run(rows, chosen)
     if not rows:
-        raise ConfigError(f"{args.file} has no rows{f' of run {chosen}' if chosen else ''}; name another file or run.")
-    print_table(rows)
-    if not args.no_plots:
-        for path in write_files(rows, args.output or args.file):
-            print(path, file=sys.stderr)
+        known = f" Its runs: {', '.join(runs)}." if runs else " Name another file."
+        raise ConfigError(f"{args.file} has no rows{f' of run {chosen}' if chosen else ''}.{known}")
+    if args.json:
+        for row in merged(rows):
+            print(json.dumps(_flat(row)))
+    else:
+        print_table(rows)
+        if len(runs) > 1 and args.run_id is None:
+            print(f"The last of {len(runs)} runs; --list names them, --run ID shows another.")
+    if args.plot is not None:
+        write_plot(rows, args.plot)
     return 0
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a JSON Lines file; a last line that an ended process left unfinished is passed over.
+    """All rows of a JSON Lines file; a last line that an ended process left unfinished is skipped.
 
     Raises:
         ConfigError: it cannot be read.
@@ -68,9 +87,9 @@ def read_rows(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Name another file.") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a file of JSON Lines; name one.") from None
+        raise ConfigError(f"{path} is not a file of JSON Lines. Name one.") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -80,13 +99,26 @@ def read_rows(path: Path) -> list[Row]:
                     raise ValueError
                 rows.append(row)
             except (ValueError, RecursionError):
-                if number != len(lines):
-                    raise ConfigError(f"line {number} of {path} is not a JSON object.") from None
+                if number != len(lines) or not rows:
+                    raise ConfigError(f"Line {number} of {path} is not a JSON object. Name a file of rows.") from None
     return rows
 
 
+def check_row(row: Row, path: Path) -> None:
+    """Raises ConfigError for a row that no benchmark of ours wrote."""
+    missing = {"bench", "run"} - row.keys()
+    known = IDENTITY.get(str(row.get("bench")), ())
+    missing = missing or set(known) - row.keys() if "error" not in row else missing
+    if missing:
+        name = f" of bench {row['bench']}" if "bench" in row else ""
+        raise ConfigError(
+            f"{path} has a row{name} without {', '.join(sorted(missing))}, so it is not a file of sglang-xmem bench. "
+            "Name one of those."
+        )
+
+
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a JSON Lines file, in place of a last line that an ended process left unfinished."""
+    """Add rows to a JSON Lines file, over a last line that an ended process left unfinished."""
     with path.open("a+b") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
             _mend_end(file)
@@ -94,7 +126,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def _mend_end(file: BinaryIO) -> None:
-    """End a file's last line if it is whole, else take it out."""
+    """End a file's last line if it is whole, else remove it."""
     file.seek(0)
     whole, newline, last = file.read().rpartition(b"\n")
     try:
@@ -105,32 +137,13 @@ def _mend_end(file: BinaryIO) -> None:
 
 
 def rows_of_run(rows: Iterable[Row], run_id: str | None) -> list[Row]:
-    """A run's rows; where an engine was run again after it had failed, only the later ones."""
-    latest: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        if row.get("run") == run_id:
-            latest[(row.get("engine"), row.get("pass"), *identity(row))] = row
-    done = {(row.get("engine"), row.get("pass")) for row in latest.values() if row.get("complete")}
-    return [row for row in latest.values() if "error" not in row or (row.get("engine"), row.get("pass")) not in done]
-
-
-#: What tells rows of a benchmark apart, beside the engine.
-IDENTITY = {
-    "ttft": ("backend", "prompt_tokens"),
-    "throughput": ("backend", "hit_ratio", "concurrency"),
-    "multiturn": ("backend", "turn"),
-    "trace": ("backend",),
-    "timeline": ("backend", "hit", "gpu", "kernel"),
-    "roundtrip": ("tier", "bytes", "kernel"),
-}
+    """A run's rows."""
+    return [row for row in rows if row.get("run") == run_id]
 
 
 def identity(row: Row) -> tuple[Any, ...]:
-    """What a row is a measurement of; unknown benchmarks by all that is text."""
-    keys = IDENTITY.get(str(row.get("bench")))
-    if keys is None:
-        keys = tuple(key for key, value in row.items() if isinstance(value, str) and key not in ("run", "time"))
-    return (row.get("bench"), *(row.get(key) for key in keys))
+    """What a row is a measurement of."""
+    return (row.get("bench"), *(row.get(key) for key in IDENTITY.get(str(row.get("bench")), ())))
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
@@ -141,27 +154,33 @@ def merged(rows: Iterable[Row]) -> list[Row]:
     result = []
     for group in groups.values():
         row = dict(group[0])
-        if len(group) > 1 and all("all_ms" in other and "ttft_ms" in other for other in group):
+        if len(group) > 1 and all("all_ms" in other for other in group):
             row["all_ms"] = [ms for other in group for ms in other["all_ms"]]
             row["ttft_ms"] = stats.summary(row["all_ms"])
-            row["samples"] = sum(other["samples"] for other in group)
-            row["samples_unproven"] = sum(other["samples_unproven"] for other in group)
-            _derive_again(row)
-            if "outputs_equal" in row:
-                row["outputs_equal"] = all(other["outputs_equal"] for other in group)
+            for name in ("samples", "samples_unproven"):
+                row[name] = sum(other[name] for other in group)
+            row["outputs_equal"] = all(other.get("outputs_equal", True) for other in group)
+            if row["ttft_ms"]["p50"] and "kv_bytes" in row:
+                row["gbps"] = round(row["kv_bytes"] / row["ttft_ms"]["p50"] / 1e6, 3)
+            if row["ttft_ms"]["p50"] and "floor_ms" in row:
+                row["over_floor"] = round(row["ttft_ms"]["p50"] / row["floor_ms"], 4)
         result.append(row)
     return result
 
 
-def _derive_again(row: Row) -> None:
-    """What follows from a row's TTFT, after that has become another."""
-    p50 = row["ttft_ms"]["p50"]
-    row.pop("transfer_hidden", None)  # that takes the HBM hit's as well
-    if p50 and "kv_bytes" in row:
-        row.update(stats.transfer_rates(row["kv_bytes"], p50, row.get("link_gbps")))
+def _flat(row: Row) -> Row:
+    """Without lists; nested values as `outer.inner`."""
+    flat: Row = {}
+    for key, value in row.items():
+        inner = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+        flat.update({name: v for name, v in inner.items() if not isinstance(v, list)})
+    return flat
 
 
 # ---- tables ----
+
+#: Title, header, lines, and sentences below.
+Table = tuple[str, list[str], list[list[str]], list[str]]
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -171,6 +190,8 @@ def print_table(rows: Sequence[Row]) -> None:
         "throughput": _throughput_table,
         "multiturn": _multiturn_table,
         "trace": _trace_table,
+        "copy": _copy_table,
+        "soak": _soak_table,
     }
     maker = makers.get(str(rows[0].get("bench")))
     if maker is None:
@@ -178,204 +199,109 @@ def print_table(rows: Sequence[Row]) -> None:
             print(json.dumps(row))
         return
     title, header, lines, notes = maker(merged(rows))
-    show_table(title, header, lines)
+    show_table(f"{title}{_where(rows[0])}", header, lines)
     for note in notes:
         print(note)
 
 
-def show_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """A table on stdout, its first column to the left and the others to the right."""
-    from rich.box import SIMPLE
+def _where(row: Row) -> str:
+    """The machine for a title; rows of before do not say it."""
+    machine = row.get("machine")
+    if machine is None:
+        return ""
+    return " (CPU engine: says nothing about speed)" if machine == "CPU" else f" ({machine})"
+
+
+def show_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]], *, wrap: bool = False) -> None:
+    """A table on stdout, its first column to the left and the others to the right.
+
+    Columns are as wide as their content, headings break at spaces, and a column that says nothing is left out, so that
+    tables fit 80 columns.
+
+    Args:
+        wrap: the last column is words, which break where a terminal ends.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    table = Table(title=title, box=SIMPLE, title_justify="left", pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    said = [index for index in range(len(header)) if any(line[index] != "-" for line in lines)]
+    widths = {i: max([max(map(len, header[i].split())), *(len(line[i]) for line in lines)]) for i in said}
+    roomy = sum(widths.values()) + 2 * len(said) <= 80
+    table = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, int(roomy), 0, 0))
+    for index, width in widths.items():
+        words = wrap and index == said[-1]
+        heading = "\n".join(textwrap.wrap(header[index], width))
+        justify: Any = "left" if words or index == 0 else "right"
+        table.add_column(heading, justify=justify, no_wrap=not words, min_width=None if words else width)
     for line in lines:
-        table.add_row(*line)
-    # Into a file or a pipe as wide as it comes; a terminal's width is the reader's choice.
-    Console(width=None if sys.stdout.isatty() else 250, highlight=False).print(table)
+        table.add_row(*(line[index] for index in said))
+    console = Console(highlight=False, markup=False)
+    console.print(title, style="bold", soft_wrap=True)
+    # A file or a pipe gets a table as wide as it comes.
+    console.print(table, width=console.width if sys.stdout.isatty() or wrap else 1000)
 
 
-Table = tuple[str, list[str], list[list[str]], list[str]]
-
-
-def _order(backend: str) -> tuple[int, str]:
-    names, tier = list(COLOURS), tier_of(backend)
-    return (names.index(tier) if tier in names else len(names) - 1, backend)
-
-
-def tier_of(backend: str) -> str:
-    """A backend without its variant."""
-    return backend.partition("+")[0]
+def _order(row: Row) -> tuple[int, str]:
+    names, backend = list(STYLES), row["backend"].partition("+")[0]
+    return (names.index(backend) if backend in names else len(names) - 1, row["backend"])
 
 
 def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+    """Four digits."""
+    return "-" if value is None else f"{value:.{max(0, 3 - len(str(int(value))))}f}" if value >= 10 else f"{value:.2f}"
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _spread(ttft: Row) -> str:
-    return "-" if ttft.get("min") is None else f"{_ms(ttft['min'])} to {_ms(ttft['max'])}"
+def _spread(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{_short(low)}-{_short(high)}"
+
+
+def _short(value: float) -> str:
+    """Three digits: 2.23M, 960k, 40.3."""
+    for unit, name in ((1e6, "M"), (1e4, "k")):
+        if value >= unit:
+            return f"{value / {'M': 1e6, 'k': 1e3}[name]:.3g}{name}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def interval(row: Row) -> tuple[float, float] | None:
     """Where the median of a row lies, about 95 %; None with less than two samples."""
-    samples = row.get("all_ms") or row.get("tokens_per_s_all") or row.get("times_ms")
+    samples = row.get("all_ms") or row.get("tokens_per_s_all") or row.get("gbps_all")
     if samples is not None:
         return stats.median_interval(samples) if len(samples) > 1 else None
     stated = (row.get("ttft_ms") or {}).get("p50_interval")
     return (stated[0], stated[1]) if stated else None
 
 
-def _factor(gain: float, a: tuple[float, float], b: tuple[float, float]) -> str:
-    """A gain whose two sides have these spreads."""
-    if not stats.apart(a, b):
-        return f"~{gain:.2f}x"
-    return f"{gain:.2f}x" if gain > 1 else f"slower, {gain:.2f}x"
+def _factor(row: Row, other: Row | None, key: str = "ttft", *, plain: bool = False) -> str:
+    """How much faster than another, or plainly that it is slower; `~` where the spreads overlap.
 
-
-def _gain(row: Row, other: Row | None) -> str:
-    """How much faster than another, or plainly that it is not; `~` where the spreads overlap."""
-    mine, theirs = row["ttft_ms"]["p50"], other["ttft_ms"]["p50"] if other else None
-    if other is None or other is row or not mine or not theirs:
+    Args:
+        key: "ttft" for rows with ttft_ms, else the name of a rate.
+        plain: this row's number by the other's: above 1 is slower.
+    """
+    if other is None or other is row:
         return "-"
-    return _factor(theirs / mine, interval(row) or (mine, mine), interval(other) or (theirs, theirs))
-
-
-def alike(row: Row) -> bool:
-    """Whether all prompts of the row's engine had the same output."""
-    return row.get("outputs_tell_prompts_apart") is False
-
-
-def _ttft_table(rows: list[Row]) -> Table:
-    lines, notes = [], []
-    by_key = {(row["backend"], row["prompt_tokens"]): row for row in rows}
-    for row in sorted(rows, key=lambda row: (row["prompt_tokens"], _order(row["backend"]))):
-        size = row["prompt_tokens"]
-        recompute, stock = (by_key.get((name, size)) for name in ("recompute", "stock"))
-        hbm = by_key.get(("hbm", size))
-        p50 = row["ttft_ms"]["p50"]
-        across = row.get("outputs_equal_across")
-        over_hbm = p50 / hbm["ttft_ms"]["p50"] if hbm and p50 and hbm["ttft_ms"]["p50"] else None
-        gain = _gain(row, recompute)
-        lines.append(
-            [
-                row["backend"],
-                tokens_label(size),
-                _ms(p50),
-                _spread(row["ttft_ms"]),
-                "-" if over_hbm is None else f"{over_hbm:.2f}x",
-                gain,
-                _gain(row, stock) if row["backend"] not in FLOOR_AND_CEILING else "-",
-                f"{row['hits']['device']}/{row['hits']['host']}",
-                f"{row['kv_bytes'] / 1e6:.4g}" if "kv_bytes" in row else "-",
-                f"{row['gbps']:.3g}" if "gbps" in row else "-",
-                _percent(row.get("link_share")),
-                _percent(row.get("transfer_hidden")),
-                "DIFFER" if not row["outputs_equal"] else "alike" if alike(row) else "equal",
-                f"{row['samples']}+{row['samples_unproven']}",
-            ]
-        )
-        if row["backend"] not in FLOOR_AND_CEILING and gain[:1] in ("~", "s"):
-            notes.append(
-                f"{row['backend']} at {tokens_label(size)} tokens: no gain over computing again beyond the spread."
-            )
-        if across is False and row["backend"] not in FLOOR_AND_CEILING:
-            notes.append(
-                f"{row['backend']} at {tokens_label(size)} tokens: the uncached outputs differ from those of engine "
-                f"{row['outputs_compared_with']}."
-            )
-    header = ["backend", "tokens", "TTFT ms", "min to max", "of HBM's", "vs recompute", "vs stock", "hits dev/host"]
-    header += ["MB", "GB/s", "of link", "hidden", "outputs", "samples"]
-    if any(alike(row) for row in rows):
-        notes.append("alike: all prompts have the same output with this model, so it says nothing of the KV.")
-    notes.append(
-        "TTFT: median. ~: spreads overlap. MB, GB/s: KV bytes of the hit, by its TTFT. samples: proven+unproven."
-    )
-    return f"TTFT of a hit, {rows[0].get('shape')}, page {rows[0].get('page_size')}", header, lines, notes
-
-
-def _throughput_table(rows: list[Row]) -> Table:
-    lines, notes = [], []
-    by_key = {(row["backend"], row["hit_ratio"], row["concurrency"]): row for row in rows}
-    for row in sorted(rows, key=lambda row: (row["concurrency"], row["hit_ratio"], _order(row["backend"]))):
-        computed = by_key.get(("recompute", 0.0, row["concurrency"])) or by_key.get(
-            (row["backend"], 0.0, row["concurrency"])
-        )
-        gain = _rate_gain(row, computed)
-        lines.append(
-            [
-                row["backend"],
-                f"{row['hit_ratio']:.0%}",
-                str(row["concurrency"]),
-                _ms(row["tokens_per_s"]),
-                "-" if row["tokens_per_s"] is None else f"{row['min']:.0f} to {row['max']:.0f}",
-                gain,
-                _rate_gain(row, by_key.get(("stock", row["hit_ratio"], row["concurrency"]))),
-                _percent(row["measured_hit_ratio"]),
-                _ms(row["ttft_ms"]["p50"]),
-                _ms(row["ttft_ms"]["p99"]),
-                f"{row['samples']}+{row['samples_unproven']}",
-            ]
-        )
-        if row["hit_ratio"] > 0 and row["backend"] not in FLOOR_AND_CEILING and gain[:1] in ("~", "s"):
-            notes.append(
-                f"{row['backend']} at {row['hit_ratio']:.0%} hits, {row['concurrency']} at once: "
-                "no gain beyond the spread."
-            )
-    header = ["backend", "hits", "at once", "tokens/s", "min to max", "vs no hits", "vs stock", "proven hits"]
-    header += ["TTFT p50 ms", "TTFT p99 ms", "samples"]
-    notes.append("tokens/s: prompt and output tokens, median of rounds. ~: spreads overlap.")
-    return f"Throughput, {rows[0].get('shape')}, prompts of {rows[0]['prompt_tokens']} tokens", header, lines, notes
-
-
-def _rate_gain(row: Row, other: Row | None) -> str:
-    mine, theirs = row["tokens_per_s"], other["tokens_per_s"] if other else None
-    if other is None or other is row or not mine or not theirs:
+    mine, theirs = (r["ttft_ms"]["p50"] if key == "ttft" else r[key] for r in (row, other))
+    if not mine or not theirs:
         return "-"
-    return _factor(mine / theirs, interval(row) or (mine, mine), interval(other) or (theirs, theirs))
+    factor = mine / theirs if plain or key != "ttft" else theirs / mine
+    if not stats.apart(interval(row) or (mine, mine), interval(other) or (theirs, theirs)):
+        return f"~{factor:.2f}x"
+    return f"{factor:.2f}x"
 
 
-def _multiturn_table(rows: list[Row]) -> Table:
-    lines = [
-        [
-            row["backend"],
-            "all" if row["turn"] is None else str(row["turn"] + 1),
-            tokens_label(row["prompt_tokens"]),
-            *(_ms(row["ttft_ms"][name]) for name in ("p50", "p90", "p99", "max")),
-            *(_percent(row["hit_ratio"][name]) for name in ("device", "host", "total")),
-            str(row["samples"]),
-        ]
-        for row in sorted(rows, key=lambda r: (_order(r["backend"]), 1e9 if r["turn"] is None else r["turn"]))
-    ]
-    header = ["backend", "turn", "tokens", "TTFT p50 ms", "p90", "p99", "max", "hits device", "hits host", "hits", "n"]
-    title = f"{rows[0]['agents']} agents, TTFT by turn, {rows[0].get('shape')}"
-    return title, header, lines, ["hits: share of prompt tokens, by where they were."]
-
-
-def _trace_table(rows: list[Row]) -> Table:
-    lines = [
-        [
-            row["backend"],
-            str(row["samples"]),
-            *(_ms(row["ttft_ms"][name]) for name in ("p50", "p90", "p99", "max")),
-            *(_percent(row["hit_ratio"][name]) for name in ("device", "host", "total")),
-            _percent(row["ideal_hit_ratio"]),
-            f"{row['tokens_per_s']:.0f}",
-            f"{row['seconds']:.1f}",
-            _ms(row["late_ms"]["p99"]),
-        ]
-        for row in sorted(rows, key=lambda row: _order(row["backend"]))
-    ]
-    header = ["backend", "requests", "TTFT p50 ms", "p90", "p99", "max", "hits device", "hits host", "hits", "possible"]
-    header += ["tokens/s", "seconds", "late p99 ms"]
-    notes = ["possible: hits of a cache without limits. late: how long after its time a request was sent."]
-    return f"Trace {rows[0]['trace']} at speed {rows[0]['speed']}, {rows[0].get('shape')}", header, lines, notes
+def _no_gain(row: Row, factor: str, at: str) -> list[str]:
+    """A sentence where a tier brings no gain beyond the spread."""
+    if row["backend"] in FLOOR_AND_CEILING or factor == "-":
+        return []
+    if factor.startswith("~") or float(factor.rstrip("x")) <= 1:
+        return [f"{row['backend']} {at}: no gain over computing again beyond the spread."]
+    return []
 
 
 def tokens_label(tokens: float) -> str:
@@ -384,86 +310,223 @@ def tokens_label(tokens: float) -> str:
     return f"{whole // 1024}K" if whole >= 1024 and whole % 1024 == 0 else str(whole)
 
 
-# ---- files ----
+def _ttft_table(rows: list[Row]) -> Table:
+    lines, notes = [], []
+    by_key = {(row["backend"], row["prompt_tokens"]): row for row in rows}
+    for row in sorted(rows, key=lambda row: (row["prompt_tokens"], _order(row))):
+        size = row["prompt_tokens"]
+        hbm, recompute, stock = (by_key.get((name, size)) for name in ("hbm", "recompute", "stock"))
+        gain = _factor(row, recompute)
+        lines.append(
+            [
+                row["backend"],
+                tokens_label(size),
+                _ms(row["ttft_ms"]["p50"]),
+                _spread(row["ttft_ms"]["min"], row["ttft_ms"]["max"]),
+                f"{row['samples']}+{row['samples_unproven']}",
+                _factor(row, hbm, plain=True),
+                gain,
+                _factor(row, stock) if row["backend"] not in FLOOR_AND_CEILING else "-",
+                _ms(row.get("floor_ms")),
+                f"{row['over_floor']:.2f}x" if row.get("over_floor") else "-",
+                "DIFFER" if not row["outputs_equal"] else "-",
+            ]
+        )
+        notes += _no_gain(row, gain, f"at {tokens_label(size)} tokens")
+        if row.get("outputs_equal_across") is False and row["backend"] not in FLOOR_AND_CEILING:
+            notes.append(
+                f"{row['backend']} at {tokens_label(size)} tokens: the uncached outputs differ from those of engine "
+                f"{row['outputs_compared_with']}."
+            )
+    header = ["backend", "tokens", "TTFT ms", "min-max", "n", "of HBM", "vs no hit", "vs stock", "floor ms", "of floor"]
+    header.append("outputs")
+    if any(row.get("outputs_tell_prompts_apart") is False for row in rows):
+        notes.append("Outputs: all prompts have the same with this model, so they say nothing of the KV.")
+    elif all(row["outputs_equal"] for row in rows):
+        notes.append("Outputs: each hit's are those of its engine's first hit in HBM.")
+    notes.append("TTFT: median. ~: spreads overlap. n: samples, proven+unproven. no hit: computed again.")
+    return f"TTFT of a hit, {rows[0].get('shape')}, page {rows[0].get('page_size')}", header, lines, notes
 
 
-def write_files(rows: Sequence[Row], path: Path) -> list[Path]:
-    """CSV, and PNG and SVG where the benchmark has a plot, beside `path`; returns what was written."""
-    written = [path.with_suffix(".csv")]
-    write_csv(rows, written[0])
-    plot = {
-        "ttft": _plot_ttft,
-        "throughput": _plot_throughput,
-        "multiturn": _plot_multiturn,
-    }.get(str(rows[0]["bench"]))
+def _throughput_table(rows: list[Row]) -> Table:
+    lines, notes = [], []
+    by_key = {(row["backend"], row["hit_ratio"], row["concurrency"]): row for row in rows}
+    for row in sorted(rows, key=lambda row: (row["concurrency"], row["hit_ratio"], _order(row))):
+        ratio, level = row["hit_ratio"], row["concurrency"]
+        computed = by_key.get(("recompute", 0.0, level)) or by_key.get((row["backend"], 0.0, level))
+        gain = _factor(row, computed, "tokens_per_s")
+        lines.append(
+            [
+                row["backend"],
+                f"{ratio:.0%}",
+                str(level),
+                "-" if row["tokens_per_s"] is None else _short(row["tokens_per_s"]),
+                _spread(row["min"], row["max"]),
+                gain,
+                _factor(row, by_key.get(("stock", ratio, level)), "tokens_per_s"),
+                _percent(row["measured_hit_ratio"]),
+                _ms(row["ttft_ms"]["p50"]),
+                _ms((row.get("inter_token_ms") or {}).get("p50")),
+                f"{row['samples']}+{row['samples_unproven']}",
+            ]
+        )
+        if ratio > 0:
+            notes += _no_gain(row, gain, f"at {ratio:.0%} hits, {level} at once")
+    header = ["backend", "hits", "at once", "tokens/s", "min-max", "vs no hits", "vs stock", "proven hits"]
+    header += ["TTFT ms", "token gap ms", "n"]
+    notes.append("tokens/s: of prompts and outputs, median of rounds. ~: spreads overlap. n: samples, proven+unproven.")
+    return f"Throughput, {rows[0].get('shape')}, prompts of {rows[0]['prompt_tokens']} tokens", header, lines, notes
+
+
+def _latency_cells(row: Row) -> list[str]:
+    return [
+        *(_ms(row["ttft_ms"][name]) for name in ("p50", "p90", "p99")),
+        *(_percent(row["hit_ratio"][name]) for name in ("device", "host", "total")),
+    ]
+
+
+_LATENCY = ["TTFT p50 ms", "p90", "p99", "hits device", "hits host", "hits"]
+
+
+def _multiturn_table(rows: list[Row]) -> Table:
+    lines = [
+        [
+            row["backend"],
+            "all" if row["turn"] is None else str(row["turn"] + 1),
+            tokens_label(row["prompt_tokens"]),
+            *_latency_cells(row),
+            str(row["samples"]),
+        ]
+        for row in sorted(rows, key=lambda r: (_order(r), 1e9 if r["turn"] is None else r["turn"]))
+    ]
+    title = f"{rows[0]['agents']} agents, TTFT by turn, {rows[0].get('shape')}"
+    notes = ["hits: share of prompt tokens, by where they were."]
+    return title, ["backend", "turn", "tokens", *_LATENCY, "n"], lines, notes
+
+
+def _trace_table(rows: list[Row]) -> Table:
+    lines = [
+        [
+            row["backend"],
+            str(row["samples"]),
+            *_latency_cells(row),
+            _percent(row["ideal_hit_ratio"]),
+            _short(row["tokens_per_s"]),
+            f"{row['seconds']:.1f}",
+        ]
+        for row in sorted(rows, key=_order)
+    ]
+    title = f"Trace {rows[0]['trace']} at speed {rows[0]['speed']}, {rows[0].get('shape')}"
+    header = ["backend", "n", *_LATENCY, "possible hits", "tokens/s", "seconds"]
+    return title, header, lines, ["n: requests. possible hits: of a cache without limits."]
+
+
+def _copy_table(rows: list[Row]) -> Table:
+    lines, notes = [], []
+    for row in rows:
+        if "skipped" in row or "error" in row:
+            why = f"skipped: {row['skipped']}" if "skipped" in row else f"ERROR: {row['error']}"
+            notes.append(f"{row['tier']}: {why}")
+            continue
+        share = f"{row['gbps'] / row['contiguous_gbps']:.0%}" if row.get("contiguous_gbps") else "-"
+        bytes_are = "right" if row["verified"] else "WRONG"
+        rates = [_rate(row["gbps"]), _rate(row.get("contiguous_gbps")), share]
+        lines.append([row["tier"], row["case"], row["direction"], str(row["pages"]), *rates, bytes_are, row["copier"]])
+    header = ["tier", "case", "direction", "pages", "GB/s", "contiguous GB/s", "share", "bytes", "copier"]
+    return "Page copies", header, lines, notes
+
+
+def _rate(gbps: float | None) -> str:
+    return "-" if gbps is None else f"{gbps:.3g}"
+
+
+def _soak_table(rows: list[Row]) -> Table:
+    done = [row for row in rows if "page_copies" in row]
+    lines = [[r["tier"], str(r["page_copies"]), str(r["wrong"]), f"{r['seconds']:.0f}", str(r["gpu"])] for r in done]
+    notes = [f"{row['tier']}: skipped: {row['skipped']}" for row in rows if "skipped" in row]
+    return "Verified page copies under load", ["tier", "page copies", "wrong", "seconds", "GPU"], lines, notes
+
+
+def _runs_table(path: Path, rows: Sequence[Row], runs: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of --list."""
+    about = path.with_name(f"{path.stem}.runs.jsonl")
+    heads = {row.get("run"): row for row in (read_rows(about) if about.is_file() else [])}
+    lines = []
+    for run_id in runs:
+        mine = rows_of_run(rows, run_id)
+        names = dict.fromkeys(str(row.get("backend", row.get("tier", "-"))) for row in mine)
+        sizes = dict.fromkeys(tokens_label(row["prompt_tokens"]) for row in mine if row.get("prompt_tokens"))
+        gpus = heads.get(run_id, {}).get("gpus") or []
+        where = mine[0].get("machine") or (f"{len(gpus)} x {gpus[0]}" if gpus else "-")
+        about_it = f"{', '.join(names)}{f'; {chr(44).join(sizes)} tokens' if sizes else ''}; {where}"
+        lines.append([run_id, mine[0]["bench"], str(len(mine)), about_it])
+    return ["run", "bench", "rows", "backends; prompts; machine"], lines
+
+
+# ---- plots ----
+
+
+def write_plot(rows: Sequence[Row], path: Path) -> None:
+    """A picture of one run, in the format of the file's ending.
+
+    Raises:
+        ConfigError: the benchmark has no plot, the ending is of no picture, or matplotlib is missing.
+    """
+    bench = str(rows[0]["bench"])
+    plot = {"ttft": _plot_ttft, "throughput": _plot_throughput, "multiturn": _plot_multiturn}.get(bench)
     if plot is None:
-        return written
+        raise ConfigError(f"bench {bench} has no plot. Leave --plot out.")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot {path} is not the name of a picture. Give one that ends in .png, .svg or .pdf.")
     try:
         import matplotlib
     except ImportError:
-        print("no plots: matplotlib is missing; run pip install matplotlib", file=sys.stderr)
-        return written
+        raise ConfigError("--plot needs matplotlib. Run pip install matplotlib.") from None
     matplotlib.use("Agg")
     # Text in an SVG stays text; equal rows give an equal file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sglang_xmem", "font.size": 10}):
         figure = plot(merged(rows))
-        for suffix in (".png", ".svg"):
-            metadata = {"Date": None} if suffix == ".svg" else {}
-            figure.savefig(path.with_suffix(suffix), dpi=150, metadata=metadata, facecolor="white")
-            written.append(path.with_suffix(suffix))
-    return written
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        try:
+            figure.savefig(path, dpi=150, metadata=metadata, facecolor="white")
+        except OSError as error:
+            raise ConfigError(f"--plot {path} cannot be written: {error.strerror}. Name another file.") from None
+    print(path, file=sys.stderr)
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line a row; nested values as `outer.inner`, lists left out."""
-    flat = [_flat(row) for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(flat)
-
-
-def _flat(row: Row) -> Row:
-    flat: Row = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}": v for inner, v in value.items() if not isinstance(v, list)})
-        elif not isinstance(value, list):
-            flat[key] = value
-    return flat
-
-
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+def _figure(width: float, title: str, rows: Sequence[Row], panels: int = 1) -> tuple[Any, list[Any]]:
     # Figure and not pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    counts = sorted({row["samples"] for row in rows})
+    samples = f"{counts[0]} to {counts[-1]} samples" if len(counts) > 1 else f"{counts[0]} samples"
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
     for axis in axes:
         axis.grid(True, which="major", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title}, {rows[0].get('shape', '')}, {samples}\n{_where(rows[0]).strip(' ()')}", fontsize=10)
     return figure, axes
 
 
 def _style(backend: str) -> dict[str, Any]:
     dashed = backend in FLOOR_AND_CEILING
-    tier = tier_of(backend)
-    colour = COLOURS.get(tier, "#666666")
-    hollow = backend == "stock" or backend != tier
-    label = {"hbm": "HBM hit (floor)", "recompute": "computed again (ceiling)", "stock": "stock HiCache"}
+    colour, marker = STYLES.get(backend, ("#666666", "o"))
+    label = {"hbm": "HBM hit", "recompute": "computed again", "stock": "stock HiCache"}
     return {
         "color": colour,
-        "linestyle": "--" if dashed else "-" if backend == tier else ":",
-        "marker": None if dashed else MARKERS.get(tier, "o"),
-        "markersize": 6 if hollow else 5,
-        "markerfacecolor": "none" if hollow else colour,
+        "linestyle": "--" if dashed else "-",
+        "marker": marker,
+        "markersize": 7 if backend == "stock" else 5,
+        "markerfacecolor": "none" if backend == "stock" else colour,  # where lines lie on each other, both show
         "label": label.get(backend, backend),
+        # The floor goes on top of what reaches it.
+        "zorder": 4 if backend == "hbm" else 3,
     }
 
 
 def _backends(rows: Sequence[Row]) -> list[str]:
-    return sorted({row["backend"] for row in rows}, key=_order)
+    return list(dict.fromkeys(row["backend"] for row in sorted(rows, key=_order)))
 
 
 def _log_ms(axis: Any) -> None:
@@ -477,25 +540,42 @@ def _log_ms(axis: Any) -> None:
     axis.set_ylabel("time to first token, ms")
 
 
+def _lines(axis: Any, rows: Sequence[Row], x: str, scale: float, low: Any, middle: Any, high: Any) -> None:
+    """A line with whiskers for each backend."""
+    for backend in _backends(rows):
+        mine = sorted((row for row in rows if row["backend"] == backend), key=lambda row: row[x])
+        y = [middle(row) for row in mine]
+        errors = [[middle(row) - low(row) for row in mine], [high(row) - middle(row) for row in mine]]
+        style = _style(backend)
+        if len(mine) == 1 and style["marker"] is None:
+            style["marker"] = "_"
+        axis.errorbar([scale * row[x] for row in mine], y, yerr=errors, capsize=2, elinewidth=1, **style)
+
+
+def _headline(axis: Any, rows: Sequence[Row], row: Row | None, key: str, x: float) -> None:
+    """How much faster than stock the fastest tier is, next to its point."""
+    best = [r for r in rows if r["backend"] not in (*FLOOR_AND_CEILING, "stock")]
+    if row is None or not best:
+        return
+    other = (min if key == "ttft" else max)(best, key=lambda r: r["ttft_ms"]["p50"] if key == "ttft" else r[key])
+    text = f"{other['backend']}: {_factor(other, row, key)} stock"
+    y = other["ttft_ms"]["p50"] if key == "ttft" else other[key]
+    axis.annotate(text, (x, y), xytext=(-6, -14), textcoords="offset points", ha="right", va="top", fontsize=9)
+
+
 def _plot_ttft(rows: list[Row]) -> Any:
     rows = [row for row in rows if row["ttft_ms"]["p50"] is not None]
-    figure, (axis,) = _figure(7, 4.5)
-    for backend in _backends(rows):
-        mine = sorted((row for row in rows if row["backend"] == backend), key=lambda row: row["prompt_tokens"])
-        x, y = [row["prompt_tokens"] for row in mine], [row["ttft_ms"]["p50"] for row in mine]
-        style = _style(backend)
-        if len(x) == 1 and style["marker"] is None:
-            style["marker"] = "_"
-        errors = [[p50 - row["ttft_ms"]["min"] for p50, row in zip(y, mine, strict=True)]]
-        errors += [[row["ttft_ms"]["max"] - p50 for p50, row in zip(y, mine, strict=True)]]
-        axis.errorbar(x, y, yerr=errors, capsize=2, elinewidth=1, **style)
+    figure, (axis,) = _figure(7, "TTFT of a hit: median, min to max", rows)
+    parts = [lambda row, name=name: row["ttft_ms"][name] for name in ("min", "p50", "max")]
+    _lines(axis, rows, "prompt_tokens", 1, *parts)
     axis.set_xscale("log", base=2)
     sizes = sorted({row["prompt_tokens"] for row in rows})
     axis.set_xticks(sizes, [tokens_label(size) for size in sizes])
     axis.minorticks_off()
     _log_ms(axis)
     axis.set_xlabel("prompt tokens")
-    axis.set_title(f"TTFT of a hit, {rows[0].get('shape', '')}: median, min to max", fontsize=11)
+    largest = [row for row in rows if row["prompt_tokens"] == sizes[-1]]
+    _headline(axis, largest, next((r for r in largest if r["backend"] == "stock"), None), "ttft", sizes[-1])
     axis.legend(frameon=False, loc="upper left")
     return figure
 
@@ -505,32 +585,28 @@ def _plot_throughput(rows: list[Row]) -> Any:
 
     rows = [row for row in rows if row["tokens_per_s"] is not None]
     levels = sorted({row["concurrency"] for row in rows})
-    figure, axes = _figure(max(5.0, 3.6 * len(levels)), 4.2, len(levels))
+    title = f"Throughput, prompts of {tokens_label(rows[0]['prompt_tokens'])} tokens: median, min to max"
+    figure, axes = _figure(max(7.0, 3.6 * len(levels)), title, rows, len(levels))
     for axis, concurrency in zip(axes, levels, strict=True):
         here = [row for row in rows if row["concurrency"] == concurrency]
-        for backend in _backends(here):
-            mine = sorted((row for row in here if row["backend"] == backend), key=lambda row: row["hit_ratio"])
-            style = _style(backend)
-            style["label"] = str(style["label"]).partition(" (")[0]  # floor and ceiling are those of TTFT
-            if backend == "recompute":
-                axis.axhline(mine[0]["tokens_per_s"], color=style["color"], linestyle="--", label=style["label"])
-                continue
-            x, y = [100 * row["hit_ratio"] for row in mine], [row["tokens_per_s"] for row in mine]
-            errors = [[rate - row["min"] for rate, row in zip(y, mine, strict=True)]]
-            errors += [[row["max"] - rate for rate, row in zip(y, mine, strict=True)]]
-            axis.errorbar(x, y, yerr=errors, capsize=2, elinewidth=1, **style)
-        axis.set_title(f"{concurrency} at once", fontsize=11)
+        for row in here:
+            if row["backend"] == "recompute":
+                axis.axhline(row["tokens_per_s"], color=STYLES["recompute"][0], linestyle="--", label="computed again")
+        parts = [lambda row, name=name: row[name] for name in ("min", "tokens_per_s", "max")]
+        _lines(axis, [row for row in here if row["backend"] != "recompute"], "hit_ratio", 100, *parts)
+        axis.set_title(f"{concurrency} at once", fontsize=10)
         axis.set_xlabel("share of the prompt that hits, %")
         axis.set_xticks(sorted({100 * row["hit_ratio"] for row in here}))
         axis.set_yscale("log")  # all but the last few percent of hits are nearly the same to the eye otherwise
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
         axis.yaxis.set_minor_formatter(NullFormatter())
+        most = max(row["hit_ratio"] for row in here)
+        full = [row for row in here if row["hit_ratio"] == most]
+        stock = next((row for row in full if row["backend"] == "stock"), None)
+        _headline(axis, full, stock, "tokens_per_s", 100 * most)
     axes[0].set_ylabel("tokens/s, prompt and output")
     axes[0].legend(frameon=False)
-    figure.suptitle(
-        f"Throughput, {rows[0].get('shape', '')}, prompts of {rows[0]['prompt_tokens']} tokens", fontsize=11
-    )
     return figure
 
 
@@ -538,17 +614,15 @@ def _plot_multiturn(rows: list[Row]) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     turns = [row for row in rows if row["turn"] is not None and row["ttft_ms"]["p50"] is not None]
-    figure, (axis,) = _figure(7, 4.5)
+    figure, (axis,) = _figure(7, f"{rows[0]['agents']} agents, TTFT by turn: median and p90", turns)
     for backend in _backends(turns):
         mine = sorted((row for row in turns if row["backend"] == backend), key=lambda row: row["turn"])
-        x = [row["turn"] + 1 for row in mine]
-        style = _style(backend)
+        x, style = [row["turn"] + 1 for row in mine], _style(backend)
         axis.plot(x, [row["ttft_ms"]["p50"] for row in mine], **style)
         tail = {**style, "linestyle": ":", "marker": None, "label": f"{style['label']}, p90"}
         axis.plot(x, [row["ttft_ms"]["p90"] for row in mine], **tail)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _log_ms(axis)
     axis.set_xlabel("turn")
-    axis.set_title(f"{rows[0]['agents']} agents, TTFT by turn, {rows[0].get('shape', '')}: median and p90", fontsize=11)
     axis.legend(frameon=False)
     return figure

@@ -1,8 +1,7 @@
 """How much KV cache a workload needs and a pool holds, by SGLang's own arithmetic; what cannot fit is refused.
 
-Sources, SGLang 0.5.23: bytes of a token, mem_cache/pool_host/mha.py (get_size_per_token); pool size,
-mem_cache/pool_host/base.py (HostKVCache.__init__, --hicache-size in units of 1e9 bytes, one padding page);
-host memory, the same file (HICACHE_HOST_MEMORY_RESERVE_BYTES) and mem_cache/host_memory.py.
+Sources, SGLang 0.5.23: bytes of a token, mem_cache/pool_host/mha.py and mla.py; pool size, mem_cache/pool_host/base.py
+(HostKVCache.__init__, --hicache-size in units of 1e9 bytes, one padding page).
 """
 
 from __future__ import annotations
@@ -12,19 +11,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_xmem.engines.sglang.host_budget import fallback_host_budget, launcher_host_budget
+from sglang_xmem.doctor.tiers import fallback_host_budget
+from sglang_xmem.engines.sglang.host_budget import launcher_host_budget
 from sglang_xmem.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class KVShape:
-    """What decides a token's bytes of KV cache."""
+    """What decides a token's bytes of KV cache.
+
+    Attributes:
+        layers: of the model, which a load and a forward pass go through one by one.
+        rank_bytes: of a token on one rank, in the layers whose KV all tokens have.
+        tp_size: ranks that move their parts at once.
+        hybrid: the model has more state than this, in pools of their own.
+    """
 
     layers: int
-    kv_heads: int
-    head_dim: int
-    itemsize: int
-    tp_size: int = 1
+    rank_bytes: int
+    tp_size: int
+    hybrid: bool
 
     @staticmethod
     def of(config: dict[str, Any], tp_size: int = 1, kv_cache_dtype: str = "auto") -> KVShape:
@@ -33,14 +39,18 @@ class KVShape:
         itemsize = (
             1 if kv_cache_dtype.startswith("fp8") else 4 if kv_cache_dtype == "auto" and "float32" in dtype else 2
         )
+        layers = config["num_hidden_layers"]
+        if config.get("kv_lora_rank"):  # latents, which all ranks have
+            width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+            return KVShape(layers, layers * width * itemsize, tp_size, hybrid=False)
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        return KVShape(config["num_hidden_layers"], heads, dim, itemsize, tp_size)
-
-    @property
-    def rank_bytes(self) -> int:
-        """Bytes of a token on one rank; heads are replicated where there are fewer than ranks."""
-        return 2 * self.layers * max(1, self.kv_heads // self.tp_size) * self.head_dim * self.itemsize
+        full = layers // config["full_attention_interval"] if config.get("full_attention_interval") else layers
+        if config.get("layer_types"):
+            full = config["layer_types"].count("full_attention")
+        # Heads are replicated where there are fewer than ranks.
+        rank_bytes = 2 * full * max(1, heads // tp_size) * dim * itemsize
+        return KVShape(layers, rank_bytes, tp_size, hybrid=full < layers)
 
     @property
     def bytes(self) -> int:
@@ -59,74 +69,72 @@ def host_pool_tokens(size_gb: float, shape: KVShape, page: int) -> int:
 
 
 def hicache_gb(tokens: int, shape: KVShape) -> int:
-    """The smallest --hicache-size (whole GB a rank) whose pool holds so many tokens."""
-    return max(1, math.ceil(tokens * shape.rank_bytes / 1e9))
+    """The smallest --hicache-size (whole GB a rank) whose pool holds so many tokens.
+
+    For models with more pools than one four times that: they share what is given, and their states are not counted.
+    """
+    return max(1, math.ceil(tokens * shape.rank_bytes * (4 if shape.hybrid else 1) / 1e9))
 
 
 def available_host_bytes() -> int:
-    """Host memory that pools of this machine's ranks may take together, as SGLang reckons it (cgroups included)."""
-    with suppress(Exception):  # no SGLang, or one that reckons elsewhere
+    """Host memory that pools of this machine's ranks may have together, as SGLang counts it (cgroups included)."""
+    with suppress(Exception):  # no SGLang, or one that has its rule elsewhere
         return launcher_host_budget(1)(0)
     return fallback_host_budget(1)(0)
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a workload needs of an engine, in tokens.
+
+    Attributes:
+        prompt, output: of the largest request.
+        device: size of the GPU's KV pool; None leaves it to SGLang.
+        pool: what has to stay in HiCache's pool for the hits to come from there.
+        context: longest request that the engine has to admit.
+        running: requests at once.
+    """
+
+    prompt: int
+    output: int
+    device: int | None
+    pool: int
+    context: int
+    running: int
+
+
 def check_fits(
-    *,
-    prompt_tokens: int,
-    output_tokens: int,
-    device_tokens: int | None,
-    host_tokens_needed: int,
-    hicache_size_gb: float,
-    shape: KVShape,
-    page: int,
-    max_context: int | None,
-    in_host_memory: bool,
-    gpu_bytes: int | None,
+    need: Need, shape: KVShape, page: int, *, max_context: int | None, gpu_bytes: int | None, pool_gb: float | None
 ) -> None:
     """Refuse a workload that cannot run as asked.
 
     Args:
-        prompt_tokens: longest prompt.
-        output_tokens: longest answer.
-        device_tokens: size of the GPU's KV pool, None where SGLang decides.
-        host_tokens_needed: what has to stay in HiCache's pool for the hits to come from there; 0 without HiCache.
-        hicache_size_gb: --hicache-size.
-        shape: of a token's KV cache.
-        page: tokens.
         max_context: the model's limit.
-        in_host_memory: whether the pool is in host memory.
         gpu_bytes: memory of a GPU, None without one.
+        pool_gb: --hicache-size, None for an engine without HiCache.
 
     Raises:
-        ConfigError: one sentence.
+        ConfigError: "Problem. Fix."
     """
-    longest = prompt_tokens + output_tokens
+    longest = need.prompt + need.output
+    what = f"A prompt of {need.prompt} tokens with {need.output} of output"
     if max_context is not None and longest > max_context:
+        raise ConfigError(f"{what} is longer than the model's context of {max_context} tokens. Ask for shorter ones.")
+    if need.device is not None and pages_up(longest, page) > need.device:
         raise ConfigError(
-            f"a prompt of {prompt_tokens} tokens with {output_tokens} of output is longer than the model's context of "
-            f"{max_context} tokens; ask for shorter ones."
+            f"{what} does not fit into a KV pool of {need.device} tokens. Raise --device-tokens, or ask for shorter "
+            "ones."
         )
-    if device_tokens is not None and pages_up(longest, page) > device_tokens:
+    if need.device is not None and gpu_bytes is not None and need.device * shape.rank_bytes > gpu_bytes:
         raise ConfigError(
-            f"a prompt of {prompt_tokens} tokens with {output_tokens} of output does not fit into a KV pool of "
-            f"{device_tokens} tokens; raise --device-tokens or ask for shorter ones."
+            f"The KV pool of {need.device} tokens needs {need.device * shape.rank_bytes / 1e9:.1f} GB, and the GPU has "
+            f"{gpu_bytes / 1e9:.1f} GB. Ask for shorter prompts, less concurrency or more --tp-size."
         )
-    if device_tokens is not None and gpu_bytes is not None and device_tokens * shape.rank_bytes > gpu_bytes:
-        raise ConfigError(
-            f"the KV pool of {device_tokens} tokens takes {device_tokens * shape.rank_bytes / 1e9:.1f} GB, and the GPU "
-            f"has {gpu_bytes / 1e9:.1f} GB; ask for shorter prompts, less concurrency or more --tp-size."
-        )
-    if not host_tokens_needed:
+    if pool_gb is None or shape.hybrid:
         return
-    held = host_pool_tokens(hicache_size_gb, shape, page)
-    if host_tokens_needed > held:
+    held = host_pool_tokens(pool_gb, shape, page)
+    if need.pool > held:
         raise ConfigError(
-            f"the workload needs {host_tokens_needed} tokens in HiCache's pool and --hicache-size {hicache_size_gb:g} "
-            f"holds {held}; use --hicache-size {hicache_gb(host_tokens_needed + page, shape)} or more, or leave it out."
-        )
-    pool_bytes = int(hicache_size_gb * 1e9) * shape.tp_size
-    if in_host_memory and pool_bytes > available_host_bytes():
-        raise ConfigError(
-            f"HiCache's pool of {pool_bytes / 1e9:.1f} GB does not fit into the {available_host_bytes() / 1e9:.1f} GB "
-            "of host memory that SGLang may take; ask for shorter prompts or fewer of them."
+            f"The workload needs {need.pool} tokens in HiCache's pool, and --hicache-size {pool_gb:g} holds {held}. "
+            f"Use --hicache-size {hicache_gb(need.pool + page, shape)} or more, or leave it out."
         )

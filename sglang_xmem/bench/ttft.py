@@ -1,26 +1,25 @@
-"""`sglang-xmem bench ttft`: time to first token of a hit in each backend, by prompt length.
+"""Time to first token of a hit in each backend, by prompt length, with a proof of each hit, a floor and a ceiling.
 
 Wall time of `generate` with one output token. Each backend is an engine in its own process, on the same prompts. A
 sample counts as a hit of the tier only where SGLang's `cached_tokens_details` says so; the others are counted and
-shown, and too many fail the run. The floor (`hbm`, a hit in the GPU's own pool) and the ceiling (`recompute`) are
-measured in every engine; named alone they get one of stock SGLang without HiCache.
+shown, and too many fail the run. A hit in the GPU's own pool (`hbm`) and the prompt computed again (`recompute`) are
+measured in every engine; named alone they get one of stock SGLang without HiCache. `floor` is the least that a hit of a
+tier could take: what the CPU does, then the slower of forward pass and link, and one layer of the faster one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from dataclasses import dataclass
 from typing import Any
 
-from sglang_xmem.bench import report, runs, sizing, stats, timeline
-from sglang_xmem.bench.engine import RequestFailed
-from sglang_xmem.bench.runs import HBM, RECOMPUTE, EnginePlan, Measurement, Results, Sample
+from sglang_xmem.bench import runs, sizing, stats
+from sglang_xmem.bench.engine import Answer, Client, Report
+from sglang_xmem.bench.runs import HBM, RECOMPUTE, EnginePlan, Results, Row, Sample
+from sglang_xmem.bench.sizing import KVShape, Need
 from sglang_xmem.bench.workloads import Prompt
-from sglang_xmem.doctor import bandwidth
 from sglang_xmem.errors import ConfigError
 
 FILLER_TOKENS = 8192
@@ -31,138 +30,121 @@ OTHERS_BETWEEN = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_engine_arguments(parser, "hbm,stock,dram,peer,recompute")
-    parser.add_argument(
-        "--sizes",
-        default=None,
-        help="prompt lengths in tokens, K is 1024; default 10K,40K,80K, with --shape tiny 256,1K",
-    )
+    sizes = "prompt lengths in tokens, K is 1024; default 10K,40K,80K, with --shape tiny 256,1K"
+    parser.add_argument("--sizes", default=None, help=sizes)
     parser.add_argument(
         "--rounds", type=runs.at_least(1), default=None, help="samples of each hit; default 5, with --quick 2"
     )
     parser.add_argument(
-        "--passes", type=runs.at_least(1), default=1, help="runs of each engine; every other one in reverse order"
+        "--passes", type=runs.at_least(1), default=1, help="runs of each engine; every other one in reverse; default 1"
     )
-    parser.add_argument("--output-tokens", type=runs.at_least(1), default=16, help="tokens that are compared")
+    parser.add_argument("--output-tokens", type=runs.at_least(1), default=16, help="that are compared; default 16")
     parser.add_argument(
         "--link-gbps",
         default=None,
-        help="what a backend's link carries: peer=397,dram=55.4 in GB/s, or a copy.jsonl of bench copy, for the share "
-        "of the link and how much of the transfer hid behind compute; default: measured first, in up to 10 s",
+        help="what a backend's link carries, such as peer=397,dram=55.4 in GB/s; default: measured, in up to 10 s",
     )
-    parser.add_argument(
-        "--timeline",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="also record a hit in the tier and one in HBM, after all measuring, and append the GPUs' kernels by name "
-        "to this JSON Lines file; needs a GPU",
-    )
-    parser.add_argument("--timeline-size", default=None, help="which of --sizes is recorded; default: the largest")
-    runs.add_output_arguments(parser, "ttft")
+    runs.add_output_argument(parser, "ttft")
 
 
 def run(args: argparse.Namespace) -> int:
     runs.settle(args)
-    tiny = args.model is None and args.shape == "tiny"
     sizes = sorted(
-        {runs.parse_tokens(text) for text in (args.sizes or ("256,1K" if tiny else "10K,40K,80K")).split(",")}
+        {runs.parse_tokens(text) for text in (args.sizes or ("256,1K" if args.tiny else "10K,40K,80K")).split(",")}
     )
     if min(sizes) <= args.page_size:
         raise ConfigError(
             f"--sizes {min(sizes)} has no hit: hits are whole pages of {args.page_size} tokens and leave the last "
-            "token to compute; give more than a page."
+            "token to compute. Give more than a page."
         )
-    rounds = args.rounds or (2 if args.quick else 5)
-    if args.timeline is not None and not args.on_gpu:
-        raise ConfigError(f"--timeline {args.timeline} records GPUs, and this machine has none; leave it out.")
-    recorded_size = runs.parse_tokens(args.timeline_size) if args.timeline_size else max(sizes)
-    if recorded_size not in sizes:
-        raise ConfigError(f"--timeline-size {args.timeline_size} is none of --sizes; give one of those.")
-    links = link_gbps(args.link_gbps)
-    if not links and args.on_gpu and not args.quick and any(runs.has_pool(name) for name in args.names):
+    links = parse_links(args.link_gbps)
+    if not links and args.on_gpu and not args.quick and any(map(runs.has_pool, args.names)):
         links = measured_links(int(args.engine_options.get("base_gpu_id", 0)))
     links = {tier: gbps * args.tp_size for tier, gbps in links.items()}  # each rank's part comes through its own
-    workload = Workload(sizes, rounds, args.page_size, args.output_tokens, args.seed, args.quick, args.on_gpu)
+    workload = Workload(
+        sizes=sizes,
+        rounds=args.rounds or (2 if args.quick else 5),
+        page=args.page_size,
+        output_tokens=args.output_tokens,
+        seed=args.seed,
+        warm_ups=1 if args.quick else 3,
+        settle_s=2.0 if args.on_gpu else 0.5,
+    )
+    # No larger than that needs: pinning host memory is what an engine's start waits for.
+    pool_gb = args.hicache_size or sizing.hicache_gb(workload.seen_tokens * 5 // 4, args.kv)
+    need = Need(max(sizes), args.output_tokens, workload.device_tokens, workload.pool_tokens, workload.device_tokens, 4)
     # The floor and the ceiling come with every engine; alone they need one.
     engines = [name for name in args.names if name not in (HBM, RECOMPUTE)] or [HBM]
-    options = {name: _engine(args, workload, name) for name in engines}
+    options = {name: runs.fitting_options(args, name, need, pool_gb) for name in engines}
+    for engine in options.values():
+        engine.setdefault("enable_metrics", True)  # replies say when the forward pass began and ended
     plans = [
-        EnginePlan(name, options[name], workload.steps, sequence)
+        EnginePlan(name, options[name], workload, workload.steps, sequence)
         for sequence in range(args.passes)
         for name in (engines if sequence % 2 == 0 else reversed(engines))
     ]
-    settings = runs.parameters(args, sizes=sizes, rounds=rounds, output_tokens=args.output_tokens)
-    results = Results("ttft", args, settings)
-    outputs = _Outputs()
-    timelines: list[list[dict[str, Any]]] = []
-    if args.timeline is not None:
-        args.timeline.parent.mkdir(parents=True, exist_ok=True)
+    results = Results("ttft", args, **runs.about(args))
+    references: dict[int, tuple[str, list[int]]] = {}
 
-    def measure_engine(engine: Any, plan: EnginePlan, measurement: Measurement) -> None:
-        measure(engine, workload, measurement, tier=runs.has_pool(plan.backend))
-        if args.timeline is not None:
-            try:
-                found = record(engine, workload, recorded_size, tier=runs.has_pool(plan.backend))
-            except RequestFailed as error:  # what was measured stands
-                measurement.progress.say(f"{plan.backend}: no timeline: {error}")
-                return
-            about = {"bench": "timeline", "run": results.run, "backend": plan.backend}
-            rows = [{**about, **row} for row in found]
-            report.append_rows(args.timeline, rows)
-            if rows:
-                timelines.append(rows)
+    def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[Row]:
+        found = summarize(samples, name, args.kv, links)
+        return [compared(row, samples, plan.backend, references) for row in found]
 
-    def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[dict[str, Any]]:
-        about = {"shape": args.model or args.shape, "page_size": args.page_size, "tp_size": args.tp_size}
-        about["outputs_tell_prompts_apart"] = outputs_tell_prompts_apart(samples)
-        found = [{**row, **about} for row in summarize(samples, name, args.kv.bytes, links)]
-        return [outputs.compare(row, samples, plan.backend) for row in found]
-
-    def check(row: dict[str, Any]) -> str | None:
+    def check(row: Row) -> str | None:
         at = f"{row['backend']} at {row['prompt_tokens']} tokens"
         if not row["outputs_equal"]:
             return f"{at}: the outputs differ from those of the engine's first hit in HBM"
         wrong = runs.unproven(row, args.max_unproven)
         return wrong and f"{at}: {wrong}"
 
-    status = runs.run_engines(args, plans, results, measure_engine, rows, check)
-    for recorded in timelines:
-        report.show_table(*timeline.table(recorded))
-    return status
+    return runs.run_engines(args, __name__, plans, results, rows, check)
 
 
+@dataclass(frozen=True)
 class Workload:
     """What is asked of each engine.
 
-    Args:
+    Attributes:
         sizes: prompt lengths, ascending.
         rounds: samples of each hit.
         page: tokens.
         output_tokens: that are compared.
         seed: of the prompts.
-        quick: warm up once in place of three times.
-        on_gpu: whether writes to the tier are asynchronous and long.
+        warm_ups: rounds that do not count.
+        settle_s: seconds for writing through to the tier.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], rounds: int, page: int, output_tokens: int, seed: int, quick: bool, on_gpu: bool
-    ) -> None:
-        self.sizes, self.rounds, self.page, self.output_tokens = sizes, rounds, page, output_tokens
-        self.warm_ups = 1 if quick else 3
-        self.settle_s = 2.0 if on_gpu else 0.5
-        self.filler_tokens = min(FILLER_TOKENS, max(sizes))
-        # One prompt of the largest size fits beside a few others; so a flood of as much evicts it.
-        one_more = sizing.pages_up(self.filler_tokens + 1, page)
-        self.device_tokens = sizing.pages_up(max(sizes) + output_tokens, page) + (OTHERS_BETWEEN + 1) * one_more
-        self.prompts = {size: Prompt.drawn(f"{seed} prompt {size}", size) for size in sizes}
+    sizes: list[int]
+    rounds: int
+    page: int
+    output_tokens: int
+    seed: int
+    warm_ups: int
+    settle_s: float
+
+    @property
+    def filler_tokens(self) -> int:
+        return min(FILLER_TOKENS, max(self.sizes))
+
+    @property
+    def device_tokens(self) -> int:
+        """Of the GPU's pool: one prompt of the largest size and a few others fit; so a flood of as much evicts it."""
+        one_more = sizing.pages_up(self.filler_tokens + 1, self.page)
+        return sizing.pages_up(max(self.sizes) + self.output_tokens, self.page) + (OTHERS_BETWEEN + 1) * one_more
+
+    def prompt(self, size: int) -> Prompt:
+        return Prompt.drawn(f"{self.seed} prompt {size}", size)
+
+    @property
+    def fillers(self) -> list[Prompt]:
+        """Prompts that push all others out of the GPU's pool."""
         count = -(-self.device_tokens // self.filler_tokens) + 1
-        self.fillers = [Prompt.drawn(f"{seed} filler {index}", self.filler_tokens) for index in range(count)]
-        self.others = self.fillers[:OTHERS_BETWEEN]
+        return [Prompt.drawn(f"{self.seed} filler {index}", self.filler_tokens) for index in range(count)]
 
     @property
     def steps(self) -> int:
         """Answers that progress counts."""
-        return self.warm_ups + len(self.sizes) + self.rounds * len(self.sizes)
+        return self.warm_ups + len(self.sizes) * (1 + self.rounds)
 
     @property
     def pool_tokens(self) -> int:
@@ -173,214 +155,126 @@ class Workload:
     @property
     def seen_tokens(self) -> int:
         """All that the pool comes to hold: what is asked again, and the prompts of the warm-up."""
-        return self.pool_tokens + self.warm_ups * sizing.pages_up(3 * self.page + self.filler_tokens, self.page)
+        return self.pool_tokens + self.warm_ups * sizing.pages_up(5 * self.page + 2 * self.filler_tokens, self.page)
 
 
-def _engine(args: argparse.Namespace, workload: Workload, backend: str) -> dict[str, Any]:
-    """Keywords of sgl.Engine; refuses what cannot fit."""
-    # No larger than that takes: pinning host memory is what an engine's start waits for.
-    size_gb = args.hicache_size or sizing.hicache_gb(workload.seen_tokens * 5 // 4, args.kv)
-    return runs.fitting_options(
-        args,
-        backend,
-        prompt_tokens=max(workload.sizes),
-        output_tokens=workload.output_tokens,
-        device_tokens=workload.device_tokens,
-        host_tokens_needed=workload.pool_tokens,
-        context_tokens=workload.device_tokens,
-        hicache_gb=size_gb,
-        running=4,
-    )
+WORKLOAD = Workload
 
 
-def measure(engine: Any, workload: Workload, measurement: Measurement, tier: bool) -> None:
+def measure(engine: Client, workload: Workload, backend: str, report: Report) -> None:
     """Ask every prompt cold and again, which is the reference of outputs, then in rounds from the tier and from HBM.
 
     A flood between samples pushes the prompt out of the GPU's pool. It asks for prompts that are in the tier
-    themselves, which takes a fraction of the time that prefilling new ones would. A few of them come before the hit in
-    HBM as well, where they leave the prompt its place.
+    themselves, which is much faster than prefilling new ones. A few of them come before the hit in HBM as well, where
+    they leave the prompt its place.
     """
-    page = workload.page
-    for index in range(workload.warm_ups):  # kernels of every batch shape that follows, compiled and loaded
-        for length in (page * 2, workload.filler_tokens):
-            for _ in range(2):
-                engine.ask(Prompt.drawn(f"warm up {index}", length), 4)
-        measurement.step("warming up")
+    page, fillers = workload.page, workload.fillers
+    for _ in range(workload.warm_ups):  # kernels of every batch shape that follows, compiled and loaded
+        engine.warm_up([(length, 4) for length in (page * 2, workload.filler_tokens)] * 2)
+        report.step("warming up")
     reference: dict[int, list[int]] = {}
+
+    def sample(kind: str, size: int, answer: Answer, proven: bool, **more: Any) -> None:
+        values = {"ms": answer.ttft_ms, "device": answer.device, "host": answer.host, "forward_ms": answer.forward_ms}
+        report.sample(kind=kind, prompt_tokens=size, proven=proven, **values, **more)
+
     for size in workload.sizes:
-        answer = engine.ask(workload.prompts[size])
-        reference[size] = engine.ask(workload.prompts[size], workload.output_tokens).output
-        proven = answer.device + answer.host <= page
-        measurement.add(kind=RECOMPUTE, prompt_tokens=size, proven=proven, reference=reference[size], **_sample(answer))
-        measurement.step(f"{size} tokens, first time")
-    engine.flood(workload.fillers)
-    engine.settle(workload.settle_s)  # write-through to the tier ends in the background
+        prompt = workload.prompt(size)
+        answer = engine.ask(prompt)
+        reference[size] = engine.ask(prompt, workload.output_tokens).output
+        sample(RECOMPUTE, size, answer, answer.device + answer.host <= page, reference=reference[size])
+        report.step(f"{size} tokens, first time")
+    engine.flood(fillers)
+    time.sleep(workload.settle_s)  # write-through to the tier ends in the background
     for round_number in range(workload.rounds):
         for size in workload.sizes:
-            prompt = workload.prompts[size]
-            if tier:
-                engine.flood(workload.fillers)
+            prompt, least = workload.prompt(size), runs.least_hit(size, page)
+            if runs.has_pool(backend):
+                engine.flood(fillers)
                 answer = engine.ask(prompt)
-                check = engine.ask(prompt, workload.output_tokens)
-                measurement.add(
-                    kind="tier",
-                    prompt_tokens=size,
-                    proven=_is_hit(answer, "tier", size, page),
-                    outputs_equal=check.output == reference[size] and check.output[:1] == answer.output,
-                    **_sample(answer),
-                )
+                again = engine.ask(prompt, workload.output_tokens)
+                equal = again.output == reference[size] and again.output[:1] == answer.output
+                proven = answer.host >= least and answer.device <= page
+                sample("tier", size, answer, proven, outputs_equal=equal)
             else:
                 engine.ask(prompt)
-            engine.flood(workload.others)
+            engine.flood(fillers[:OTHERS_BETWEEN])
             answer = engine.ask(prompt)
-            measurement.add(
-                kind=HBM,
-                prompt_tokens=size,
-                proven=_is_hit(answer, HBM, size, page),
-                outputs_equal=answer.output == reference[size][:1],
-                **_sample(answer),
-            )
-            measurement.step(f"{size} tokens, round {round_number + 1} of {workload.rounds}")
+            sample(HBM, size, answer, answer.device >= least, outputs_equal=answer.output == reference[size][:1])
+            report.step(f"{size} tokens, round {round_number + 1} of {workload.rounds}")
 
 
-def record(engine: Any, workload: Workload, size: int, tier: bool) -> list[dict[str, Any]]:
-    """What the GPUs did during a hit in the tier and one in HBM: rows of `timeline.by_kernel`.
-
-    A hit that is not what it should be has no rows.
-
-    Raises:
-        RequestFailed: SGLang did not record.
-    """
-    prompt = workload.prompts[size]
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_") as folder:
-        engine.record(workload.fillers[0], Path(folder))  # a process's first recording is the slowest
-    if tier:
-        engine.flood(workload.fillers)
-    else:
-        engine.ask(prompt)
-    for hit in ("tier", HBM) if tier else (HBM,):
-        if hit == HBM:
-            engine.flood(workload.others)
-        with tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_") as folder:
-            answer, asked_ms = engine.record(prompt, Path(folder))
-            kernels = timeline.by_kernel(timeline.read_traces(Path(folder)), asked_ms)
-        if _is_hit(answer, hit, size, workload.page):
-            about = {"hit": hit, "prompt_tokens": size, "recorded_ttft_ms": round(answer.ttft_ms, 3)}
-            rows += [{**about, **row} for row in kernels]
-    return rows
-
-
-def _is_hit(answer: Any, kind: str, size: int, page: int) -> bool:
-    """Whether an answer's prompt came from where it should have."""
-    least = runs.least_hit(size, page)
-    if kind == HBM:
-        return bool(answer.device >= least)
-    return bool(answer.host >= least and answer.device <= page)
-
-
-def _sample(answer: Any) -> dict[str, Any]:
-    return {"ms": answer.ttft_ms, "device": answer.device, "host": answer.host}
-
-
-def summarize(samples: list[Sample], backend: str, token_bytes: int, links: dict[str, float]) -> list[dict[str, Any]]:
+def summarize(samples: list[Sample], backend: str, kv: KVShape, links: dict[str, float]) -> list[Row]:
     """A row for each kind of hit and prompt length; unproven samples are counted, not used."""
-    rows = []
-    hbm_ms: dict[int, float] = {}
+    rows: list[Row] = []
+    hbm: dict[int, Row] = {}
+    references = [tuple(s["reference"]) for s in samples if s["kind"] == RECOMPUTE]
     for kind, label in ((RECOMPUTE, RECOMPUTE), (HBM, HBM), ("tier", backend)):
         of_kind = [s for s in samples if s["kind"] == kind]
         for size in sorted({s["prompt_tokens"] for s in of_kind}):
             here = [s for s in of_kind if s["prompt_tokens"] == size]
             proven = [s for s in here if s["proven"]]
             times = [s["ms"] for s in proven]
-            row: dict[str, Any] = {
+            forward = [s["forward_ms"] for s in proven if s["forward_ms"] is not None]
+            row: Row = {
                 "backend": label,
                 "prompt_tokens": size,
                 "ttft_ms": stats.summary(times),
+                "forward_ms": round(stats.median(forward), 3) if forward else None,
                 "hits": {key: min(s[key] for s in proven) if proven else 0 for key in ("device", "host")},
                 "outputs_equal": all(s.get("outputs_equal", True) for s in here),
+                # A model of dummy weights may answer all prompts alike; then equal outputs say nothing of the KV.
+                "outputs_tell_prompts_apart": len(set(references)) > 1 if len(references) > 1 else None,
                 "samples": len(proven),
                 "samples_unproven": len(here) - len(proven),
                 "all_ms": [round(ms, 3) for ms in times],
             }
-            if kind == HBM and times:
-                hbm_ms[size] = stats.percentile(times, 50)
+            if kind == HBM:
+                hbm[size] = row
             if kind == "tier" and times:
-                row.update(_transfer(row, token_bytes, links.get(report.tier_of(label)), hbm_ms.get(size)))
+                row.update(_transfer(row, kv, links.get(label), hbm.get(size)))
             rows.append(row)
     return rows
 
 
-def outputs_tell_prompts_apart(samples: list[Sample]) -> bool | None:
-    """Whether prompts of several lengths gave several outputs; None where there was only one.
-
-    A model of dummy weights may answer all prompts alike. Then equal outputs say nothing of the KV.
-    """
-    references = [tuple(s["reference"]) for s in samples if s["kind"] == RECOMPUTE]
-    return len(set(references)) > 1 if len(references) > 1 else None
-
-
-def _transfer(row: dict[str, Any], token_bytes: int, link: float | None, hbm_ms: float | None) -> dict[str, Any]:
-    """Bytes that a hit moved, the rate that its TTFT amounts to, and what that is of the link's."""
-    moved = row["hits"]["host"] * token_bytes
-    p50 = row["ttft_ms"]["p50"]
-    found: dict[str, Any] = {"kv_bytes": moved, **stats.transfer_rates(moved, p50, link)}
-    if link and hbm_ms is not None and moved:
-        found["transfer_hidden"] = round(stats.transfer_hidden(p50, hbm_ms, moved, link), 4)
+def _transfer(row: Row, kv: KVShape, link: float | None, hbm: Row | None) -> Row:
+    """Bytes that a hit moved, the rate that its TTFT amounts to, and how far it is above its floor."""
+    p50, moved = row["ttft_ms"]["p50"], row["hits"]["host"] * kv.bytes
+    found: Row = {"kv_bytes": moved, "gbps": round(moved / p50 / 1e6, 3), "link_gbps": link}
+    if link and hbm is not None and hbm["ttft_ms"]["p50"] and hbm["forward_ms"] and moved:
+        floor = stats.floor_ms(hbm["ttft_ms"]["p50"], hbm["forward_ms"], moved, link, kv.layers)
+        found.update(floor_ms=round(floor, 3), over_floor=round(p50 / floor, 4))
     return found
 
 
-class _Outputs:
-    """Answers to the same prompts at their first hit in HBM, compared from engine to engine.
+def compared(row: Row, samples: list[Sample], engine: str, references: dict[int, tuple[str, list[int]]]) -> Row:
+    """A row with its engine's answer compared to the first engine's, at the prompt's first hit in HBM.
 
-    Within an engine every hit has to give what that gave; so this is the comparison across backends.
-    A difference is shown and does not fail the run: it says that two engines compute differently, hits or not.
+    Within an engine every hit has to give what that gave; so this is the comparison across backends. A difference is
+    shown and does not fail the run: it says that two engines compute differently, hits or not.
     """
-
-    def __init__(self) -> None:
-        self._first: dict[int, tuple[str, list[int]]] = {}
-
-    def compare(self, row: dict[str, Any], samples: list[Sample], engine: str) -> dict[str, Any]:
-        size = row["prompt_tokens"]
-        mine = next((s["reference"] for s in samples if s["kind"] == RECOMPUTE and s["prompt_tokens"] == size), None)
-        if mine is None:
-            return row
-        first_engine, first = self._first.setdefault(size, (engine, mine))
-        return {**row, "outputs_compared_with": first_engine, "outputs_equal_across": mine == first}
+    size = row["prompt_tokens"]
+    mine = next((s["reference"] for s in samples if s["kind"] == RECOMPUTE and s["prompt_tokens"] == size), None)
+    if mine is None:
+        return row
+    first_engine, first = references.setdefault(size, (engine, mine))
+    return {**row, "outputs_compared_with": first_engine, "outputs_equal_across": mine == first}
 
 
-def link_gbps(text: str | None) -> dict[str, float]:
-    """GB/s of each backend's link, from `peer=354,dram=55.4` or from the contiguous copies in a copy.jsonl.
+def parse_links(text: str | None) -> dict[str, float]:
+    """GB/s of each backend's link, of `peer=354,dram=55.4`.
 
     Raises:
-        ConfigError: neither of these.
+        ConfigError: not that.
     """
     if not text:
         return {}
-    if "=" in text:
-        try:
-            links = {name.strip(): float(value) for name, value in (pair.split("=") for pair in text.split(","))}
-        except ValueError:
-            links = {}
-        if not links or any(rate <= 0 for rate in links.values()):
-            raise ConfigError(f"--link-gbps {text} is not a list of rates; give one such as peer=354,dram=55.4.")
-    else:
-        try:
-            copies = [json.loads(line) for line in Path(text).read_text().splitlines() if line.strip()]
-        except (OSError, ValueError):
-            raise ConfigError(f"--link-gbps {text} is not a readable copy.jsonl; give one of bench copy.") from None
+    try:
+        links = {name.strip(): float(value) for name, value in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
         links = {}
-        for path, name in (("peer_load", "peer"), ("host_load", "dram")):
-            rates = [
-                row["contiguous_gbps"]
-                for row in copies
-                if row.get("path") == path
-                and "contiguous_gbps" in row
-                and row.get("memory", "tier") == "tier"  # not a mapping that was measured beside the tier's
-                and row.get("device") != "cpu"
-            ]
-            if rates:
-                links[name] = max(rates)
+    if not links or not all(0 < rate < 1e6 for rate in links.values()):
+        raise ConfigError(f"--link-gbps {text} is not a list of rates. Give one such as peer=354,dram=55.4.")
     return _with_kin(links)
 
 
@@ -389,9 +283,11 @@ def measured_links(gpu: int) -> dict[str, float]:
 
     Empty where nothing could be measured: it is no reason to stop.
     """
+    from sglang_xmem.doctor import bandwidth
+
     rows, problem = bandwidth.run()
     if problem is not None:
-        print(f"The links' rates are not known ({problem}); give them as --link-gbps.", file=sys.stderr)
+        print(f"The links' rates are not known ({problem}). Give them as --link-gbps.", file=sys.stderr)
     links: dict[str, float] = {}
     for row in rows:
         if row["gpu"] == gpu and "read_gbps" in row:

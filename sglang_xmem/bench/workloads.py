@@ -1,12 +1,13 @@
 """What the benchmarks ask: prompts that are the same in every process, agents' conversations and recorded traces.
 
-A prompt is a list of parts. A part is either drawn from a seed, so that it travels as a few bytes and equal seeds give
-equal tokens everywhere, or given as tokens (what a model answered).
+A prompt is a list of parts. A part is either drawn from a seed, so that equal seeds give equal tokens everywhere, or
+given as tokens (what a model answered).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from sglang_xmem.errors import ConfigError
 FIRST_TOKEN = 3
 #: Tokens of one hash id in Mooncake's traces (kvcache-ai/Mooncake, FAST25-release/traces).
 TRACE_BLOCK_TOKENS = 512
+#: Of a trace's timestamp, in ms: a hundred years.
+MOST_MS = 3.2e12
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,18 @@ class Drawn:
     seed: str
     count: int
 
+    def __len__(self) -> int:
+        return self.count
+
 
 @dataclass(frozen=True)
 class Given:
     """These tokens."""
 
     ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -50,20 +59,10 @@ class Prompt:
 
     def then(self, *parts: Drawn | Given) -> Prompt:
         """This prompt with more behind it; empty parts are left out."""
-        kept = [part for part in parts if (part.count if isinstance(part, Drawn) else len(part.ids))]
-        return Prompt((*self.parts, *kept))
+        return Prompt((*self.parts, *(part for part in parts if len(part))))
 
     def __len__(self) -> int:
-        return sum(part.count if isinstance(part, Drawn) else len(part.ids) for part in self.parts)
-
-    def to_json(self) -> list[Any]:
-        """For a line of the worker's protocol: [seed, count] a drawn part, [[ids]] a given one."""
-        return [[p.seed, p.count] if isinstance(p, Drawn) else [list(p.ids)] for p in self.parts]
-
-    @staticmethod
-    def from_json(parts: list[Any]) -> Prompt:
-        """The inverse of `to_json`."""
-        return Prompt(tuple(Drawn(p[0], p[1]) if len(p) == 2 else Given(tuple(p[0])) for p in parts))
+        return sum(map(len, self.parts))
 
 
 class Materializer:
@@ -110,10 +109,11 @@ class Agents:
         turns: requests of each, one after another.
         system_tokens: prompt that all share.
         context_tokens: what an agent brings along in its first turn (files, documents).
-        turn_tokens: what each further turn adds, beside the answer before it.
+        turn_tokens: what each further turn adds to the answer before it.
         output_tokens: length of each answer.
-        think_s: mean time between an answer and the next turn; each is drawn from 0.5 to 1.5 times this.
+        think_s: mean seconds between an answer and the next turn; each is drawn from 0.5 to 1.5 times this.
         seed: equal seeds give equal agents.
+        page: tokens.
     """
 
     agents: int
@@ -124,6 +124,7 @@ class Agents:
     output_tokens: int
     think_s: float
     seed: int
+    page: int
 
     def first(self, agent: int) -> Prompt:
         """An agent's first prompt."""
@@ -177,7 +178,7 @@ def read_trace(
 ) -> list[TraceRequest]:
     """Read a trace in Mooncake's format: `timestamp` (ms), `input_length`, `output_length` (tokens), `hash_ids`.
 
-    Each id stands for a block of tokens, equal ids for equal ones; ids become tokens drawn from the id.
+    Each id is a block of tokens, equal ids for equal ones; ids become tokens drawn from the id.
 
     Args:
         path: JSON Lines file.
@@ -192,63 +193,69 @@ def read_trace(
     Raises:
         ConfigError: the file is missing, or a line is not of that format.
     """
-    entries = _entries(path, limit if share >= 1 else None, block_tokens)
+    entries = list(_entries(path, limit if share >= 1 else None, block_tokens))
     if share < 1:
         entries = _of_some_conversations(entries, share, seed)[:limit]
     if not entries:
-        none = "has no requests" if share >= 1 else f"has no requests in a share of {share:g}; give more (--share)"
-        raise ConfigError(f"the trace {path} {none}.")
-    first = min(entry.arrival_s for entry in entries)
+        part, fix = ("", "Name another file") if share >= 1 else (f" in a share of {share:g}", "Give more (--share)")
+        raise ConfigError(f"The trace {path} has no requests{part}. {fix}.")
+    first = min(entry.arrival_ms for entry in entries)
     requests = []
     for entry in entries:
         length = min(entry.length, max_tokens or entry.length)
         output = min(max(entry.output, 1), max_output or max(entry.output, 1))
         prompt = Prompt(tuple(_blocks(entry.ids, length, block_tokens, seed)))
-        requests.append(TraceRequest(entry.arrival_s - first, prompt, output))
+        requests.append(TraceRequest((entry.arrival_ms - first) / 1e3, prompt, output))
     return sorted(requests, key=lambda request: request.arrival_s)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line of a trace: when, tokens of the prompt and of the answer, and the prompt's blocks."""
+    """A line of a trace: when (ms), tokens of the prompt and of the answer, and the prompt's blocks."""
 
-    arrival_s: float
+    arrival_ms: float
     length: int
     output: int
-    ids: list[Any]
+    ids: list[int]
 
 
-def _entries(path: Path, limit: int | None, block_tokens: int) -> list[_Entry]:
-    """The first `limit` lines of a trace; raises ConfigError."""
-    entries: list[_Entry] = []
+def _entries(path: Path, limit: int | None, block_tokens: int) -> Iterator[_Entry]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"the trace {path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"The trace {path} cannot be read: {error.strerror}. Name another file.") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"the trace {path} cannot be read: it is not UTF-8 text.") from None
-    for number, line in enumerate(lines, 1):
-        if limit is not None and len(entries) >= limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            arrival_s = float(entry["timestamp"]) / 1e3
-            length, output = int(entry["input_length"]), int(entry["output_length"])
-            ids = list(entry["hash_ids"])
-        except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"The trace {path} is not UTF-8 text. Name another file.") from None
+    for number, line in enumerate([line for line in lines if line.strip()][:limit], 1):
+        entry = _entry(line)
+        if entry is None:
             raise ConfigError(
-                f"line {number} of {path} is not a request of a Mooncake trace; give JSON objects with timestamp, "
-                "input_length, output_length and hash_ids."
-            ) from None
-        if length < 1 or output < 0 or len(ids) * block_tokens < length:
-            raise ConfigError(
-                f"line {number} of {path} has {len(ids)} hash_ids of {block_tokens} tokens for a prompt of {length}; "
-                "give one id a block (--block-tokens)."
+                f"Line {number} of {path} is not a request of a Mooncake trace. Give JSON objects with timestamp (ms), "
+                "input_length and output_length (whole numbers of tokens) and hash_ids (a list of whole numbers)."
             )
-        entries.append(_Entry(arrival_s, length, output, ids))
-    return entries
+        if len(entry.ids) != -(-entry.length // block_tokens):
+            blocks = f"{-(-entry.length // block_tokens)} blocks of {block_tokens}"
+            raise ConfigError(
+                f"Line {number} of {path} has {len(entry.ids)} hash_ids for a prompt of {entry.length} tokens, which "
+                f"is {blocks}. Give the trace's own size of blocks (--block-tokens)."
+            )
+        yield entry
+
+
+def _entry(line: str) -> _Entry | None:
+    """A line's request, None where it is not one."""
+    try:
+        found = json.loads(line)
+        at, length, output, ids = (found[k] for k in ("timestamp", "input_length", "output_length", "hash_ids"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    numbers = [length, output, *ids] if isinstance(ids, list) else [None]
+    if not all(type(value) is int for value in numbers) or type(at) not in (int, float):
+        return None
+    # Python's integers have no limit, and its comparison of one with a float no error.
+    if not 0 <= at <= MOST_MS or math.isnan(at) or not 1 <= length <= 1 << 27 or not 0 <= output <= 1 << 27:
+        return None
+    return _Entry(float(at), length, output, ids)
 
 
 def _of_some_conversations(entries: Sequence[_Entry], share: float, seed: int) -> list[_Entry]:
@@ -269,32 +276,25 @@ def _of_some_conversations(entries: Sequence[_Entry], share: float, seed: int) -
     return kept
 
 
-def _blocks(ids: list[Any], length: int, block_tokens: int, seed: int) -> Iterator[Drawn]:
-    for index, block in enumerate(ids):
-        count = min(block_tokens, length - index * block_tokens)
-        if count <= 0:
-            return
-        yield Drawn(f"{seed} block {block}", count)
+def _blocks(ids: list[int], length: int, block_tokens: int, seed: int) -> Iterator[Drawn]:
+    for index in range(-(-length // block_tokens)):
+        yield Drawn(f"{seed} block {ids[index]}", min(block_tokens, length - index * block_tokens))
 
 
 def reusable_tokens(requests: Sequence[TraceRequest]) -> int:
     """Prompt tokens that a cache without limits would hold already, by whole blocks seen before as a prefix."""
-    seen: set[tuple[Drawn | Given, ...]] = set()
+    seen: set[Any] = set()
     reusable = 0
     for request in requests:
-        prefix: tuple[Drawn | Given, ...] = ()
-        unbroken = True
+        prefix, unbroken = 0, True
         for part in request.prompt.parts:
-            # A hash of the prefix and the part: tuples of all parts would take memory with the square of the length.
-            prefix = (Drawn(str(hash(prefix)), 0), part)
+            prefix = hash((prefix, part))
             unbroken = unbroken and prefix in seen
-            if unbroken:
-                reusable += part.count if isinstance(part, Drawn) else len(part.ids)
+            reusable += len(part) if unbroken else 0
             seen.add(prefix)
     return reusable
 
 
 def distinct_tokens(requests: Sequence[TraceRequest]) -> int:
     """Tokens of KV cache that the whole trace fills in a cache without limits, answers included."""
-    total = sum(len(request.prompt) + request.output_tokens for request in requests)
-    return total - reusable_tokens(requests)
+    return sum(len(request.prompt) + request.output_tokens for request in requests) - reusable_tokens(requests)

@@ -19,7 +19,7 @@ from sglang_xmem.doctor.child import run_task
 from sglang_xmem.errors import Unavailable
 from sglang_xmem.tiers.peer import PeerRankPlan, PeerSettings, PeerTier
 
-#: Bytes of a copy: enough for 99 % of a link's rate, small beside any GPU's memory.
+#: Bytes of a copy: enough for 99 % of a link's rate, small next to any GPU's memory.
 COPY_BYTES = 256 << 20
 REPETITIONS = 5
 #: Seconds for all measurements, the child's start included, and the time at which it is stopped.

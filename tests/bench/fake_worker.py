@@ -1,4 +1,4 @@
-"""A worker of `sglang_xmem.bench.engine` without SGLang: the real protocol over an engine that only keeps books.
+"""A worker of `sglang_xmem.bench.engine` without SGLang: the real one over an engine that only keeps books.
 
 Prompts are cached by pages in a device pool and a host pool, least recently used out first. FAKE_ENGINE in the
 environment, a JSON object, makes it misbehave: {"crash_after": asks, "no_host": true, "wrong_output": true, ...}.
@@ -7,7 +7,6 @@ environment, a JSON object, makes it misbehave: {"crash_after": asks, "no_host":
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 import os
 import sys
@@ -42,9 +41,6 @@ class FakeEngine:
         if options.get("hicache_use_xmem"):
             tier = "dram" if self.name == "auto" else self.name
             print(f"sglang_xmem: tier={tier} pool=1.00 GB", file=sys.stderr, flush=True)
-        if "starts" in HOW.get("log", {}):
-            with open(HOW["log"]["starts"], "a", encoding="utf-8") as file:
-                file.write(self.name + options.get("hicache_xmem_config", "").replace(" ", "") + "\n")
 
     def shutdown(self) -> None:
         self.loop.close()
@@ -54,8 +50,10 @@ class FakeEngine:
         if self.asks > HOW.get("crash_after", 1 << 60) and self.name in HOW.get("crash_in", [self.name]):
             print("sglang_xmem: the fake engine gives up", file=sys.stderr, flush=True)
             os._exit(9)
-        if "asks" in HOW.get("log", {}):
-            with open(HOW["log"]["asks"], "a", encoding="utf-8") as file:
+        if self.asks > HOW.get("fail_after", 1 << 60):
+            raise ValueError("the fake engine refuses")
+        if "asks" in HOW:
+            with open(HOW["asks"], "a", encoding="utf-8") as file:
                 file.write(f"{self.name}\n")
         time.sleep(HOW.get("seconds", 0.0))
         whole = (len(input_ids) - 1) // self.page
@@ -77,23 +75,8 @@ class FakeEngine:
         seed = sum(input_ids) + (host if HOW.get("wrong_output") else 0)
         output = [(seed + i) % 1000 for i in range(sampling_params["max_new_tokens"])]
         details = {"device": device * self.page, "host": host * self.page} if device + host else None
-        return {"output_ids": output, "meta_info": {"cached_tokens_details": details}}
-
-    def start_profile(self, output_dir: str, activities: list[str], with_stack: bool) -> None:
-        assert (activities, with_stack) == (["GPU"], False)
-        if HOW.get("no_profiler"):
-            raise RuntimeError("CUPTI is taken")
-        self.traces = Path(output_dir)
-        self.asked = time.time_ns()
-
-    def stop_profile(self) -> None:
-        kernels = [(0, "attention", 1.0, 4.0), (0, "moe", 6.0, 2.0), (1, "page_copy_bulk", 0.5, 8.0)]
-        events = [
-            {"ph": "X", "cat": "kernel", "name": name, "ts": start * 1e3, "dur": ms * 1e3, "args": {"device": gpu}}
-            for gpu, name, start, ms in kernels
-        ]
-        with gzip.open(self.traces / "0-TP-0.trace.json.gz", "wt") as file:
-            json.dump({"traceEvents": events, "baseTimeNanoseconds": self.asked}, file)
+        times = {"forward_entry_time": 100.0, "prefill_finished_time": 100.00001}
+        return {"output_ids": output, "meta_info": {"cached_tokens_details": details, **times}}
 
     async def async_generate(
         self, input_ids: list[int], sampling_params: dict[str, Any], stream: bool
@@ -110,4 +93,4 @@ class FakeEngine:
 
 
 if __name__ == "__main__":
-    bench_engine.main(FakeEngine)
+    sys.exit(bench_engine.main(FakeEngine))

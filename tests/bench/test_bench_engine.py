@@ -1,4 +1,4 @@
-"""The commands over a real engine: SGLang's CPU engine with tier dram."""
+"""The commands over a real engine: SGLang's CPU engine with tier dram. Nothing here is about speed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ pytestmark = pytest.mark.cpu_engine
 
 def run(output: Path, *arguments: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "sglang_xmem.cli", "bench", *arguments, "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    # The engine's own limit is --timeout, 30 minutes, which ends it on the busiest machine.
+    done = subprocess.run(
+        [*command, "--shape", "tiny", "--backends", "dram"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "dram" in done.stdout
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
 def test_ttft(tmp_path: Path) -> None:
-    arguments = ["--shape", "tiny", "--backends", "dram", "--sizes", "256", "--rounds", "2", "--quick"]
-    rows = run(tmp_path / "ttft.jsonl", "ttft", *arguments)
+    rows = run(tmp_path / "r.jsonl", "ttft", "--sizes", "256", "--rounds", "2", "--quick", "--link-gbps", "dram=10")
     assert {row["backend"]: row["hits"] for row in rows} == {
         "recompute": {"device": 0, "host": 0},
         "hbm": {"device": 240, "host": 0},
@@ -33,14 +35,14 @@ def test_ttft(tmp_path: Path) -> None:
         assert row["outputs_equal"]
         assert row["complete"]
         assert row["samples_unproven"] == 0
-    assert (tmp_path / "ttft.png").exists()
+        assert row["forward_ms"] > 0, "SGLang says when the forward pass began and ended"
+    assert rows[-1]["floor_ms"] > 0
 
 
 def test_multiturn_concurrently(tmp_path: Path) -> None:
     """Streams of several agents at once, whose contexts together exceed the device pool."""
     sizes = ["--system-tokens", "64", "--context-tokens", "192", "--turn-tokens", "32", "--output-tokens", "4"]
-    arguments = ["--shape", "tiny", "--backends", "dram", "--quick", "--turns", "2", "--no-plots"]
-    rows = run(tmp_path / "multiturn.jsonl", "multiturn", *arguments, *sizes)
+    rows = run(tmp_path / "multiturn.jsonl", "multiturn", "--quick", "--turns", "2", *sizes)
     turns = {row["turn"]: row for row in rows}
     assert set(turns) == {0, 1, None}
     assert turns[1]["hit_ratio"]["total"] > 0.8
@@ -48,18 +50,16 @@ def test_multiturn_concurrently(tmp_path: Path) -> None:
 
 
 def test_throughput(tmp_path: Path) -> None:
-    """Full hits come from the tier, and are faster than none."""
-    rows = run(tmp_path / "throughput.jsonl", "throughput", "--shape", "tiny", "--backends", "dram", "--quick")
+    """Full hits come from the tier."""
+    rows = run(tmp_path / "throughput.jsonl", "throughput", "--quick")
     by_ratio = {row["hit_ratio"]: row for row in rows}
     assert set(by_ratio) == {0.0, 0.5, 1.0}
     assert all(row["samples_unproven"] == 0 and row["complete"] for row in rows)
     assert by_ratio[1.0]["hits"] == {"device": 0, "host": 240}
-    assert by_ratio[1.0]["tokens_per_s"] > by_ratio[0.0]["tokens_per_s"]
-    assert (tmp_path / "throughput.svg").exists()
 
 
 def test_trace(tmp_path: Path) -> None:
-    """Three conversations of four turns in turn, all with one system prompt; the device pool holds one of them."""
+    """By bench_serving: three conversations of four turns, round-robin; the device pool holds one of them."""
     trace = tmp_path / "trace.jsonl"
     turns = [
         {
@@ -72,9 +72,9 @@ def test_trace(tmp_path: Path) -> None:
         for who in range(3)
     ]
     trace.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
-    arguments = ["--shape", "tiny", "--backends", "dram", "--max-tokens", "2560", "--device-tokens", "3K"]
-    rows = run(tmp_path / "rows.jsonl", "trace", str(trace), *arguments, "--concurrency", "1", "--no-plots")
-    (row,) = rows
+    sizes = ["--max-tokens", "2560", "--device-tokens", "3K"]
+    (row,) = run(tmp_path / "rows.jsonl", "trace", str(trace), *sizes, "--speed", "max", "--concurrency", "1")
     assert row["samples"] == 12
     assert row["hit_ratio"]["host"] > 0.2
     assert row["hit_ratio"]["total"] > 0.9 * row["ideal_hit_ratio"]
+    assert row["prompt_tokens"] == sum(turn["input_length"] for turn in turns), "the recorded lengths"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
 import json
+import os
 import re
 import shlex
+import shutil
 import struct
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -50,7 +51,7 @@ def throughput_row(backend: str, ratio: float, concurrency: int, rates: list[flo
         "engine": backend,
         "hit_ratio": ratio,
         "concurrency": concurrency,
-        "tokens_per_s": stats.percentile(rates, 50),
+        "tokens_per_s": stats.median(rates),
         "min": min(rates),
         "max": max(rates),
         "tokens_per_s_all": rates,
@@ -104,31 +105,36 @@ def is_png(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("bench", sorted(ROWS))
-def test_files(bench: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = ROWS[bench]
-    report.print_table(rows)
-    assert "dram" in capsys.readouterr().out
-    table, png, svg = report.write_files(rows, tmp_path / f"{bench}.jsonl")
-    with table.open() as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == len(rows)
-    assert float(lines[0]["ttft_ms.p50"]) == rows[0]["ttft_ms"]["p50"]
+def test_plots(bench: str, tmp_path: Path) -> None:
+    rows = [{**row, "machine": "CPU"} for row in ROWS[bench]]
+    png, svg = tmp_path / f"{bench}.png", tmp_path / f"{bench}.svg"
+    report.write_plot(rows, png)
     assert is_png(png)
+    report.write_plot(rows, svg)
     text = "".join(ElementTree.parse(svg).getroot().itertext())
     assert "dram" in text
-    if bench != "multiturn":
-        assert "computed again" in text
+    assert "CPU engine: says nothing about speed" in text
+    assert "samples" in text
+    if bench == "throughput":
+        assert "dram: ~1.00x stock" in text, "the headline"
     before = svg.read_bytes()
-    report.write_files(rows, tmp_path / f"{bench}.jsonl")
+    report.write_plot(rows, svg)
     assert svg.read_bytes() == before
+    report.write_plot([{**row, "machine": "2 x NVIDIA H200"} for row in rows], svg)
+    assert "2 x NVIDIA H200" in svg.read_text()
 
 
-def test_no_plots_without_matplotlib(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plots_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for rows, name, words in (
+        (ROWS["ttft"], "x.txt", "Give one that ends in .png"),
+        ([{"bench": "trace"}], "x.png", "no plot"),
+        (ROWS["ttft"], "missing/x.png", "cannot be written"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            report.write_plot(rows, tmp_path / name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert report.write_files(ROWS["ttft"], tmp_path / "x.jsonl") == [tmp_path / "x.csv"]
-    assert "pip install matplotlib" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
+        report.write_plot(ROWS["ttft"], tmp_path / "x.png")
 
 
 def test_table_says_where_a_tier_does_not_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,12 +146,84 @@ def test_table_says_where_a_tier_does_not_help(capsys: pytest.CaptureFixture[str
     assert "dram at 1K tokens: no gain" not in out
 
 
+def test_factors_over_hbm_say_where_spreads_overlap(capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_table([ttft_row("hbm", 256, [558.0, 674.4, 790.0]), ttft_row("dram", 256, [318.0, 663.8, 1009.0])])
+    assert "~0.98x" in capsys.readouterr().out
+    report.print_table([ttft_row("hbm", 256, [10.0, 11.0]), ttft_row("dram", 256, [20.0, 22.0])])
+    assert " 2.00x" in capsys.readouterr().out
+
+
+def widest(columns: int, *arguments: str) -> tuple[int, str]:
+    """The longest line of a table in a terminal of so many columns, and all of it."""
+    command = shlex.join([sys.executable, "-m", "sglang_xmem.cli", "bench", "report", *arguments])
+    environment = {**os.environ, "COLUMNS": str(columns), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["script", "-qec", f"stty cols {columns}; {command}", "/dev/null"],
+        capture_output=True, text=True, env=environment, check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).splitlines()
+    rule = next(number for number, line in enumerate(lines) if line.startswith("──"))
+    table = [line.rstrip() for line in lines[:rule] + lines[rule + 1 :] if "  " in line or line.startswith("──")]
+    return max(map(len, [*table, lines[rule].rstrip()])), "\n".join(lines)
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="needs the command script")
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", ["ttft", "throughput", "multiturn", "trace"])
+def test_tables_fit_a_terminal(name: str, columns: int, tmp_path: Path) -> None:
+    width, text = widest(columns, str(COMMITTED.with_name(f"{name}.jsonl")))
+    assert width <= columns
+    assert "…" not in text
+    if name in ROWS:
+        rows = [{**row, "floor_ms": 1.0, "over_floor": 1.0, "machine": "8 x H200"} for row in ROWS[name]]
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        width, text = widest(columns, str(tmp_path / "x.jsonl"))
+        assert width <= columns
+        assert "…" not in text
+
+
 def test_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = "20261121-045631-c604b6"
-    assert cli.main(["bench", "report", str(COMMITTED), "--run", run, "--output", str(tmp_path / "x")]) == 0
-    assert is_png(tmp_path / "x.png")
+    run, plot = "20261121-045631-c604b6", tmp_path / "x.png"
+    assert cli.main(["bench", "report", str(COMMITTED), "--run", run, "--plot", str(plot)]) == 0
+    assert is_png(plot)
+    assert "3.96x" in capsys.readouterr().out  # 80K: stock 170.8 ms, peer 43.2 ms
+    assert cli.main(["bench", "report", str(COMMITTED), "--run", run, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())
+    assert {"ttft_ms.p50", "hits.host"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("name", ["ttft", "throughput", "multiturn", "trace"])
+def test_runs_of_a_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = COMMITTED.with_name(f"{name}.jsonl")
+    assert cli.main(["bench", "report", str(path), "--list"]) == 0
     out = capsys.readouterr().out
-    assert "3.96x" in out  # 80K: stock 170.8 ms, peer 43.2 ms
+    runs = dict.fromkeys(str(row["run"]) for row in report.read_rows(path))
+    assert all(run in out for run in runs)
+    assert cli.main(["bench", "report", str(path)]) == 0
+    assert (f"The last of {len(runs)} runs" in capsys.readouterr().out) == (len(runs) > 1)
+    assert cli.main(["bench", "report", str(path), "--run", "nothing"]) == 2
+    assert next(iter(runs)) in capsys.readouterr().err, "it names those that there are"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rubbish", "Line 1 of"),
+        ("[1]", "Line 1 of"),
+        ('{"backend": "sglang", "mean_ttft_ms": 12.3}', "a row without bench, run"),
+        ('{"bench": "ttft"}', "a row of bench ttft without run"),
+        ('{"bench": "ttft", "run": "x"}', "a row of bench ttft without backend, prompt_tokens"),
+        ("", "has no rows"),
+    ],
+)
+def test_files_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    assert cli.main(["bench", "report", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
 
 
 def test_unfinished_last_line_is_passed_over(tmp_path: Path) -> None:
@@ -161,7 +239,7 @@ def test_unfinished_last_line_is_passed_over(tmp_path: Path) -> None:
     report.append_rows(path, [{"c": 3}])
     assert report.read_rows(path) == [{"c": 3}]
     path.write_text('{"b": \n{"a": 1}\n')
-    with pytest.raises(ConfigError, match="line 1"):
+    with pytest.raises(ConfigError, match="Line 1"):
         report.read_rows(path)
 
 
@@ -178,7 +256,7 @@ def test_unfinished_last_line_is_passed_over(tmp_path: Path) -> None:
 def test_verdicts(a: list[float], b: list[float], verdict: str) -> None:
     (change,) = compare.compare([ttft_row("dram", 256, a)], [ttft_row("dram", 256, b, run="s")])
     assert change.verdict == verdict
-    assert change.change == pytest.approx(stats.percentile(b, 50) / stats.percentile(a, 50) - 1)
+    assert change.change == pytest.approx(stats.median(b) / stats.median(a) - 1)
 
 
 def test_more_tokens_per_second_is_faster() -> None:
@@ -200,15 +278,11 @@ def test_what_b_did_not_measure_is_told(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_passes_put_together_have_rates_of_all() -> None:
-    more: dict[str, Any] = {"kv_bytes": 8_000_000, "link_gbps": 10.0}
-    passes = [
-        ttft_row("dram", 256, [ms], gbps=0.008 / ms * 1e3, link_share=1.0, transfer_hidden=0.9, **more)
-        for ms in (1.0, 3.0)
-    ]
+    more: dict[str, Any] = {"kv_bytes": 8_000_000, "floor_ms": 1.0}
+    passes = [ttft_row("dram", 256, [ms], gbps=8 / ms, over_floor=ms, **more) for ms in (1.0, 3.0)]
     (row,) = report.merged(passes)
     assert row["ttft_ms"]["p50"] == 2.0
-    assert (row["gbps"], row["link_share"]) == (4.0, 0.4)
-    assert "transfer_hidden" not in row
+    assert (row["gbps"], row["over_floor"]) == (4.0, 2.0)
 
 
 def test_compare_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,54 +301,16 @@ def test_compare_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_copies_compare_by_rate() -> None:
-    a = {"bench": "copy", "path": "p", "case": "c", "kernel": "k", "gbps": 300.0, "times_ms": [10.0, 10.1]}
-    assert compare.compare([a], [{**a, "gbps": 301.0}])[0].verdict == compare.NOISE
-    assert compare.compare([a], [{**a, "gbps": 350.0, "times_ms": [8.5, 8.6]}])[0].verdict == compare.FASTER
+    a = {"bench": "copy", "tier": "dram", "case": "c", "direction": "load", "gbps": 300.0, "gbps_all": [299.0, 301.0]}
+    assert compare.compare([a], [{**a, "gbps": 300.5, "gbps_all": [299.0, 302.0]}])[0].verdict == compare.NOISE
+    assert compare.compare([a], [{**a, "gbps": 350.0, "gbps_all": [349.0, 351.0]}])[0].verdict == compare.FASTER
 
 
-def documented_commands() -> list[str]:
-    """Every benchmark command in the documentation's code blocks."""
-    commands = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
-            lines = block.replace("\\\n", " ").splitlines()
-            commands += [line for line in lines if re.match(r"sglang-xmem |python3? scripts/kvcache_benchmark", line)]
-    return commands
-
-
-@pytest.mark.parametrize("command", documented_commands())
-def test_documented_commands_parse(command: str) -> None:
-    words = shlex.split(command, comments=True)
-    if words[0] == "sglang-xmem":
-        arguments = words[1:]
-    else:
-        sys.path.insert(0, str(ROOT / "scripts"))
-        arguments = importlib.import_module("kvcache_benchmark").command(words[2:])
-    assert cli.parser().parse_args(arguments).run
-
-
-def test_names_of_the_predecessors() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    command = importlib.import_module("kvcache_benchmark").command
-    assert command(["--ttft", "--backend", "both"]) == ["bench", "ttft", "--backends", "stock,auto"]
-    assert command(["--tput", "--backend", "cpu"]) == ["bench", "throughput", "--backends", "stock"]
-    assert command(["--ttft", "--backend", "xmem", "--quick"]) == ["bench", "ttft", "--backends", "auto", "--quick"]
-    assert json.dumps(command(["--tput"]))
-
-
-def test_outputs_that_are_all_alike_are_not_called_equal() -> None:
-    row = {
-        "bench": "ttft",
-        "run": "1",
-        "backend": "peer",
-        "prompt_tokens": 1024,
-        "ttft_ms": {"p50": 1.0, "min": 1.0, "max": 1.0, "p50_interval": [1.0, 1.0]},
-        "hits": {"device": 0, "host": 960},
-        "outputs_equal": True,
-        "samples": 1,
-        "samples_unproven": 0,
-    }
-    for tells, word in ((None, "equal"), (True, "equal"), (False, "alike")):
-        _, header, (line,), notes = report._ttft_table([{**row, "outputs_tell_prompts_apart": tells}])
-        assert line[header.index("outputs")] == word
-        assert any(note.startswith("alike:") for note in notes) == (tells is False)
+def test_outputs_that_are_all_alike_are_not_called_equal(capsys: pytest.CaptureFixture[str]) -> None:
+    for tells, words in (
+        (None, "each hit's are those"),
+        (True, "each hit's are those"),
+        (False, "say nothing of the KV"),
+    ):
+        report.print_table([ttft_row("dram", 1024, [1.0, 2.0], outputs_tell_prompts_apart=tells)])
+        assert words in capsys.readouterr().out

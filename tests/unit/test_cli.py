@@ -19,7 +19,7 @@ WITHOUT_TORCH = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "triton", "numpy", "sglang", "xmem"):
+        if name.partition(".")[0] in ("torch", "triton", "sglang", "xmem"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
 from sglang_xmem import cli

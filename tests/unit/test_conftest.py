@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parents[1]
 
 ENDLESS = """
@@ -25,8 +27,28 @@ def test_endless():
 """
 
 
-def test_tests_that_are_terminated_clean_up(tmp_path: Path) -> None:
-    (tmp_path / "test_endless.py").write_text(ENDLESS)
+#: Its first test takes an interrupt for its own; the second is never to run.
+SWALLOWS = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def test_that_handles_interrupts():
+    try:
+        (HERE / "begun").touch()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (HERE / "cleaned_up").touch()
+
+def test_that_comes_next():
+    (HERE / "went_on").touch()
+"""
+
+
+@pytest.mark.parametrize("tests", [ENDLESS, SWALLOWS])
+def test_tests_that_are_terminated_clean_up(tmp_path: Path, tests: str) -> None:
+    (tmp_path / "test_endless.py").write_text(tests)
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)],
         cwd=tmp_path,
@@ -42,3 +64,30 @@ def test_tests_that_are_terminated_clean_up(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert (tmp_path / "cleaned_up").exists()
+    assert not (tmp_path / "went_on").exists()
+
+
+IMPORTS_SGLANG = """
+import os
+
+def test_imports():
+    assert os.environ["SGLANG_USE_CPU_ENGINE"] == "1"
+    from transformers import Qwen3ForCausalLM
+"""
+
+
+@pytest.mark.cpu_engine
+def test_plain_pytest_has_the_cpu_engine(tmp_path: Path) -> None:
+    """Where the variable was not set when the interpreter started, and its .pth files were run."""
+    pytest.importorskip("sglang_cpu")
+    (tmp_path / "test_imports.py").write_text(IMPORTS_SGLANG)
+    environment = {name: value for name, value in os.environ.items() if name != "SGLANG_USE_CPU_ENGINE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
