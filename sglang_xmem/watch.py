@@ -112,11 +112,14 @@ class Watch:
 
     def look(self) -> None:
         """Forget what has ended, and end the process for what is overdue."""
+        if not self._deadline_s:
+            self._in_flight.clear()
+            return
         now = time.monotonic()
         for number, entry in list(self._in_flight.items()):
             if entry.done is not None and entry.done():
                 self._in_flight.pop(number, None)
-            elif self._deadline_s and now - entry.begun > self._deadline_s:
+            elif now - entry.begun > self._deadline_s:
                 self._in_flight.pop(number, None)
                 self._end(
                     f"A {entry.what} {self._describe()} has not ended within {self._deadline_s:g} s, so this rank ends "

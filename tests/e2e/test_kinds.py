@@ -30,7 +30,8 @@ class Way(NamedTuple):
 ENGINES: Mapping[str, Way] = {
     "stock": Way({}),
     "dram": Way(harness.XMEM_DRAM),
-    "dram lazy": Way(harness.XMEM_DRAM, {harness.LAZY: "1"}),
+    # Whoever asks whether a load has ended makes the lazy copier end it, so nothing watches.
+    "dram lazy": Way(harness.XMEM_DRAM, {harness.LAZY: "1", "SGLANG_XMEM_DEADLINE_S": "0"}),
 }
 
 
@@ -156,5 +157,7 @@ def test_every_part_of_a_lazy_load_is_waited_for(
     """Copies that wait for a reader all find one, and (the other tests) come in time for it."""
     outcome = outcome_of(engine, kind)
     lazy = outcome.result.lazy_loads
-    assert len(lazy) >= 1 + len(outcome.kind.loads)
+    pools = len(outcome.kind.loads)
+    # The hit's load, and one per control; a control that leaves out the only pool loads nothing.
+    assert len(lazy) >= 1 + (pools if pools > 1 else 0)
     assert [waited for waited, _ in lazy] == [parts for _, parts in lazy]
