@@ -25,6 +25,8 @@ BENCHMARKS = {
     "throughput": ("sglang_xmem.bench.throughput", "tokens/s by hit ratio and concurrency"),
     "multiturn": ("sglang_xmem.bench.multiturn", "agents with growing shared context, TTFT by turn"),
     "trace": ("sglang_xmem.bench.trace", "a recorded trace of requests, replayed"),
+    "copy": ("sglang_xmem.bench.copy", "verified page copies through each tier, GB/s"),
+    "soak": ("sglang_xmem.bench.soak", "many verified page copies through each tier, under load"),
     "report": ("sglang_xmem.bench.report", "table and plots of results"),
     "compare": ("sglang_xmem.bench.compare", "what changed between two results"),
 }

@@ -77,4 +77,4 @@ def test_trace(tmp_path: Path) -> None:
     assert row["samples"] == 12
     assert row["hit_ratio"]["host"] > 0.2
     assert row["hit_ratio"]["total"] > 0.9 * row["ideal_hit_ratio"]
-    assert row["prompt_tokens"] == sum(turn["input_length"] for turn in turns), "the recorded lengths"
+    assert row["prompt_tokens"] == sum(int(str(turn["input_length"])) for turn in turns), "the recorded lengths"
