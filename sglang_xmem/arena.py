@@ -22,12 +22,14 @@ import torch
 from sglang_xmem.copies import make_program
 from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
 from sglang_xmem.copies.geometry import Slab
+from sglang_xmem.errors import ConfigError
 from sglang_xmem.plan import Placement, describe_skipped
 
 if TYPE_CHECKING:
     from sglang_xmem.config import CopySettings
     from sglang_xmem.copies.counters import LayerCounters
-    from sglang_xmem.tiers import Region
+    from sglang_xmem.copies.policy import CopyPolicy
+    from sglang_xmem.tiers import MemoryTier, Region
 
 logger = logging.getLogger(__name__)
 
@@ -105,33 +107,60 @@ class Arena:
         self, placement: Placement, spaces: Sequence[SpaceSpec], *, device: torch.device, copy: CopySettings
     ) -> None:
         self.device = device
-        allocation = placement.allocate([(spec.pages * spec.frame_bytes, spec.frame_bytes) for spec in spaces])
-        self.tier = allocation.tier
-        self._regions = list(allocation.regions)
-        self.spaces = {spec.name: Space(spec, region) for spec, region in zip(spaces, allocation.regions, strict=True)}
+        self._placement = placement
+        self._copy = copy
+        self.spaces: dict[str, Space] = {}
         #: Compiled loads and stores, by what their maker knows them by.
         self.programs: dict[Any, Any] = {}
+        self.copier: PageCopier | None = None
+        self._regions: list[Region] = []
+        self._slabs: list[Slab] = []
+        self._views: list[tuple[int, torch.Tensor]] = []
         self._closed = False
         self._storage_lock = threading.Lock()  # storage threads may still run when the arena is closed
         self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        slabs = [slab for space in self.spaces.values() for slab in space.slabs]
-        self._views = [(slab.address, self._view(slab)) for slab in slabs]
-        self._slabs = slabs
-        self._copy = copy
-        self._policy = allocation.policy
-        self.copier: PageCopier | None = None
-        if device.type == "cuda":
+        self.tier, self._policy = self._take(spaces)
+
+    def extend(self, space: SpaceSpec) -> None:
+        """Add an index space, before the arena is used; `begin` has to follow.
+
+        Raises:
+            ConfigError: the arena's tier cannot hold it.
+        """
+        tier, _ = self._take([space])
+        if tier is not self.tier:
+            raise ConfigError(
+                f"tier {self.tier.name} cannot hold {space.name} beside the other pools. Lower --hicache-size or "
+                "--hicache-ratio."
+            )
+        self.programs.clear()
+
+    def _take(self, spaces: Sequence[SpaceSpec]) -> tuple[MemoryTier, CopyPolicy]:
+        """Allocate spaces, and say so."""
+        placement = self._placement
+        allocation = placement.allocate([(spec.pages * spec.frame_bytes, spec.frame_bytes) for spec in spaces])
+        self._regions += allocation.regions
+        for spec, region in zip(spaces, allocation.regions, strict=True):
+            space = self.spaces[spec.name] = Space(spec, region)
+            self._slabs += space.slabs
+            self._views += [(slab.address, self._view(slab, allocation.tier)) for slab in space.slabs]
+        if self.device.type == "cuda":
             self._warm_pinned_cache()
-        self.nbytes = sum(spec.pages * spec.frame_bytes for spec in spaces)
         logger.info(
             "sglang_xmem: tier=%s pool=%.2f GB (%s) in %s for %s%s",
-            self.tier.name,
-            self.nbytes / 1e9,
+            allocation.tier.name,
+            sum(spec.pages * spec.frame_bytes for spec in spaces) / 1e9,
             ", ".join(f"{spec.name}: {spec.pages} pages of {spec.frame_bytes} B" for spec in spaces),
-            "; ".join(sorted({region.summary for region in self._regions})),
-            device,
+            "; ".join(sorted({region.summary for region in allocation.regions})),
+            self.device,
             f"; skipped: {describe_skipped(placement.skipped)}" if placement.skipped else "",
         )
+        return allocation.tier, allocation.policy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all frames."""
+        return sum(space.spec.pages * space.spec.frame_bytes for space in self.spaces.values())
 
     def begin(self, steps: Sequence[Step]) -> None:
         """Make the copier. It is settled with all planes whether the GPU that is to execute copies reaches the pools.
@@ -294,9 +323,9 @@ class Arena:
                 return view[at - start : at - start + nbytes]
         raise RuntimeError(f"page {page} of {space} lies in no slab")
 
-    def _view(self, slab: Slab) -> torch.Tensor:
+    def _view(self, slab: Slab, tier: MemoryTier) -> torch.Tensor:
         """A slab's bytes as a uint8 tensor; valid until the arena is closed."""
-        device = torch.device("cpu") if self.tier.traits.cpu_addressable else self.device
+        device = torch.device("cpu") if tier.traits.cpu_addressable else self.device
         return bytes_at(slab.address, slab.frames * slab.frame_bytes, device)
 
     def _warm_pinned_cache(self) -> None:

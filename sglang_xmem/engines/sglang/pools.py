@@ -178,13 +178,38 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
     active.arenas.append(arena)
     for name, pool, description in described:
         _attach(active, arena, pool, description, placed.get(name))
-    views = active.pools[-len(described) :]
-    planes = [plane for view in views for planes in view.layers.values() for plane in planes]
     try:
-        arena.begin([Step(plane, 0, 0) for plane in planes])
+        arena.begin(_all_planes(active, arena))
     except CopyError as error:
         refuse(_sentence(error))
     setattr(group, _RESERVED, {name: placed[name] for name, _, description in later if description is not None})
+
+
+def adopt_another(active: Session, entry: Any) -> None:
+    """Put a pool with an index space of its own, which joins an adopted group, into the group's arena."""
+    if getattr(entry.host_pool, ADOPTED, None) is not None:
+        return
+    arena = active.arenas[-1]
+    name = _name(entry.name)
+    try:
+        description = describe(entry.host_pool)
+        section = None
+        if description is not None:
+            placed, frames = lay_out([(name, space_of(name), description.section_bytes)])
+            section = placed[name]
+            if section.space in arena.spaces:
+                raise Unsupported(f"pool {name} joins the index space {section.space} after its frames were made")
+            pages = -(-int(entry.host_pool.size) // description.slots)
+            arena.extend(SpaceSpec(section.space, pages, frames[section.space]))
+        _attach(active, arena, entry.host_pool, description, section)
+        arena.begin(_all_planes(active, arena))
+    except (Unsupported, ConfigError, CopyError) as error:
+        refuse(_sentence(error))
+
+
+def _all_planes(active: Session, arena: Arena) -> list[Step]:
+    views = [view for view in active.pools if view.layers and view.arena is arena]
+    return [Step(plane, 0, 0) for view in views for planes in view.layers.values() for plane in planes]
 
 
 def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
@@ -209,8 +234,14 @@ def _attach(active: Session, arena: Arena, pool: Any, description: Description |
     active.pools.append(view)
     setattr(pool, ADOPTED, view)
     pool.can_use_write_back_jit = False
+    # Some classes turn indices into page numbers here, or wait for the GPU to bring them to the CPU.
+    pool.prepare_transfer_indices = _as_they_are
     if description is not None:
         storage.attach(view)
+
+
+def _as_they_are(host_indices: Any, device_indices: Any, io_backend: str) -> tuple[Any, Any]:
+    return host_indices, device_indices
 
 
 def self_test(active: Session) -> None:

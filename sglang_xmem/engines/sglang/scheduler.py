@@ -153,6 +153,13 @@ def group_pools(result: Any, self: Any, entries: Any) -> None:
     self._refresh_transfer_capabilities()
 
 
+def group_another(result: Any, self: Any, entry: Any) -> None:
+    """Adopt a pool that joins a HostPoolGroup, unless it is a draft's, which is adopted by then (hook)."""
+    if not _measuring:
+        pools.adopt_another(session.current(), entry)
+        self._refresh_transfer_capabilities()
+
+
 def build_draft_sidecars(original: Any, *, draft_device_pools: Any, tree_cache: Any) -> Any:
     """Build a draft model's pools without memory, and adopt them (hook)."""
     with pools.tier_memory():

@@ -78,6 +78,13 @@ SCHEDULER_HOOKS = (
         "put host pools into a tier",
     ),
     Hook(
+        f"{_POOL_HOST}.group.HostPoolGroup.add_entry",
+        ("self", "entry"),
+        "after",
+        f"{_OURS}.scheduler:group_another",
+        "put host pools that come later into a tier",
+    ),
+    Hook(
         f"{_ASSEMBLER}.build_hicache_draft_sidecars",
         ("draft_device_pools", "tree_cache"),
         "around",
