@@ -130,7 +130,7 @@ class Arena:
         tier, _ = self._take([space])
         if tier is not self.tier:
             raise ConfigError(
-                f"tier {self.tier.name} cannot hold {space.name} beside the other pools. Lower --hicache-size or "
+                f"tier {self.tier.name} cannot hold {space.name} with the other pools. Lower --hicache-size or "
                 "--hicache-ratio."
             )
         self.programs.clear()

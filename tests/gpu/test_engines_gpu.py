@@ -5,7 +5,6 @@ The benchmarks' dummy weights cannot show this: their outputs are the same with 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ PAGE = 16
 WHOLE = (PROMPT_TOKENS - 1) // PAGE * PAGE
 TIERS: dict[str, dict[str, Any]] = {
     "dram": {"hicache_xmem_tier": "dram"},
-    "dram_staged": {"hicache_xmem_tier": "dram", "hicache_xmem_config": '{"copy": {"staging_mib": 1}}'},
     "dram_relayed": {"hicache_xmem_tier": "dram", "hicache_xmem_config": '{"dram": {"relays": [1]}}'},
     "peer": {"hicache_xmem_tier": "peer", "hicache_xmem_config": '{"peer": {"gpus": [1], "copy_on": "rank"}}'},
     "peer_copies": {
@@ -42,7 +40,7 @@ TIERS["peer_tp"] = {
     "disable_custom_all_reduce": True,
     "enforce_disable_flashinfer_allreduce_fusion": True,
 }
-GPUS = {"dram": 1, "dram_staged": 1, "dram_relayed": 2, "peer": 2, "peer_copies": 2, "peer_tp": 4}
+GPUS = {"dram": 1, "dram_relayed": 2, "peer": 2, "peer_copies": 2, "peer_tp": 4}
 TIER_NAMES = [pytest.param(name, marks=pytest.mark.gpus(count)) for name, count in GPUS.items()]
 
 
@@ -56,18 +54,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def patched(how: str) -> dict[str, str]:
-    """Environment of servers whose sglang_xmem is changed by patched/sitecustomize.py."""
-    path = os.pathsep.join(filter(None, [str(HERE / "patched"), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "SGLANG_XMEM_TEST_PATCH": how}
-
-
 def serve(model: Path, tier: str, steps: Sequence[Step] = EVICT_AND_ASK_AGAIN, **more: Any) -> Result:
     """Take a server of a tier through `steps`; `more` are its environment's variables in upper case, else options."""
     environment = {name: value for name, value in more.items() if name.isupper()}
     options = {name: value for name, value in more.items() if not name.isupper()}
-    if tier == "dram_staged":
-        environment |= patched("always_staged")
     options = {**GPU_OPTIONS, "hicache_use_xmem": True, **TIERS[tier], **options}
     return run(Spec("launch_server", str(model), options, steps, environment, start_timeout_s=400))
 
@@ -93,8 +83,6 @@ def test_a_tier_hit_gives_what_a_device_hit_gives(model: Path, tier: str) -> Non
     assert result.tier == tier.partition("_")[0]
     check(result)
     assert result.survivors == []
-    # 24 pages in slots of 8
-    assert ("a staged load of 3 chunks a layer" in result.log) == (tier == "dram_staged")
 
 
 @pytest.mark.parametrize("tier", TIER_NAMES)
@@ -119,8 +107,8 @@ def test_pages_come_back_from_storage_through_the_tier(model: Path, tier: str, t
 
 def test_a_load_that_is_left_out_is_noticed(model: Path) -> None:
     """Negative control: the very check used here has to fail."""
-    more: dict[str, Any] = {**patched("without_loads")}
-    result = serve(model, "dram", **more)
+    steps = [*EVICT_AND_ASK_AGAIN[:-2], ("leave_out", "kv"), *EVICT_AND_ASK_AGAIN[-2:]]
+    result = serve(model, "dram", steps)
     assert result.answers["tier_hit"].cached == {"device": 0, "host": WHOLE}
     with pytest.raises(AssertionError):
         check(result)
