@@ -244,6 +244,18 @@ def _as_they_are(host_indices: Any, device_indices: Any, io_backend: str) -> tup
     return host_indices, device_indices
 
 
+def used_fraction(active: Session, arena: Arena, space: str) -> float:
+    """How much of an arena's space holds KV cache: riders allocate nothing, so it is the fullest pool's part."""
+    return max(
+        (
+            1 - view.pool.available_size() / getattr(view.pool, "logical_size", view.pool.size)
+            for view in active.pools
+            if view.layers and view.arena is arena and view.section.space == space
+        ),
+        default=0.0,
+    )
+
+
 def self_test(active: Session) -> None:
     """Send a page of random bytes through every pool and back, before anything is served.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -192,6 +193,7 @@ def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
         pools.self_test(active)
     except CopyError as error:
         refuse(str(error))
+    active.used_fraction = functools.partial(pools.used_fraction, active)
     active.serve(_labels(self) if getattr(self, "enable_metrics", False) else None)
     result[INFO_KEY] = ",".join(active.tier_names())
     return result
