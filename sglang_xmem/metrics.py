@@ -94,7 +94,7 @@ class Exporter:
     """Brings a session's numbers to prometheus_client; for the watch thread alone.
 
     Args:
-        labels: of every series, besides the tier.
+        labels: of every series; the label tier is added.
         registry: for tests; prometheus_client's own by default.
     """
 
