@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
-from harness import EVICT_AND_ASK_AGAIN, GPU_OPTIONS, PROMPT_TOKENS, STORAGE_DIRECTORY, Result, Spec, Step, run
+from harness import EVICT_AND_ASK_AGAIN, GPU_OPTIONS, PROMPT_TOKENS, STORAGE_DIRECTORY, Answer, Result, Spec, Step, run
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +26,6 @@ PAGE = 16
 WHOLE = (PROMPT_TOKENS - 1) // PAGE * PAGE
 TIERS: dict[str, dict[str, Any]] = {
     "dram": {"hicache_xmem_tier": "dram"},
-    "dram_staged": {"hicache_xmem_tier": "dram", "hicache_xmem_config": '{"copy": {"staging_mib": 1}}'},
     "dram_relayed": {"hicache_xmem_tier": "dram", "hicache_xmem_config": '{"dram": {"relays": [1]}}'},
     "peer": {"hicache_xmem_tier": "peer", "hicache_xmem_config": '{"peer": {"gpus": [1], "copy_on": "rank"}}'},
     "peer_copies": {
@@ -42,7 +42,7 @@ TIERS["peer_tp"] = {
     "disable_custom_all_reduce": True,
     "enforce_disable_flashinfer_allreduce_fusion": True,
 }
-GPUS = {"dram": 1, "dram_staged": 1, "dram_relayed": 2, "peer": 2, "peer_copies": 2, "peer_tp": 4}
+GPUS = {"dram": 1, "dram_relayed": 2, "peer": 2, "peer_copies": 2, "peer_tp": 4}
 TIER_NAMES = [pytest.param(name, marks=pytest.mark.gpus(count)) for name, count in GPUS.items()]
 
 
@@ -72,6 +72,14 @@ def serve(model: Path, tier: str, steps: Sequence[Step] = EVICT_AND_ASK_AGAIN, *
     return run(Spec("launch_server", str(model), options, steps, environment, start_timeout_s=400))
 
 
+def same_bits(found: Answer, hit: Answer, again: Answer) -> None:
+    """A hit's log probabilities are those of a device hit, where the engine repeats those; else a warning says so."""
+    if hit.logprobs == again.logprobs:
+        assert found.logprobs == hit.logprobs
+    else:
+        warnings.warn("this engine does not repeat itself to the last bit, so bits were not compared", stacklevel=2)
+
+
 def check(result: Result) -> None:
     """The tier hit came from the tier, and gave what hits in the GPU's own pool gave.
 
@@ -82,8 +90,7 @@ def check(result: Result) -> None:
     assert hit.cached == {"device": WHOLE, "host": 0}
     assert tier.cached == {"device": 0, "host": WHOLE}
     assert tier.output_ids == hit.output_ids
-    if hit.logprobs == again.logprobs:  # the engine repeats itself to the last bit
-        assert tier.logprobs == hit.logprobs
+    same_bits(tier, hit, again)
     assert answers["changed"].output_ids != hit.output_ids  # else outputs would say nothing of the KV
 
 
@@ -93,8 +100,6 @@ def test_a_tier_hit_gives_what_a_device_hit_gives(model: Path, tier: str) -> Non
     assert result.tier == tier.partition("_")[0]
     check(result)
     assert result.survivors == []
-    # 24 pages in slots of 8
-    assert ("a staged load of 3 chunks a layer" in result.log) == (tier == "dram_staged")
 
 
 @pytest.mark.parametrize("tier", TIER_NAMES)
@@ -113,8 +118,7 @@ def test_pages_come_back_from_storage_through_the_tier(model: Path, tier: str, t
     assert stored.cached.get("host", 0) + stored.cached.get("storage", 0) == WHOLE
     assert hit.cached["device"] == WHOLE
     assert stored.output_ids == hit.output_ids
-    if hit.logprobs == again.logprobs:
-        assert stored.logprobs == hit.logprobs
+    same_bits(stored, hit, again)
 
 
 def test_a_load_that_is_left_out_is_noticed(model: Path) -> None:
