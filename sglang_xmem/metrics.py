@@ -114,19 +114,19 @@ class Exporter:
             family.key: (family, client.Counter(PREFIX + family.name, family.help, [*names, family.label], **of))
             for family in FAMILIES
         }
-        self._histograms = {
-            kind.name: client.Histogram(
-                PREFIX + kind.name, kind.help, [*names, "direction"], buckets=kind.buckets, **of
-            )
+        histograms = [
+            client.Histogram(PREFIX + kind.name, kind.help, [*names, "direction"], buckets=kind.buckets, **of)
             for kind in HISTOGRAMS
+        ]
+        self._copies = {
+            direction: [histogram.labels(**self._labels, direction=direction) for histogram in histograms]
+            for direction in DIRECTIONS
         }
-        self._exported: dict[str, int] = {}
+        #: Of each key of the session's counts: its counter, what a count is multiplied by, and what was exported.
+        self._counters: dict[str, tuple[Any, float, int]] = {}
         for family in FAMILIES:
             for value in family.known:
                 self._add(f"{family.key}:{value}", 0)
-        for histogram in self._histograms.values():
-            for direction in DIRECTIONS:
-                histogram.labels(**self._labels, direction=direction)
         info = gauge(INFO, "copier")
         for arena in session.arenas:
             if arena.copier is not None:
@@ -148,14 +148,17 @@ class Exporter:
 
     def observe(self, copy: InFlight) -> None:
         """Note a copy that has ended."""
-        labels = {**self._labels, "direction": copy.what}
-        self._histograms[SECONDS.name].labels(**labels).observe(copy.seconds())
-        self._histograms[BYTES.name].labels(**labels).observe(copy.nbytes)
+        seconds, nbytes = self._copies[copy.what]
+        seconds.observe(copy.seconds())
+        nbytes.observe(copy.nbytes)
 
     def _add(self, key: str, value: int) -> None:
-        name, _, label = key.partition(":")
-        if name in self._families:
+        if key not in self._counters:
+            name, _, label = key.partition(":")
+            if name not in self._families:
+                return
             family, counter = self._families[name]
-            more = (value - self._exported.get(key, 0)) * family.scale
-            counter.labels(**self._labels, **{family.label: label}).inc(more)
-            self._exported[key] = value
+            self._counters[key] = (counter.labels(**self._labels, **{family.label: label}), family.scale, 0)
+        counter, scale, exported = self._counters[key]
+        counter.inc((value - exported) * scale)
+        self._counters[key] = (counter, scale, value)
