@@ -18,6 +18,7 @@ INTERRUPTED = 130
 #: Commands by name: the module, which has `add_arguments`, `run` and a docstring, and what the command is for.
 COMMANDS = {
     "mtierd": ("sglang_xmem.mtier.daemon", "share banks of memory among engines"),
+    "top": ("sglang_xmem.top", "a server's tier, live in the terminal"),
     "doctor": ("sglang_xmem.doctor", "what this machine has, and which tier it would get"),
 }
 BENCHMARKS = {

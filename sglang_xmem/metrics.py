@@ -1,83 +1,164 @@
 """Prometheus metrics of a rank, through SGLang's own endpoint.
 
-The hot path bumps plain integers of the session (`Session.counts`); the watch thread exports them once per second.
-Imports prometheus_client on use: SGLang sets its multiprocess folder first.
+The hot path bumps plain integers of the session (`Session.counts`), whose keys are "FAMILY" or "FAMILY:LABEL"; the
+watch thread exports them once per second, and observes each copy when it has ended. A new label, such as another
+reason of failure, needs no change here. Imports prometheus_client on use: SGLang sets its multiprocess folder first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sglang_xmem.session import Session
+    from sglang_xmem.watch import InFlight
+
+PREFIX = "sglang:xmem_"
 
 
-class Metric(NamedTuple):
-    """A series.
+class Gauge(NamedTuple):
+    """A number that goes up and down."""
+
+    name: str
+    help: str
+
+
+class Family(NamedTuple):
+    """Counters that differ in one label.
 
     Attributes:
-        name: without the prefix.
-        kind: "counter" or "gauge".
-        key: of `Session.counts`, for counters.
+        key: of `Session.counts`, before the colon.
+        name: of the counter, without the prefix.
+        label: name of the label.
+        known: values that are exported as 0 from the start, so that rates of the first event are seen.
         scale: what a count is multiplied by.
     """
 
+    key: str
     name: str
-    kind: str
     help: str
-    key: str = ""
+    label: str
+    known: tuple[str, ...]
     scale: float = 1.0
 
 
-PREFIX = "sglang:xmem_"
-METRICS = (
-    Metric("tier_capacity_bytes", "gauge", "Bytes of this rank's pool in the tier."),
-    Metric("tier_healthy", "gauge", "1 while the tier's copies work, 0 when they had to be made another way."),
-    Metric("loads_total", "counter", "Loads from the tier.", "loads"),
-    Metric("stores_total", "counter", "Stores to the tier.", "stores"),
-    Metric("load_pages_total", "counter", "Pages loaded from the tier, all pools.", "load_pages"),
-    Metric("store_pages_total", "counter", "Pages stored in the tier, all pools.", "store_pages"),
-    Metric("load_bytes_total", "counter", "Bytes loaded from the tier.", "load_bytes"),
-    Metric("store_bytes_total", "counter", "Bytes stored in the tier.", "store_bytes"),
-    Metric("load_enqueue_seconds_total", "counter", "Scheduler thread's time in loads.", "load_ns", 1e-9),
-    Metric("store_enqueue_seconds_total", "counter", "Scheduler thread's time in stores.", "store_ns", 1e-9),
-    Metric("fallback_loads_total", "counter", "Loads made launch by launch, layer by layer.", "loads_by_layers"),
-    Metric("copy_refusals_total", "counter", "Copies that the copier refused.", "refusals"),
-    Metric("storage_reads_total", "counter", "Pages read by storage backends.", "storage_reads"),
-    Metric("storage_writes_total", "counter", "Pages written by storage backends.", "storage_writes"),
+class Histogram(NamedTuple):
+    """A distribution over copies that have ended; label `direction`."""
+
+    name: str
+    help: str
+    buckets: tuple[float, ...]
+
+
+CAPACITY = Gauge("tier_capacity_bytes", "Bytes of this rank's pages in the tier.")
+USED = Gauge("tier_used_bytes", "Bytes of pages in the tier that hold KV cache.")
+PINNED = Gauge("tier_pinned_bytes", "Bytes of pages that loads and stores in flight hold, so nothing evicts them.")
+HEALTHY = Gauge("tier_healthy", "1 while the tier's copies work, 0 once one had to be made another way.")
+INFO = Gauge("tier_info", "1; its label copier says what executes the copies.")
+GAUGES = (CAPACITY, USED, PINNED, HEALTHY, INFO)
+
+SECONDS = Histogram(
+    "copy_seconds",
+    "Seconds of a load or store, from its first byte to its last.",
+    (50e-6, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+)
+BYTES = Histogram("copy_bytes", "Bytes of a load or store.", tuple(float(4**n << 16) for n in range(9)))
+HISTOGRAMS = (SECONDS, BYTES)
+
+DIRECTIONS = ("load", "store")
+FAMILIES = (
+    Family("pages", "copy_pages_total", "Pages copied, all pools.", "direction", DIRECTIONS),
+    Family(
+        "enqueue_ns", "copy_enqueue_seconds_total", "Scheduler thread's time in copies.", "direction", DIRECTIONS, 1e-9
+    ),
+    Family("failures", "failures_total", "Loads and stores that failed, by reason.", "reason", ("refused",)),
+    Family("fallbacks", "fallbacks_total", "Copies made a slower way.", "kind", ("plain", "layers")),
+    Family("integrity", "integrity_checks_total", "Pages whose bytes were checked.", "result", ("ok", "mismatch")),
+    Family("storage", "storage_pages_total", "Pages that storage backends moved.", "operation", ("read", "write")),
 )
 
 
+def series() -> Iterator[str]:
+    """Names of all series, as Prometheus shows them."""
+    for gauge in GAUGES:
+        yield PREFIX + gauge.name
+    for family in FAMILIES:
+        yield PREFIX + family.name
+    for histogram in HISTOGRAMS:
+        for suffix in ("bucket", "sum", "count"):
+            yield f"{PREFIX}{histogram.name}_{suffix}"
+
+
 class Exporter:
-    """Brings a session's numbers to prometheus_client.
+    """Brings a session's numbers to prometheus_client; for the watch thread alone.
 
     Args:
-        labels: of every series, besides the tier.
+        labels: of every series; the label tier is added.
+        registry: for tests; prometheus_client's own by default.
     """
 
-    def __init__(self, session: Session, labels: Mapping[str, str]) -> None:
-        import prometheus_client
+    def __init__(self, session: Session, labels: Mapping[str, str], registry: Any = None) -> None:
+        import prometheus_client as client
 
         self._session = session
-        self._labels = {**labels, "tier": ",".join(session.tier_names())}
+        self._labels = {**labels, "tier": "+".join(dict.fromkeys(session.tier_names()))}
         names = sorted(self._labels)
-        self._series: dict[str, Any] = {}
-        self._exported: dict[str, float] = {}
-        for metric in METRICS:
-            if metric.kind == "counter":
-                made: Any = prometheus_client.Counter(PREFIX + metric.name, metric.help, names)
-            else:
-                made = prometheus_client.Gauge(PREFIX + metric.name, metric.help, names, multiprocess_mode="mostrecent")
-            self._series[metric.name] = made.labels(**self._labels)
+        of = {} if registry is None else {"registry": registry}
+
+        def gauge(kind: Gauge, *more: str) -> Any:
+            return client.Gauge(PREFIX + kind.name, kind.help, [*names, *more], multiprocess_mode="mostrecent", **of)
+
+        self._gauges = {kind.name: gauge(kind) for kind in GAUGES if kind is not INFO}
+        self._families = {
+            family.key: (family, client.Counter(PREFIX + family.name, family.help, [*names, family.label], **of))
+            for family in FAMILIES
+        }
+        histograms = [
+            client.Histogram(PREFIX + kind.name, kind.help, [*names, "direction"], buckets=kind.buckets, **of)
+            for kind in HISTOGRAMS
+        ]
+        self._copies = {
+            direction: [histogram.labels(**self._labels, direction=direction) for histogram in histograms]
+            for direction in DIRECTIONS
+        }
+        #: Of each key of the session's counts: its counter, what a count is multiplied by, and what was exported.
+        self._counters: dict[str, tuple[Any, float, int]] = {}
+        for family in FAMILIES:
+            for value in family.known:
+                self._add(f"{family.key}:{value}", 0)
+        info = gauge(INFO, "copier")
+        for arena in session.arenas:
+            if arena.copier is not None:
+                info.labels(**{**self._labels, "tier": arena.tier.name}, copier=arena.copier.describe()).set(1)
 
     def export(self) -> None:
-        """Add what was counted since the last call."""
+        """Set gauges, and add what was counted since the last call."""
         session = self._session
-        self._series["tier_capacity_bytes"].set(sum(arena.nbytes for arena in session.arenas))
-        self._series["tier_healthy"].set(float(session.healthy))
-        for metric in METRICS:
-            if metric.kind == "counter":
-                value = session.counts[metric.key] * metric.scale
-                self._series[metric.name].inc(max(0.0, value - self._exported.get(metric.name, 0.0)))
-                self._exported[metric.name] = value
+        for gauge, by_tier in (
+            (CAPACITY, session.capacity_bytes()),
+            (USED, session.used_bytes()),
+            (PINNED, session.pinned_bytes()),
+        ):
+            for tier, nbytes in by_tier.items():
+                self._gauges[gauge.name].labels(**{**self._labels, "tier": tier}).set(nbytes)
+        self._gauges[HEALTHY.name].labels(**self._labels).set(float(session.healthy))
+        for key, value in list(session.counts.items()):
+            self._add(key, value)
+
+    def observe(self, copy: InFlight) -> None:
+        """Note a copy that has ended."""
+        seconds, nbytes = self._copies[copy.what]
+        seconds.observe(copy.seconds())
+        nbytes.observe(copy.nbytes)
+
+    def _add(self, key: str, value: int) -> None:
+        if key not in self._counters:
+            name, _, label = key.partition(":")
+            if name not in self._families:
+                return
+            family, counter = self._families[name]
+            self._counters[key] = (counter.labels(**self._labels, **{family.label: label}), family.scale, 0)
+        counter, scale, exported = self._counters[key]
+        counter.inc((value - exported) * scale)
+        self._counters[key] = (counter, scale, value)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sglang_xmem.watch import Watch
+import msgspec
+
+from sglang_xmem.plan import describe_skipped
+from sglang_xmem.watch import InFlight, Watch
 
 if TYPE_CHECKING:
     from sglang_xmem.arena import Arena
@@ -23,7 +26,9 @@ class Session:
         arenas: of this rank, in the order they were made.
         pools: the engine's pools that live in them, as its adapter knows them.
         notes: what to log as soon as logging is set up.
-        counts: events by name, such as "loads" or "fallback_loads"; plain integers, since the hot path bumps them.
+        counts: events by name, such as "pages:load" or "failures:refused" (metrics.py); plain integers, since the hot
+            path bumps them.
+        used_fraction: how much of an arena's space holds KV cache, by the engine's allocator: of (arena, space's name).
     """
 
     def __init__(self, plan: Plan, placement: Placement, deadline_s: float = 30.0) -> None:
@@ -35,7 +40,8 @@ class Session:
         self.counts: Counter[str] = Counter()
         #: False once a copy was refused and had to be made another way.
         self.healthy = True
-        self.watch = Watch(deadline_s, self._where, self._export)
+        self.used_fraction: Callable[[Arena, str], float] = lambda arena, space: 0.0
+        self.watch = Watch(deadline_s, self._where, self._export, finished=self._observe)
         self._exporter: Exporter | None = None
 
     def serve(self, labels: Mapping[str, str] | None) -> None:
@@ -50,6 +56,33 @@ class Session:
         if self._exporter is not None:
             self._exporter.export()
 
+    def _observe(self, copy: InFlight) -> None:
+        if self._exporter is not None:
+            self._exporter.observe(copy)
+
+    def capacity_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's pages, by tier."""
+        return self._by_tier(lambda arena: arena.nbytes)
+
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes of pages that hold KV cache, by tier."""
+        return self._by_tier(
+            lambda arena: sum(
+                round(self.used_fraction(arena, name) * space.spec.pages) * space.spec.frame_bytes
+                for name, space in arena.spaces.items()
+            )
+        )
+
+    def pinned_bytes(self) -> dict[str, int]:
+        """Bytes of pages that copies in flight hold, by tier; a rank's copies are all with its first tier."""
+        return dict.fromkeys(self.tier_names()[:1], self.watch.in_flight_bytes())
+
+    def _by_tier(self, nbytes: Callable[[Arena], int]) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for arena in self.arenas:
+            found[arena.tier.name] += nbytes(arena)
+        return dict(found)
+
     def _where(self) -> str:
         return f"of tier {', '.join(self.tier_names())}"
 
@@ -57,13 +90,24 @@ class Session:
         """Tiers of the arenas, for the launcher and for logs."""
         return [arena.tier.name for arena in self.arenas]
 
+    def _configuration(self) -> dict[str, Any]:
+        """The user's settings, defaults included, as far as they concern this rank's tiers."""
+        options = self.plan.options
+        settings = {name: options.tiers[name] for name in self.tier_names()}
+        found: dict[str, Any] = msgspec.to_builtins({"tier": options.tier, "copy": options.copy, **settings})
+        return found
+
     def describe(self) -> dict[str, Any]:
         """Facts of this rank for status pages."""
         return {
             "tiers": self.tier_names(),
             "healthy": self.healthy,
             "copiers": [arena.copier.describe() for arena in self.arenas if arena.copier is not None],
-            "bytes": [arena.nbytes for arena in self.arenas],
+            "capacity_bytes": self.capacity_bytes(),
+            "used_bytes": self.used_bytes(),
+            "pinned_bytes": self.pinned_bytes(),
+            "configuration": self._configuration(),
+            "skipped": describe_skipped(self.plan.skipped),
             "counts": dict(self.counts),
         }
 

@@ -52,13 +52,22 @@ class InFlight:
     """A load or store that has begun.
 
     Attributes:
+        nbytes: bytes that it moves.
         done: whether it has ended; None while it is being enqueued.
+        elapsed_s: how long it took on the device, once it has ended; None where the device does not say.
     """
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.begun = time.monotonic()
+        self.enqueued = self.begun
+        self.nbytes = 0
         self.done: Callable[[], bool] | None = None
+        self.elapsed_s: Callable[[], float] | None = None
+
+    def seconds(self) -> float:
+        """How long it took; where the device does not say, as on a CPU, which copies at once, how long to enqueue."""
+        return self.enqueued - self.begun if self.elapsed_s is None else self.elapsed_s()
 
 
 class Watch:
@@ -69,6 +78,7 @@ class Watch:
         describe: names the tier, for the sentence.
         each_look: called every second, to export numbers; an exception is swallowed, for serving matters more.
         end: ends the process; for tests.
+        finished: called for each copy that has ended; an exception is swallowed too.
     """
 
     def __init__(
@@ -77,11 +87,13 @@ class Watch:
         describe: Callable[[], str],
         each_look: Callable[[], None] | None = None,
         end: Callable[[str], None] | None = None,
+        finished: Callable[[InFlight], None] | None = None,
     ) -> None:
         self._deadline_s = deadline_s
         self._describe = describe
         self._each_look = each_look
         self._end = end or end_rank
+        self._finished = finished
         self._numbers = itertools.count()
         self._in_flight: dict[int, InFlight] = {}
         self._stopped = threading.Event()
@@ -107,25 +119,30 @@ class Watch:
         except BaseException:
             self._in_flight.pop(number, None)
             raise
+        entry.enqueued = time.monotonic()
         if entry.done is None:
             self._in_flight.pop(number, None)
 
     def look(self) -> None:
-        """Forget what has ended, and end the process for what is overdue."""
-        if not self._deadline_s:
-            self._in_flight.clear()
-            return
+        """Report and forget what has ended, and end the process for what is overdue."""
         now = time.monotonic()
         for number, entry in list(self._in_flight.items()):
             if entry.done is not None and entry.done():
                 self._in_flight.pop(number, None)
-            elif now - entry.begun > self._deadline_s:
+                if self._finished is not None:
+                    with suppress(Exception):
+                        self._finished(entry)
+            elif self._deadline_s and now - entry.begun > self._deadline_s:
                 self._in_flight.pop(number, None)
                 self._end(
                     f"A {entry.what} {self._describe()} has not ended within {self._deadline_s:g} s, so this rank ends "
                     "and its supervisor can start it again. Look for errors of the GPUs (nvidia-smi, dmesg), or raise "
                     f"{DEADLINE_VARIABLE}."
                 )
+
+    def in_flight_bytes(self) -> int:
+        """Bytes of the copies that have begun and not been seen to end."""
+        return sum(entry.nbytes for entry in list(self._in_flight.values()))
 
     def _run(self) -> None:
         looks = 0

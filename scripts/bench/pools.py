@@ -249,7 +249,7 @@ def check(kind: str, tier: str, model: Path, gpu: bool) -> dict[str, Any]:
         counts = server.counts()
     finally:
         server.engine.shutdown()
-    loads = counts.get("loads", 0) - before.get("loads", 0)
+    loads = counts.get("copies:load", 0) - before.get("copies:load", 0)
     return {
         "equal": all(each["ids"] == hit["ids"] and each["logprobs"] == hit["logprobs"] for each in hits),
         "from_tier": [each["cached"].get("host", 0) for each in hits],
@@ -257,8 +257,8 @@ def check(kind: str, tier: str, model: Path, gpu: bool) -> dict[str, Any]:
         "prompt_tokens": len(asked),
         "prefix_matters": other["ids"] != hit["ids"],
         "accepted": {"hbm": hit["accepted"], "tier": [each["accepted"] for each in hits]},
-        "launches_per_load": None if not loads else 1 if not counts.get("loads_by_layers") else "by layers",
-        "enqueue_us": (counts["load_ns"] - before.get("load_ns", 0)) / 1e3 / loads if loads else None,
+        "launches_per_load": None if not loads else 1 if not counts.get("fallbacks:layers") else "by layers",
+        "enqueue_us": (counts["enqueue_ns:load"] - before.get("enqueue_ns:load", 0)) / 1e3 / loads if loads else None,
         "counts": counts,
         "start_s": round(server.start_s, 1),
     }
@@ -301,7 +301,7 @@ def ttft(kind: str, shape: Path, tier: str, tokens: int, rounds: int) -> dict[st
         counts = server.counts()
     finally:
         server.engine.shutdown()
-    loads = counts.get("loads", 0) - before.get("loads", 0)
+    loads = counts.get("copies:load", 0) - before.get("copies:load", 0)
     proven = [each["ms"] for each in hits if each["cached"].get("host", 0) > 0.9 * tokens]
     in_hbm = [each["ms"] for each in hbm if each["cached"].get("device", 0) > 0.9 * tokens]
     return {
@@ -311,7 +311,7 @@ def ttft(kind: str, shape: Path, tier: str, tokens: int, rounds: int) -> dict[st
         "tier_median_ms": round(statistics.median(proven), 2) if proven else None,
         "hbm_median_ms": round(statistics.median(in_hbm), 2) if in_hbm else None,
         "cached": [each["cached"] for each in hits],
-        "enqueue_us": (counts["load_ns"] - before.get("load_ns", 0)) / 1e3 / loads if loads else None,
+        "enqueue_us": (counts["enqueue_ns:load"] - before.get("enqueue_ns:load", 0)) / 1e3 / loads if loads else None,
         "counts": counts,
         "start_s": round(server.start_s, 1),
     }

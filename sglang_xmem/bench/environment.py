@@ -16,11 +16,11 @@ import sglang_xmem
 from sglang_xmem.doctor import facts
 
 
-def describe() -> dict[str, Any]:
-    """A JSON object for the head of a result."""
+def describe(program: str = "sglang-xmem") -> dict[str, Any]:
+    """A JSON object for the head of a result that `program` made."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["sglang-xmem", *sys.argv[1:]]),
+        "command": shlex.join([program, *sys.argv[1:]]),
         "commit": os.environ.get("SGLANG_XMEM_COMMIT") or _commit(),
         "versions": facts.versions(),
         "gpus": [gpu["name"] for gpu in facts.gpu_list()[0]],

@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", default=None, dest="run_id", help="id of a run in it, see --list; default: the last")
     parser.add_argument("--list", action="store_true", help="the file's runs, and nothing else")
     parser.add_argument("--json", action="store_true", help="a flat JSON object a row on stdout, such as pandas reads")
+    # Plots were the default in 0.1.0, and this its off switch.
+    parser.add_argument("--no-plots", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, default=None, metavar="NAME.png", help="also plot; .png, .svg or .pdf")
 
 
@@ -442,7 +444,17 @@ def _rate(gbps: float | None) -> str:
 
 def _soak_table(rows: list[Row]) -> Table:
     done = [row for row in rows if "page_copies" in row]
-    lines = [[r["tier"], str(r["page_copies"]), str(r["wrong"]), f"{r['seconds']:.0f}", str(r["gpu"])] for r in done]
+    lines = [
+        [
+            # Rows of scripts/bench/serving_soak.py: a server per write policy.
+            r["tier"] + (f", {r['policy']}" if "policy" in r else ""),
+            str(r["page_copies"]),
+            str(r["wrong"]),
+            f"{r['seconds']:.0f}",
+            str(r["gpu"]),
+        ]
+        for r in done
+    ]
     notes = [f"{row['tier']}: skipped: {row['skipped']}" for row in rows if "skipped" in row]
     return "Verified page copies under load", ["tier", "page copies", "wrong", "seconds", "GPU"], lines, notes
 

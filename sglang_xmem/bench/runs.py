@@ -320,13 +320,14 @@ class Results:
     Args:
         bench: name of the benchmark.
         args: the command's, with `output`.
+        program: that makes them.
         about: of every row; `machine` is added.
     """
 
-    def __init__(self, bench: str, args: argparse.Namespace, **about: Any) -> None:
+    def __init__(self, bench: str, args: argparse.Namespace, *, program: str = "sglang-xmem", **about: Any) -> None:
         self.path: Path = args.output
         self.run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-        made_by = environment.describe()
+        made_by = environment.describe(program)
         self.head = {"bench": bench, "run": self.run, "machine": environment.machine(made_by["gpus"]), **about}
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, list))}
         try:

@@ -300,6 +300,12 @@ def test_compare_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "compare", runs[0], "nothing", "--results", str(COMMITTED.parent)]) == 2
 
 
+@pytest.mark.parametrize(("gbps", "words"), [(0.00412, "0.00412"), (0.5, "0.5"), (391.44, "391"), (None, "-")])
+def test_slow_copies_have_a_rate_too(gbps: float | None, words: str) -> None:
+    """Those of a host without a GPU were 0.0 GB/s."""
+    assert report._rate(gbps) == words
+
+
 def test_copies_compare_by_rate() -> None:
     a = {"bench": "copy", "tier": "dram", "case": "c", "direction": "load", "gbps": 300.0, "gbps_all": [299.0, 301.0]}
     assert compare.compare([a], [{**a, "gbps": 300.5, "gbps_all": [299.0, 302.0]}])[0].verdict == compare.NOISE

@@ -148,16 +148,9 @@ def test_no_flag_gives_stock_hicache_in_a_server(tiny_model: Path) -> None:
             1, {"hicache_write_policy": "write_back", "hicache_xmem_config": {"dram": {}}}, id="page 1, write_back"
         ),
         pytest.param(64, {"hicache_write_policy": "write_through_selective"}, id="page 64, write_through_selective"),
-        pytest.param(
-            16,
-            {"kv_cache_dtype": "fp8_e4m3"},
-            id="page 16, write_through, fp8",
-            # Bytes are bytes to the copiers, and their own tests cover rows of one-byte elements.
-            marks=pytest.mark.skip("SGLang's CPU engine has fp8 KV only with Intel AMX and its kernels"),
-        ),
     ],
 )
-def test_page_sizes_policies_and_dtypes(tiny_model: Path, page_size: int, options: dict[str, Any]) -> None:
+def test_page_sizes_and_policies(tiny_model: Path, page_size: int, options: dict[str, Any]) -> None:
     result = run(Spec("engine", str(tiny_model), {**XMEM_DRAM, "page_size": page_size, **options}))
     check_tier_hit(result.answers, page_size)
     check_ended(result)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
-from harness import EVICT_AND_ASK_AGAIN, GPU_OPTIONS, PROMPT_TOKENS, STORAGE_DIRECTORY, Result, Spec, Step, run
+from harness import EVICT_AND_ASK_AGAIN, GPU_OPTIONS, PROMPT_TOKENS, STORAGE_DIRECTORY, Answer, Result, Spec, Step, run
 
 pytestmark = pytest.mark.gpu
 
@@ -62,6 +63,14 @@ def serve(model: Path, tier: str, steps: Sequence[Step] = EVICT_AND_ASK_AGAIN, *
     return run(Spec("launch_server", str(model), options, steps, environment, start_timeout_s=400))
 
 
+def same_bits(found: Answer, hit: Answer, again: Answer) -> None:
+    """A hit's log probabilities are those of a device hit, where the engine repeats those; else a warning says so."""
+    if hit.logprobs == again.logprobs:
+        assert found.logprobs == hit.logprobs
+    else:
+        warnings.warn("this engine does not repeat itself to the last bit, so bits were not compared", stacklevel=2)
+
+
 def check(result: Result) -> None:
     """The tier hit came from the tier, and gave what hits in the GPU's own pool gave.
 
@@ -72,8 +81,7 @@ def check(result: Result) -> None:
     assert hit.cached == {"device": WHOLE, "host": 0}
     assert tier.cached == {"device": 0, "host": WHOLE}
     assert tier.output_ids == hit.output_ids
-    if hit.logprobs == again.logprobs:  # the engine repeats itself to the last bit
-        assert tier.logprobs == hit.logprobs
+    same_bits(tier, hit, again)
     assert answers["changed"].output_ids != hit.output_ids  # else outputs would say nothing of the KV
 
 
@@ -101,8 +109,7 @@ def test_pages_come_back_from_storage_through_the_tier(model: Path, tier: str, t
     assert stored.cached.get("host", 0) + stored.cached.get("storage", 0) == WHOLE
     assert hit.cached["device"] == WHOLE
     assert stored.output_ids == hit.output_ids
-    if hit.logprobs == again.logprobs:
-        assert stored.logprobs == hit.logprobs
+    same_bits(stored, hit, again)
 
 
 def test_a_load_that_is_left_out_is_noticed(model: Path) -> None:

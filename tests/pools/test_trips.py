@@ -105,6 +105,27 @@ def test_random_schedules(pools: Pools) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    "pools", [case for case in _small(tuple(KINDS)) if case[0].name == "xmem"], indirect=True, ids=_name
+)
+def test_counts_and_bytes_in_use(pools: Pools) -> None:
+    """What a session says of pages in use and of bytes moved is what was allocated and moved, for every pool class."""
+    from sglang_xmem import session
+    from sglang_xmem.engines.sglang.pools import used_fraction
+
+    active = session.current()
+    trip = Trip(pools)
+    before = {space: used_fraction(active, active.arenas[0], space) for space in active.arenas[0].spaces}
+    host = {space: trip.host_pages(space, 2) for space in trip.spaces}
+    trip.store({space: trip.pick(space, 2) for space in trip.spaces}, host)
+    for name, space in active.arenas[0].spaces.items():
+        held = used_fraction(active, active.arenas[0], name) - before[name]
+        assert round(held * space.spec.pages) == 2
+    moved = sum(each.section.nbytes for each in active.pools if each.layers)
+    assert active.counts["bytes:store"] == 2 * moved
+    assert active.counts["copies:store"] == 1
+
+
 def _some(trip: Trip, space: str, indices: torch.Tensor, numbers: list[int]) -> torch.Tensor:
     return indices.reshape(-1, trip.pools.slots_of(space))[numbers].flatten()
 

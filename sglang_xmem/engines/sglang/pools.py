@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,7 +177,7 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
         refuse(_sentence(error))
     active.arenas.append(arena)
     for name, pool, description in described:
-        _attach(active, arena, pool, description, placed.get(name))
+        _attach(active, arena, pool, description, placed.get(name, Section(space_of(name), 0, 0)))
     try:
         arena.begin(_all_planes(active, arena))
     except CopyError as error:
@@ -242,6 +242,16 @@ def _attach(active: Session, arena: Arena, pool: Any, description: Description |
 
 def _as_they_are(host_indices: Any, device_indices: Any, io_backend: str) -> tuple[Any, Any]:
     return host_indices, device_indices
+
+
+def used_fraction(active: Session, arena: Arena, space: str) -> float:
+    """How much of an arena's space holds KV cache: riders allocate nothing, so it is the fullest pool's part."""
+    fullest = 0.0
+    for view in active.pools:
+        if view.arena is arena and view.section.space == space:
+            with suppress(NotImplementedError):  # a rider that says so
+                fullest = max(fullest, 1 - view.pool.available_size() / view.pool.logical_size)
+    return fullest
 
 
 def self_test(active: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -187,12 +188,15 @@ def transfer_streams(result: Any, self: Any, io_backend: str) -> None:
 
 def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     """Try the tier out, and tell the launcher about it (hook)."""
+    from sglang.srt.runtime_context import get_observability
+
     active = session.current()
     try:
         pools.self_test(active)
     except CopyError as error:
         refuse(str(error))
-    active.serve(_labels(self) if getattr(self, "enable_metrics", False) else None)
+    active.used_fraction = functools.partial(pools.used_fraction, active)
+    active.serve(_labels(self) if get_observability().enable_metrics else None)
     result[INFO_KEY] = ",".join(active.tier_names())
     return result
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_xmem import session
+
 if TYPE_CHECKING:
     from sglang_xmem.engines.sglang.pools import AdoptedPool
 
@@ -25,6 +27,7 @@ def attach(view: AdoptedPool) -> None:
 
     def get_data_page(index: Any, flat: bool = True) -> torch.Tensor:
         """Copy a page to the CPU, flat."""
+        session.current().counts["storage:read"] += 1
         return arena.read(section.space, int(index) // view.slots, section.offset, section.nbytes).view(dtype)
 
     def set_from_flat_data_page(index: Any, data_page: torch.Tensor) -> None:
@@ -32,6 +35,7 @@ def attach(view: AdoptedPool) -> None:
         data = data_page.contiguous().view(torch.uint8).flatten()
         if data.numel() != section.nbytes:
             raise ValueError(f"a page has {section.nbytes} bytes, got {data.numel()}")
+        session.current().counts["storage:write"] += 1
         arena.write(section.space, int(index) // view.slots, section.offset, data)
 
     def get_dummy_flat_data_page() -> torch.Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sglang_xmem.copies.base import Program
     from sglang_xmem.copies.counters import LayerCounters
     from sglang_xmem.engines.sglang.pools import AdoptedPool
+    from sglang_xmem.watch import InFlight
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def submit_host_to_device(
     """Enqueue a load: one launch, however many pools and layers (hook)."""
     begun = time.perf_counter_ns()
     active = session.current()
+    bytes_before = active.counts["bytes:load"]
     event: Any = getattr(on_layer_done, "__self__", None)
     stream = self.host_to_device_stream
     with active.watch.over("load") as flight:
@@ -69,8 +71,8 @@ def submit_host_to_device(
                 setattr(event, _COUNTERS, counters)
                 if counters is not None:
                     event.finish_event.record(stream)
-        flight.done = completion.finish_event.query
-    active.counts["load_ns"] += time.perf_counter_ns() - begun
+        _note(flight, completion, active.counts["bytes:load"] - bytes_before)
+    active.counts["enqueue_ns:load"] += time.perf_counter_ns() - begun
     return completion
 
 
@@ -94,7 +96,7 @@ def _load(moves: Sequence[Any], num_parts: int, event: Any, on_layer_done: Any) 
             _refused("load", error)
             arena.copy_plainly(prepared.steps, pages, load=True)
             counters = None
-        _count("load", prepared, pages)
+        _count("load", prepared.page_bytes, pages)
     if counters is None and on_layer_done is not None:
         for layer in range(num_parts):
             on_layer_done(layer)
@@ -105,14 +107,23 @@ def submit_device_to_host(original: Any, self: Any, transfers: Any) -> Any:
     """Enqueue a store: one launch, however many pools (hook)."""
     begun = time.perf_counter_ns()
     active = session.current()
+    bytes_before = active.counts["bytes:store"]
     with active.watch.over("store") as flight:
         with self._submission(transfers, self.device_to_host_stream, "device_to_host") as (prepared, completion):
             moves = [t for t in prepared if adopted(t).layers]
             if moves:
                 _store(moves)
-        flight.done = completion.finish_event.query
-    active.counts["store_ns"] += time.perf_counter_ns() - begun
+        _note(flight, completion, active.counts["bytes:store"] - bytes_before)
+    active.counts["enqueue_ns:store"] += time.perf_counter_ns() - begun
     return completion
+
+
+def _note(flight: InFlight, completion: Any, nbytes: int) -> None:
+    """Say of a copy that is enqueued how the watch thread sees its end."""
+    flight.nbytes = nbytes
+    if completion.timing_enabled:
+        flight.elapsed_s = lambda: completion.start_event.elapsed_time(completion.finish_event) / 1e3
+    flight.done = completion.finish_event.query
 
 
 def _store(moves: Sequence[Any]) -> None:
@@ -127,13 +138,14 @@ def _store(moves: Sequence[Any]) -> None:
     except CopyError as error:
         _refused("store", error)
         arena.copy_plainly(prepared.steps, pages, load=False)
-    _count("store", prepared, pages)
+    _count("store", prepared.page_bytes, pages)
 
 
 def _refused(what: str, error: CopyError) -> None:
     """Note that the copier refused a copy, which is made another way: a request is slower, and the server lives."""
     active = session.current()
-    active.counts["refusals"] += 1
+    active.counts["failures:refused"] += 1
+    active.counts["fallbacks:plain"] += 1
     active.healthy = False
     logger.warning("sglang_xmem: a %s was refused and is made by plain copies instead: %s", what, error)
 
@@ -153,20 +165,24 @@ class Prepared(NamedTuple):
     @classmethod
     def of(cls, arena: Any, steps: Sequence[Step], num_parts: int) -> Prepared:
         """Compile `steps`."""
-        page_bytes: Counter[int] = Counter()
-        for step in steps:
-            page_bytes[step.vector] += step.plane.unit_bytes
-        vectors = range(max(page_bytes, default=-1) + 1)
-        return cls(arena.compile(steps, num_parts), tuple(steps), tuple(page_bytes[vector] for vector in vectors))
+        return cls(arena.compile(steps, num_parts), tuple(steps), _page_bytes(steps))
 
 
-def _count(direction: str, prepared: Prepared, pages: Sequence[Pages]) -> None:
+def _page_bytes(steps: Sequence[Step]) -> tuple[int, ...]:
+    """Bytes that one page of each vector moves."""
+    found: Counter[int] = Counter()
+    for step in steps:
+        found[step.vector] += step.plane.unit_bytes
+    return tuple(found[vector] for vector in range(max(found, default=-1) + 1))
+
+
+def _count(direction: str, page_bytes: Sequence[int], pages: Sequence[Pages]) -> None:
     counts = session.current().counts
-    counts[f"{direction}s"] += 1
-    for each, nbytes in zip(pages, prepared.page_bytes, strict=False):
+    counts[f"copies:{direction}"] += 1
+    for each, nbytes in zip(pages, page_bytes, strict=False):
         pages_moved = each.frames.numel()
-        counts[f"{direction}_pages"] += pages_moved
-        counts[f"{direction}_bytes"] += pages_moved * nbytes
+        counts[f"pages:{direction}"] += pages_moved
+        counts[f"bytes:{direction}"] += pages_moved * nbytes
 
 
 def layer_wait(original: Any, self: Any, layer_index: int) -> None:
@@ -260,14 +276,18 @@ def load_steps(moves: Sequence[Any], num_parts: int) -> list[Step]:
 def _load_by_layers(arena: Any, moves: Sequence[Any], pages: Any, num_parts: int, on_layer_done: Any) -> None:
     """A launch and an event per layer, for GPUs whose streams cannot wait for counters."""
     key = ("layers", num_parts, *_identity(moves))
-    programs = arena.programs.get(key)
-    if programs is None:
+    prepared = arena.programs.get(key)
+    if prepared is None:
         by_layer: list[list[Step]] = [[] for _ in range(num_parts)]
-        for step in load_steps(moves, num_parts):
+        whole = load_steps(moves, num_parts)
+        for step in whole:
             by_layer[step.part].append(step._replace(part=0))
-        programs = arena.programs[key] = [arena.compile(steps, 1) if steps else None for steps in by_layer]
+        programs = [arena.compile(steps, 1) if steps else None for steps in by_layer]
+        prepared = arena.programs[key] = (programs, _page_bytes(whole))
         logger.warning("sglang_xmem: a load is one launch per layer here, since streams cannot wait for counters")
-    session.current().counts["loads_by_layers"] += 1
+    programs, page_bytes = prepared
+    session.current().counts["fallbacks:layers"] += 1
+    _count("load", page_bytes, pages)
     for layer, program in enumerate(programs):
         if program is not None:
             arena.load(program, pages)
