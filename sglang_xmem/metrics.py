@@ -44,6 +44,8 @@ METRICS = (
     Metric("store_enqueue_seconds_total", "counter", "Scheduler thread's time in stores.", "store_ns", 1e-9),
     Metric("fallback_loads_total", "counter", "Loads made launch by launch, layer by layer.", "loads_by_layers"),
     Metric("copy_refusals_total", "counter", "Copies that the copier refused.", "refusals"),
+    Metric("integrity_pages_total", "counter", "Pages of loads compared with what was stored.", "integrity_pages"),
+    Metric("integrity_failures_total", "counter", "Pages that were not what was stored.", "integrity_failures"),
     Metric("storage_reads_total", "counter", "Pages read by storage backends.", "storage_reads"),
     Metric("storage_writes_total", "counter", "Pages written by storage backends.", "storage_writes"),
 )

@@ -33,8 +33,10 @@ class Session:
         self.pools: list[Any] = []
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
-        #: False once a copy was refused and had to be made another way.
-        self.healthy = True
+        #: Why the tier is set aside: nothing is stored in it or loaded from it. Empty while it serves.
+        self.trouble = ""
+        #: Comparisons of loads that belong to no batch, until somebody settles them.
+        self.checks: list[Any] = []
         self.watch = Watch(deadline_s, self._where, self._export)
         self._exporter: Exporter | None = None
 
@@ -45,6 +47,19 @@ class Session:
 
             self._exporter = Exporter(self, labels)
         self.watch.start()
+
+    def set_aside(self, why: str) -> None:
+        """Stop using the tier, until `take_again`."""
+        self.trouble = why
+
+    def take_again(self) -> None:
+        """Use the tier again."""
+        self.trouble = ""
+
+    @property
+    def healthy(self) -> bool:
+        """False from a failure of the tier until a page goes there and back again."""
+        return not self.trouble
 
     def _export(self) -> None:
         if self._exporter is not None:
@@ -62,6 +77,8 @@ class Session:
         return {
             "tiers": self.tier_names(),
             "healthy": self.healthy,
+            "trouble": self.trouble,
+            "integrity": self.plan.options.integrity,
             "copiers": [arena.copier.describe() for arena in self.arenas if arena.copier is not None],
             "bytes": [arena.nbytes for arena in self.arenas],
             "counts": dict(self.counts),

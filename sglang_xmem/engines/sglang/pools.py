@@ -34,6 +34,7 @@ from sglang_xmem.errors import ConfigError, CopyError, refuse, sentence
 
 if TYPE_CHECKING:
     from sglang_xmem.session import Session
+    from sglang_xmem.sums import SectionSums
 
 #: Attribute of a HostPoolGroup: sections that are reserved in its arena's frames for pools that come later.
 _RESERVED = "_sglang_xmem_reserved"
@@ -50,6 +51,7 @@ class AdoptedPool:
         slots: index numbers of a page.
         layers: planes by host layer; empty for a pool that holds no bytes.
         component_bytes: bytes of each component of a page, in the order of SGLang's storage keys.
+        sums: of its pages; None where no page has one.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class AdoptedPool:
         self.layers: dict[int, list[Plane]] = {}
         self.slots = 1
         self.component_bytes: tuple[int, ...] = ()
+        self.sums: SectionSums | None = None
         if description is not None:
             self.slots = description.slots
             self.host_layer = description.host_layer
@@ -69,6 +72,8 @@ class AdoptedPool:
             self.component_bytes = tuple(
                 sum(unit.unit_bytes for _, unit in component) for component in description.components
             )
+            planes = [plane for layer in self.layers.values() for plane in layer]
+            self.sums = self.arena.sums_of(section.space, planes)
 
     @property
     def arena(self) -> Arena:
@@ -172,6 +177,7 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
             [SpaceSpec(space, pages[space], nbytes) for space, nbytes in frames.items()],
             device=device,
             copy=active.plan.options.copy,
+            integrity=active.plan.options.integrity,
         )
     except (Unsupported, ConfigError, CopyError) as error:
         refuse(_sentence(error))
@@ -238,6 +244,23 @@ def _attach(active: Session, arena: Arena, pool: Any, description: Description |
     pool.prepare_transfer_indices = _as_they_are
     if description is not None:
         storage.attach(view)
+        _forget_what_is_freed(active, view)
+
+
+def _forget_what_is_freed(active: Session, view: AdoptedPool) -> None:
+    """Have no sums of pages that SGLang allocates anew: who fills them need not write any."""
+    alloc = view.pool.alloc
+
+    def alloc_anew(*args: Any, **kwargs: Any) -> Any:
+        indices = alloc(*args, **kwargs)
+        if indices is not None:
+            pages = indices[:: view.slots] // view.slots
+            for other in active.pools:
+                if other.sums is not None and other.arena is view.arena and other.section.space == view.section.space:
+                    other.sums.forget(pages)
+        return indices
+
+    view.pool.alloc = alloc_anew
 
 
 def _as_they_are(host_indices: Any, device_indices: Any, io_backend: str) -> tuple[Any, Any]:

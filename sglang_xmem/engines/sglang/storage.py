@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_xmem import session
+from sglang_xmem.engines.sglang.checks import FAILURES
+
 if TYPE_CHECKING:
     from sglang_xmem.engines.sglang.pools import AdoptedPool
 
@@ -24,15 +27,25 @@ def attach(view: AdoptedPool) -> None:
     dtype = pool.dtype if section.nbytes % pool.dtype.itemsize == 0 else torch.uint8
 
     def get_data_page(index: Any, flat: bool = True) -> torch.Tensor:
-        """Copy a page to the CPU, flat."""
-        return arena.read(section.space, int(index) // view.slots, section.offset, section.nbytes).view(dtype)
+        """Copy a page to the CPU, flat; RuntimeError if it is not what was stored there."""
+        page = int(index) // view.slots
+        data = arena.read(section.space, page, section.offset, section.nbytes)
+        if view.sums is not None and page % view.sums.every == 0:
+            wrong = view.sums.wrong(torch.tensor([page]), data.numpy().reshape(1, -1), section.offset)
+            if len(wrong):
+                session.current().counts[FAILURES] += 1
+                raise RuntimeError(f"sglang_xmem: page {page} in tier {arena.tier.name} is damaged and is not stored")
+        return data.view(dtype)
 
     def set_from_flat_data_page(index: Any, data_page: torch.Tensor) -> None:
         """Put a page that `get_data_page` gave back."""
         data = data_page.contiguous().view(torch.uint8).flatten()
         if data.numel() != section.nbytes:
             raise ValueError(f"a page has {section.nbytes} bytes, got {data.numel()}")
-        arena.write(section.space, int(index) // view.slots, section.offset, data)
+        page = int(index) // view.slots
+        arena.write(section.space, page, section.offset, data)
+        if view.sums is not None:
+            view.sums.put(page, data.numpy(), section.offset)
 
     def get_dummy_flat_data_page() -> torch.Tensor:
         """Make room for a page that a backend will fill."""
