@@ -46,6 +46,7 @@ METRICS = (
     Metric("copy_refusals_total", "counter", "Copies that the copier refused.", "refusals"),
     Metric("integrity_pages_total", "counter", "Pages of loads compared with what was stored.", "integrity_pages"),
     Metric("integrity_failures_total", "counter", "Pages that were not what was stored.", "integrity_failures"),
+    Metric("canary_failures_total", "counter", "Canary pages that were refused, late or wrong.", "canary_failures"),
     Metric("storage_reads_total", "counter", "Pages read by storage backends.", "storage_reads"),
     Metric("storage_writes_total", "counter", "Pages written by storage backends.", "storage_writes"),
 )

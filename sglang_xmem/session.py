@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_xmem.watch import Watch
 
 if TYPE_CHECKING:
     from sglang_xmem.arena import Arena
+    from sglang_xmem.canary import Canary, Perch
     from sglang_xmem.metrics import Exporter
     from sglang_xmem.plan import Placement, Plan
+
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -37,11 +42,17 @@ class Session:
         self.trouble = ""
         #: Comparisons of loads that belong to no batch, until somebody settles them.
         self.checks: list[Any] = []
-        self.watch = Watch(deadline_s, self._where, self._export)
+        self.canary: Canary | None = None
+        self.watch = Watch(deadline_s, self._where, self._each_second)
         self._exporter: Exporter | None = None
 
-    def serve(self, labels: Mapping[str, str] | None) -> None:
-        """Begin to watch copies, and to export metrics with `labels` unless None."""
+    def serve(self, labels: Mapping[str, str] | None, perches: Sequence[Perch] = ()) -> None:
+        """Begin to watch copies and send canaries, and to export metrics with `labels` unless None."""
+        if perches:
+            from sglang_xmem.canary import Canary
+
+            self.canary = Canary(perches, self._canary_failed, self.take_again, lambda: not self.healthy)
+            self.canary.start()
         if labels is not None:
             from sglang_xmem.metrics import Exporter
 
@@ -50,18 +61,28 @@ class Session:
 
     def set_aside(self, why: str) -> None:
         """Stop using the tier, until `take_again`."""
+        if not self.trouble:
+            logger.warning("sglang_xmem: tier %s is set aside: %s", ", ".join(self.tier_names()), why)
         self.trouble = why
 
     def take_again(self) -> None:
-        """Use the tier again."""
+        """Use the tier again, for a canary came back."""
+        if self.trouble:
+            logger.warning("sglang_xmem: tier %s is used again", ", ".join(self.tier_names()))
         self.trouble = ""
+
+    def _canary_failed(self, why: str) -> None:
+        self.counts["canary_failures"] += 1
+        self.set_aside(why)
 
     @property
     def healthy(self) -> bool:
         """False from a failure of the tier until a page goes there and back again."""
         return not self.trouble
 
-    def _export(self) -> None:
+    def _each_second(self) -> None:
+        if self.canary is not None:
+            self.canary.check_time()
         if self._exporter is not None:
             self._exporter.export()
 

@@ -7,18 +7,24 @@ apart.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_xmem import session
 from sglang_xmem.engines.sglang.checks import FAILURES
+from sglang_xmem.sums import keyed_sum
 
 if TYPE_CHECKING:
     from sglang_xmem.engines.sglang.pools import AdoptedPool
 
+logger = logging.getLogger(__name__)
+
 #: Name of this order of a page's bytes, in storage keys. Another order needs another name.
-FORMAT = "xmem1"
+FORMAT = "xmem2"
+#: Bytes behind a page of backends that take bytes: its sum, which is of its key too.
+SUM_BYTES = 8
 
 
 def attach(view: AdoptedPool) -> None:
@@ -103,6 +109,45 @@ def attach(view: AdoptedPool) -> None:
     buffers = arena.host_buffers()
     # What backends register, where the CPU has the bytes; a tensor without memory elsewhere, which nobody can read.
     pool.kv_buffer = buffers[0] if len(buffers) == 1 else torch.empty(0, dtype=torch.uint8, device="meta")
+
+
+def guard(backend: Any) -> None:
+    """Have pages of a backend that takes bytes end with a sum: one that is damaged, or another's, is not found.
+
+    Args:
+        backend: SGLang's `file`, all of whose ways to a page are its `get` and `set`.
+    """
+    backend = getattr(backend, "_backend", backend)  # where failures are injected
+    get, put = backend.get, backend.set
+    # With model and rank, where the backend has one name for all of them.
+    whole_key: Any = getattr(backend, "_get_suffixed_key", str)
+
+    def get_checked(key: str, target_location: torch.Tensor, target_sizes: Any = None) -> torch.Tensor | None:
+        target = target_location.view(torch.uint8).flatten()
+        place = torch.empty(target.numel() + SUM_BYTES, dtype=torch.uint8)
+        try:
+            found = get(key, place)
+        except OSError as error:  # shorter than a page
+            logger.warning("sglang_xmem: a page in storage cannot be read: %s", error)
+            found = None
+        if found is None:
+            return None
+        data, of_page = place[:-SUM_BYTES], place[-SUM_BYTES:]
+        session.current().counts["storage_reads"] += 1
+        if keyed_sum(data.numpy(), whole_key(key)) != bytes(of_page.tolist()):
+            session.current().counts[FAILURES] += 1
+            logger.error("sglang_xmem: page %s in storage is damaged, or is another page; it counts as missing", key)
+            return None
+        target.copy_(data)
+        return target_location
+
+    def set_with_sum(key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
+        data = value.contiguous().view(torch.uint8).flatten()
+        of_page = torch.frombuffer(bytearray(keyed_sum(data.numpy(), whole_key(key))), dtype=torch.uint8)
+        session.current().counts["storage_writes"] += 1
+        return bool(put(key, torch.cat((data, of_page)), target_location, target_sizes))
+
+    backend.get, backend.set = get_checked, set_with_sum
 
 
 def _addressable(arena: Any) -> None:

@@ -210,6 +210,8 @@ MEMBERS = (
     f"{_POOL_HOST}.group.HostPoolGroup._refresh_transfer_capabilities",
     f"{_POOL_HOST}.mla.maybe_dcp_kernel_indices",
     f"{_CONTROLLER}.LayerLoadingEvent.finish_event",
+    "sglang.srt.mem_cache.hicache_storage.HiCacheFile.get",
+    "sglang.srt.mem_cache.hicache_storage.HiCacheFile.set",
     f"{_SCHEDULER}.abort_request",
     f"{_SCHEDULER}.collect_inflight_reqs",
     f"{_SCHEDULER}.flush_cache",
