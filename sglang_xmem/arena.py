@@ -17,16 +17,19 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sglang_xmem.copies import make_program
 from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
-from sglang_xmem.copies.geometry import Slab
+from sglang_xmem.copies.geometry import Plane, Slab
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.plan import Placement, describe_skipped
+from sglang_xmem.sums import EVERY, CpuSummer, SectionSums, Summer
 
 if TYPE_CHECKING:
-    from sglang_xmem.config import CopySettings
+    from sglang_xmem.config import CopySettings, Level
     from sglang_xmem.copies.counters import LayerCounters
     from sglang_xmem.copies.policy import CopyPolicy
     from sglang_xmem.tiers import MemoryTier, Region
@@ -97,6 +100,10 @@ class Arena:
         spaces: what to hold.
         device: device of the engine's KV pools.
         copy: the user's settings of the page copier.
+        integrity: which pages have sums.
+
+    Attributes:
+        summer: writes and compares sums; None where no page has one.
 
     Raises:
         ConfigError: no tier can hold the spaces.
@@ -104,7 +111,13 @@ class Arena:
     """
 
     def __init__(
-        self, placement: Placement, spaces: Sequence[SpaceSpec], *, device: torch.device, copy: CopySettings
+        self,
+        placement: Placement,
+        spaces: Sequence[SpaceSpec],
+        *,
+        device: torch.device,
+        copy: CopySettings,
+        integrity: Level = "off",
     ) -> None:
         self.device = device
         self._placement = placement
@@ -113,6 +126,8 @@ class Arena:
         #: Compiled loads and stores, by what their maker knows them by.
         self.programs: dict[Any, Any] = {}
         self.copier: PageCopier | None = None
+        self.integrity = integrity
+        self.summer: Summer | None = None
         self._regions: list[Region] = []
         self._slabs: list[Slab] = []
         self._views: list[tuple[int, torch.Tensor]] = []
@@ -186,6 +201,22 @@ class Arena:
         if refused is not None:
             logger.info("sglang_xmem: %s executes the copies itself: %s", self.device, refused)
         logger.info("sglang_xmem: pages are copied by %s", self.copier.describe())
+        if self.integrity != "off":
+            self.summer = self._make_summer()
+
+    def _make_summer(self) -> Summer:
+        if self.device.type == "cpu":
+            return CpuSummer()
+        from sglang_xmem.copies.sums_cuda import CudaSummer
+
+        return CudaSummer(self.device, self.upload)
+
+    def sums_of(self, space: str, planes: Sequence[Plane]) -> SectionSums | None:
+        """Sums of a new section of a space's frames; None where no page has one."""
+        if self.integrity == "off":
+            return None
+        pinned = self.device.type == "cuda"
+        return SectionSums(planes, self.spaces[space].spec.pages, EVERY[self.integrity], pinned=pinned)
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> Program:
         """Prepare a load or store of `steps`; once for a set of pools, since it may wait for the GPU."""
@@ -205,14 +236,17 @@ class Arena:
 
         Returns: int64 (n,) each, on the device.
         """
-        found = [self.spaces[space].table[pages] for space, pages in wanted]
+        return self.upload([self.spaces[space].table[pages] for space, pages in wanted])
+
+    def upload(self, found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Bring vectors of int64 from the CPU to the device by one copy on the current stream."""
         if self.device.type == "cpu":
-            return found
+            return list(found)
         # Pageable memory would make the copy wait for the stream. torch keeps a pinned block until the copies that
         # read it are done.
         lengths = [frames.numel() for frames in found]
         pinned = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=True)
-        torch.cat(found, out=pinned)
+        torch.cat(list(found), out=pinned)
         return list(pinned.to(self.device, non_blocking=True).split(lengths))
 
     def load(self, program: Program, pages: Sequence[Pages], counters: LayerCounters | None = None) -> None:
@@ -279,6 +313,17 @@ class Arena:
                 return part.clone()
             with torch.cuda.stream(self._storage_stream):
                 return part.cpu()
+
+    def sections(self, space: str, pages: torch.Tensor, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Copy parts of frames, where the CPU addresses them: shape (n, nbytes)."""
+        starts = self.spaces[space].table[pages] + offset
+        found = np.empty((len(pages), nbytes), dtype=np.uint8)
+        for begin, view in self._views:
+            (here,) = torch.nonzero((starts >= begin) & (starts < begin + view.numel()), as_tuple=True)
+            if len(here):
+                windows = np.lib.stride_tricks.sliding_window_view(view.numpy(), nbytes)
+                found[here.numpy()] = windows[(starts[here] - begin).numpy()]
+        return found
 
     def write(self, space: str, page: int, offset: int, data: torch.Tensor) -> None:
         """Put bytes into a page's frame; in place when this returns.
