@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -132,6 +133,7 @@ class Arena:
         self._slabs: list[Slab] = []
         self._views: list[tuple[int, torch.Tensor]] = []
         self._closed = False
+        self._open_lock = threading.Lock()
         self._storage_lock = threading.Lock()  # storage threads may still run when the arena is closed
         self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.tier, self._policy = self._take(spaces)
@@ -346,9 +348,15 @@ class Arena:
                 part.copy_(data, non_blocking=True)
                 self._storage_stream.synchronize()
 
+    @contextmanager
+    def kept_open(self) -> Iterator[bool]:
+        """Keep the memory until the block ends; gives whether it is there. Not for the scheduler thread."""
+        with self._open_lock:
+            yield not self._closed
+
     def close(self) -> None:
-        """Give the memory back; idempotent. Waits for the device and for storage threads."""
-        with self._storage_lock:
+        """Give the memory back; idempotent. Waits for the device, for storage threads and for whoever keeps it open."""
+        with self._open_lock, self._storage_lock:
             if self._closed:
                 return
             self._closed = True

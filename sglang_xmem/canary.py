@@ -132,13 +132,15 @@ class Cage:
             torch.cuda.current_stream(arena.device).synchronize()
 
     def there_and_back(self) -> bool:
-        """Whether random bytes come back as they went; waits for the device.
+        """Whether random bytes come back as they went; waits for the device. True for an arena that is closed.
 
         Raises:
             CopyError: a copy was refused.
         """
         place: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with place:
+        with self._arena.kept_open() as is_open, place:
+            if not is_open:
+                return True
             self._bytes.random_(0, 256, generator=self._generator)
             sent = self._bytes.clone()
             self._arena.store(self._program, self._pages)

@@ -57,8 +57,11 @@ class Session:
         if perches:
             from sglang_xmem.canary import Canary
 
-            self.canary = Canary(perches, self._canary_failed, self.take_again, lambda: not self.healthy)
-            self.canary.start()
+            try:
+                self.canary = Canary(perches, self._canary_failed, self.take_again, lambda: not self.healthy)
+                self.canary.start()
+            except RuntimeError as error:  # no scratch memory, or a GPU that copies and cannot reach it
+                logger.warning("sglang_xmem: no canary page is sent, and a tier that fails stays set aside: %s", error)
         if labels is not None:
             from sglang_xmem.metrics import Exporter
 

@@ -22,6 +22,8 @@ SOURCE_FILE: Final = "page_sum.cu"
 WARPS: Final = 16
 #: Thread blocks of a launch at most: a third of an H100's multiprocessors, for a fraction of a load's time.
 _CTAS: Final = 48
+#: Reports at the same time; a load's is read before SGLang begins the third load behind it.
+_REPORTS: Final = 64
 #: `struct Plane` of page_sum.cu.
 _RECORD: Final = struct.Struct("<6Q")
 #: Parameters before `struct Work`: planes, groups, store, scratch, report.
@@ -126,6 +128,9 @@ class CudaSummer(Summer):
         self._upload = upload
         properties: Any = torch.cuda.get_device_properties(device)
         self._capability = (properties.major, properties.minor)
+        # Allocating pinned memory later would stall the GPU.
+        self._reports = torch.zeros((_REPORTS, 2), dtype=torch.int64, pin_memory=True)
+        self._next = 0
         self._function(8)
 
     def _function(self, piece: int) -> Any:
@@ -140,7 +145,9 @@ class CudaSummer(Summer):
         self._launch(prepared, pages, chosen, None)
 
     def compare(self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> CudaReport:
-        words = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        words = self._reports[self._next]
+        self._next = (self._next + 1) % _REPORTS
+        words.zero_()
         self._launch(prepared, pages, chosen, words)
         return CudaReport(words, chosen)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,6 +35,10 @@ class Scene:
         self.plane = Plane(self.array.data_ptr(), FRAME_BYTES, 8, 0, FRAME_BYTES, 1)
         self.program = self.copier.compile([Step(self.plane, 0, 0)], 1)
         self.pages = [Pages(self.tier.data_ptr() + FRAME_BYTES * torch.arange(1, 8), torch.arange(1, 8))]
+
+    @contextmanager
+    def kept_open(self) -> Iterator[bool]:
+        yield True
 
     def compile(self, steps: Any, num_parts: int) -> Any:
         return self.copier.compile(steps, num_parts)

@@ -40,6 +40,12 @@ def alone() -> bool:
     return int(parallel.tp_size) == 1 and int(parallel.pp_size) == 1
 
 
+def copy_batch(result: Any, self: Any) -> Any:
+    """Keep the number of a batch's load in the copy that waits for results (hook): SGLang leaves it out."""
+    result.hicache_consumer_index = self.hicache_consumer_index
+    return result
+
+
 def settle(original: Any, self: Any, batch: Any, result: Any) -> Any:
     """Read what the comparisons of a batch's load found, before the batch's results are used (hook)."""
     active = session.current()

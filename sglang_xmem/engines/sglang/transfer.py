@@ -73,6 +73,9 @@ def submit_host_to_device(
             counters, check = _load(moves, transfer_layer_id_max, event, on_layer_done, completion)
             if hasattr(event, "finish_event"):
                 setattr(event, _COUNTERS, counters)
+                forgotten = getattr(event, CHECK, None)
+                if forgotten is not None:  # its batch's results were never used, or are still to come
+                    active.checks.append(forgotten)
                 setattr(event, CHECK, check)
                 if counters is not None:
                     event.finish_event.record(stream)

@@ -171,6 +171,13 @@ SCHEDULER_HOOKS = (
         "keep what damaged pages led to out of storage",
     ),
     Hook(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.copy",
+        ("self",),
+        "after",
+        f"{_OURS}.recovery:copy_batch",
+        "know a batch's load when its results come",
+    ),
+    Hook(
         f"{_SCHEDULER}.process_batch_result",
         ("self", "batch", "result"),
         "around",
@@ -221,6 +228,7 @@ MEMBERS = (
     f"{_SCHEDULER}.is_fully_idle",
     "sglang.srt.managers.io_struct.AbortReq",
     "sglang.srt.managers.schedule_batch.FINISH_ABORT",
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.hicache_consumer_index",
     "sglang.srt.managers.schedule_batch.NextBatchPlan",
 )
 ENVIRONMENT = ("SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS",)
