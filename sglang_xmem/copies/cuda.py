@@ -167,12 +167,6 @@ def _image(tuning: CudaTuning, alignment: int, capability: tuple[int, int]) -> b
     return nvrtc.build(source(_SOURCE_FILE), _SOURCE_FILE, tuning.macros(alignment), capability)
 
 
-@functools.cache
-def _uploads(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which tables of planes go to a GPU."""
-    return torch.cuda.Stream(device)
-
-
 class Kernel:
     """One direction's kernel with everything that does not change from launch to launch.
 
@@ -205,11 +199,7 @@ class Kernel:
         self._work = Work(program.steps, tuning, alignment)
         records = bytearray().join(record(step, tuning, alignment) for step in program.steps) or bytearray(64)
         # On the GPU that reads it, for which every tile's record would else be a read over the link.
-        # Launches may come on any stream, and the table must be there by then. On a stream of its own nobody waits for
-        # more than these bytes: the scheduler thread may have a forward pass on the current one.
-        with torch.cuda.stream(_uploads(runner)):
-            self._table = torch.frombuffer(records, dtype=torch.uint8).to(runner)
-        _uploads(runner).synchronize()
+        self._table = nvrtc.upload(records, runner)
         self._parameters = Parameters(self._table.data_ptr(), len(program.steps), program.num_parts, load=load)
 
     def start(self, pages: Sequence[Pages], counters: int, order: CopyingGpu | None) -> int:

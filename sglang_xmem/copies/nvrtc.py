@@ -68,6 +68,24 @@ def build(source: str, name: str, macros: Mapping[str, int], capability: tuple[i
     return image
 
 
+def upload(content: bytearray, device: torch.device) -> torch.Tensor:
+    """Bring a kernel's constant table to a GPU, uint8 (n,); launches on any stream find it there.
+
+    It goes on a stream of its own, so that nobody waits for more than these bytes: the scheduler thread may have a
+    forward pass on the current one.
+    """
+    stream = _uploads(device)
+    with torch.cuda.stream(stream):
+        table = torch.frombuffer(content, dtype=torch.uint8).to(device)
+    stream.synchronize()
+    return table
+
+
+@functools.cache
+def _uploads(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 @functools.cache
 def load(image: bytes, symbol: str, device: torch.device, shared_bytes: int = 0) -> Any:
     """Make a kernel of a compiled image callable in the primary context of `device`, the one that torch uses.

@@ -177,9 +177,7 @@ class CudaSums:
     def __init__(self, groups: Sequence[Group], function: Any, device: torch.device) -> None:
         self.function = function
         self._tables = [group.sums.table for group in groups]
-        self._planes = torch.frombuffer(bytearray(records(groups)), dtype=torch.uint8).to(device)
-        # Launches may come on any stream; the table must be there by then.
-        torch.cuda.current_stream(device).synchronize()
+        self._planes = nvrtc.upload(bytearray(records(groups)), device)
         self.parameters = Parameters(self._planes.data_ptr(), groups)
 
     def entries(self, chosen: Sequence[Chosen]) -> list[torch.Tensor]:
