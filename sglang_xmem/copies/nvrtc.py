@@ -74,6 +74,8 @@ def upload(content: bytearray, device: torch.device) -> torch.Tensor:
     It goes on a stream of its own, so that nobody waits for more than these bytes: the scheduler thread may have a
     forward pass on the current one.
     """
+    import torch
+
     stream = _uploads(device)
     with torch.cuda.stream(stream):
         table = torch.frombuffer(content, dtype=torch.uint8).to(device)
@@ -83,6 +85,8 @@ def upload(content: bytearray, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _uploads(device: torch.device) -> torch.cuda.Stream:
+    import torch
+
     return torch.cuda.Stream(device)
 
 
