@@ -20,8 +20,6 @@ from sglang_xmem.sums import Chosen, Group, Report, Summer
 
 SOURCE_FILE: Final = "page_sum.cu"
 WARPS: Final = 16
-#: Thread blocks of a launch at most: a third of an H100's multiprocessors, for a fraction of a load's time.
-_CTAS: Final = 48
 #: Reports at the same time; a load's is read before SGLang begins the third load behind it.
 _REPORTS: Final = 64
 #: `struct Plane` of page_sum.cu.
@@ -128,6 +126,8 @@ class CudaSummer(Summer):
         self._upload = upload
         properties: Any = torch.cuda.get_device_properties(device)
         self._capability = (properties.major, properties.minor)
+        # One thread block per multiprocessor: memory sets the pace, so the forward pass is disturbed for least long.
+        self._ctas: int = properties.multi_processor_count
         # Allocating pinned memory later would stall the GPU.
         self._reports = torch.zeros((_REPORTS, 2), dtype=torch.int64, pin_memory=True)
         self._next = 0
@@ -161,7 +161,7 @@ class CudaSummer(Summer):
         scratch = torch.zeros(2 * sum(these.numel() for these in rows), dtype=torch.int64, device=self._device)
         report = 0 if words is None else words.data_ptr()
         items = prepared.parameters.pack(pages, rows, entries, scratch=scratch.data_ptr(), report=report)
-        grid = min(_CTAS, -(-items // WARPS))
+        grid = min(self._ctas, -(-items // WARPS))
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):
             (status,) = driver.cuLaunchKernel(
