@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Found:
-    """What a dotted name stands for.
+    """What a dotted name means.
 
     Attributes:
         kind: "module", "class", "function", "property", "value" (of a module or class) or "attribute" (of an instance).
@@ -62,7 +62,7 @@ class Sources:
         self._modules: dict[str, _Module | None] = {}
 
     def find(self, dotted: str) -> Found | None:
-        """What `dotted` stands for, None if it is not there. Follows imports, bases and attributes of instances."""
+        """What `dotted` means, None if it is not there. Follows imports, bases and attributes of instances."""
         parts = dotted.split(".")
         for length in range(len(parts), 0, -1):
             module = self._module(".".join(parts[:length]))

@@ -14,19 +14,23 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sglang_xmem.copies import make_program
 from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
-from sglang_xmem.copies.geometry import Slab
+from sglang_xmem.copies.geometry import Plane, Slab
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.plan import Placement, describe_skipped
+from sglang_xmem.sums import EVERY, CpuSummer, SectionSums, Summer
 
 if TYPE_CHECKING:
-    from sglang_xmem.config import CopySettings
+    from sglang_xmem.config import CopySettings, Level
     from sglang_xmem.copies.counters import LayerCounters
     from sglang_xmem.copies.policy import CopyPolicy
     from sglang_xmem.tiers import MemoryTier, Region
@@ -97,6 +101,10 @@ class Arena:
         spaces: what to hold.
         device: device of the engine's KV pools.
         copy: the user's settings of the page copier.
+        integrity: which pages have sums.
+
+    Attributes:
+        summer: writes and compares sums; None where no page has one.
 
     Raises:
         ConfigError: no tier can hold the spaces.
@@ -104,7 +112,13 @@ class Arena:
     """
 
     def __init__(
-        self, placement: Placement, spaces: Sequence[SpaceSpec], *, device: torch.device, copy: CopySettings
+        self,
+        placement: Placement,
+        spaces: Sequence[SpaceSpec],
+        *,
+        device: torch.device,
+        copy: CopySettings,
+        integrity: Level = "off",
     ) -> None:
         self.device = device
         self._placement = placement
@@ -113,10 +127,13 @@ class Arena:
         #: Compiled loads and stores, by what their maker knows them by.
         self.programs: dict[Any, Any] = {}
         self.copier: PageCopier | None = None
+        self.integrity = integrity
+        self.summer: Summer | None = None
         self._regions: list[Region] = []
         self._slabs: list[Slab] = []
         self._views: list[tuple[int, torch.Tensor]] = []
         self._closed = False
+        self._open_lock = threading.Lock()
         self._storage_lock = threading.Lock()  # storage threads may still run when the arena is closed
         self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.tier, self._policy = self._take(spaces)
@@ -130,7 +147,7 @@ class Arena:
         tier, _ = self._take([space])
         if tier is not self.tier:
             raise ConfigError(
-                f"tier {self.tier.name} cannot hold {space.name} beside the other pools. Lower --hicache-size or "
+                f"tier {self.tier.name} cannot hold {space.name} with the other pools. Lower --hicache-size or "
                 "--hicache-ratio."
             )
         self.programs.clear()
@@ -186,6 +203,22 @@ class Arena:
         if refused is not None:
             logger.info("sglang_xmem: %s executes the copies itself: %s", self.device, refused)
         logger.info("sglang_xmem: pages are copied by %s", self.copier.describe())
+        if self.integrity != "off":
+            self.summer = self._make_summer()
+
+    def _make_summer(self) -> Summer:
+        if self.device.type == "cpu":
+            return CpuSummer()
+        from sglang_xmem.copies.sums_cuda import CudaSummer
+
+        return CudaSummer(self.device, self.upload)
+
+    def sums_of(self, space: str, planes: Sequence[Plane]) -> SectionSums | None:
+        """Sums of a new section of a space's frames; None where no page has one."""
+        if self.integrity == "off":
+            return None
+        pinned = self.device.type == "cuda"
+        return SectionSums(planes, self.spaces[space].spec.pages, EVERY[self.integrity], pinned=pinned)
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> Program:
         """Prepare a load or store of `steps`; once for a set of pools, since it may wait for the GPU."""
@@ -205,14 +238,17 @@ class Arena:
 
         Returns: int64 (n,) each, on the device.
         """
-        found = [self.spaces[space].table[pages] for space, pages in wanted]
+        return self.upload([self.spaces[space].table[pages] for space, pages in wanted])
+
+    def upload(self, found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Bring vectors of int64 from the CPU to the device by one copy on the current stream."""
         if self.device.type == "cpu":
-            return found
+            return list(found)
         # Pageable memory would make the copy wait for the stream. torch keeps a pinned block until the copies that
         # read it are done.
         lengths = [frames.numel() for frames in found]
         pinned = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=True)
-        torch.cat(found, out=pinned)
+        torch.cat(list(found), out=pinned)
         return list(pinned.to(self.device, non_blocking=True).split(lengths))
 
     def load(self, program: Program, pages: Sequence[Pages], counters: LayerCounters | None = None) -> None:
@@ -280,6 +316,17 @@ class Arena:
             with torch.cuda.stream(self._storage_stream):
                 return part.cpu()
 
+    def sections(self, space: str, pages: torch.Tensor, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Copy parts of frames, where the CPU addresses them: shape (n, nbytes)."""
+        starts = self.spaces[space].table[pages] + offset
+        found = np.empty((len(pages), nbytes), dtype=np.uint8)
+        for begin, view in self._views:
+            (here,) = torch.nonzero((starts >= begin) & (starts < begin + view.numel()), as_tuple=True)
+            if len(here):
+                windows = np.lib.stride_tricks.sliding_window_view(view.numpy(), nbytes)
+                found[here.numpy()] = windows[(starts[here] - begin).numpy()]
+        return found
+
     def write(self, space: str, page: int, offset: int, data: torch.Tensor) -> None:
         """Put bytes into a page's frame; in place when this returns.
 
@@ -301,9 +348,15 @@ class Arena:
                 part.copy_(data, non_blocking=True)
                 self._storage_stream.synchronize()
 
+    @contextmanager
+    def kept_open(self) -> Iterator[bool]:
+        """Keep the memory until the block ends; gives whether it is there. Not for the scheduler thread."""
+        with self._open_lock:
+            yield not self._closed
+
     def close(self) -> None:
-        """Give the memory back; idempotent. Waits for the device and for storage threads."""
-        with self._storage_lock:
+        """Give the memory back; idempotent. Waits for the device, for storage threads and for whoever keeps it open."""
+        with self._open_lock, self._storage_lock:
             if self._closed:
                 return
             self._closed = True

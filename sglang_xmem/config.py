@@ -27,6 +27,10 @@ CONFIG_VARIABLE = "SGLANG_XMEM_CONFIG"
 MOST_FILE_BYTES = 1 << 20
 
 Kernel = Literal["auto", "cuda", "triton", "torch"]
+Level = Literal["off", "sample", "full"]
+#: Key of the configuration that says how many pages have sums, and its values; the first is the default.
+INTEGRITY = "integrity"
+_LEVELS: tuple[Level, ...] = ("sample", "off", "full")
 _DIRECTIONS: tuple[Direction, ...] = ("load", "store")
 
 
@@ -52,12 +56,14 @@ class Options(msgspec.Struct, frozen=True):
         copy: settings of the page copier.
         tiers: settings of every tier by its name, defaults included.
         flags: what the options are called where the user gave them, for messages.
+        integrity: whether no page, a sixteenth of the pages or all are compared with what was stored.
     """
 
     tier: str
     copy: CopySettings
     tiers: dict[str, Any]
     flags: FlagStyle = SGLANG_FLAGS
+    integrity: Level = "sample"
 
 
 def parse_options(
@@ -88,7 +94,10 @@ def parse_options(
     raw = _read_config(config, flags.config)
     sections: dict[str, type[msgspec.Struct]] = {name: cls.Settings for name, cls in classes.items()}
     sections["copy"] = CopySettings
-    _reject_unknown(raw, sections, "", flags.config)
+    _reject_unknown(raw, [*sections, INTEGRITY], "", flags.config)
+    integrity = raw.get(INTEGRITY, _LEVELS[0])
+    if integrity not in _LEVELS:
+        raise ConfigError(f"{flags.config} {INTEGRITY!r} is {_short(integrity)}. Give {_or(_LEVELS)}.")
     try:
         parsed: dict[str, Any] = {}
         for name, kind in sections.items():
@@ -96,7 +105,7 @@ def parse_options(
         copy = parsed.pop("copy")
         for direction in _DIRECTIONS:
             _check_tuning(direction, getattr(copy, direction))
-        options = Options(tier=tier, copy=copy, tiers=parsed, flags=flags)
+        options = Options(tier=tier, copy=copy, tiers=parsed, flags=flags, integrity=integrity)
         _check_kernel(options)
     except SettingError as error:
         raise ConfigError(sentence(error, flags)) from None

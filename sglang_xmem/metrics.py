@@ -54,7 +54,7 @@ class Histogram(NamedTuple):
 CAPACITY = Gauge("tier_capacity_bytes", "Bytes of this rank's pages in the tier.")
 USED = Gauge("tier_used_bytes", "Bytes of pages in the tier that hold KV cache.")
 PINNED = Gauge("tier_pinned_bytes", "Bytes of pages that loads and stores in flight hold, so nothing evicts them.")
-HEALTHY = Gauge("tier_healthy", "1 while the tier's copies work, 0 once one had to be made another way.")
+HEALTHY = Gauge("tier_healthy", "1 while the tier serves, 0 while it is set aside after a failure.")
 INFO = Gauge("tier_info", "1; its label copier says what executes the copies.")
 GAUGES = (CAPACITY, USED, PINNED, HEALTHY, INFO)
 
@@ -72,9 +72,22 @@ FAMILIES = (
     Family(
         "enqueue_ns", "copy_enqueue_seconds_total", "Scheduler thread's time in copies.", "direction", DIRECTIONS, 1e-9
     ),
-    Family("failures", "failures_total", "Loads and stores that failed, by reason.", "reason", ("refused",)),
+    Family("failures", "failures_total", "Failures of the tier, by reason.", "reason", ("refused", "canary")),
     Family("fallbacks", "fallbacks_total", "Copies made a slower way.", "kind", ("plain", "layers")),
-    Family("integrity", "integrity_checks_total", "Pages whose bytes were checked.", "result", ("ok", "mismatch")),
+    Family(
+        "set_aside",
+        "set_aside_total",
+        "Loads and stores not made while the tier is set aside.",
+        "direction",
+        DIRECTIONS,
+    ),
+    Family(
+        "integrity",
+        "integrity_checks_total",
+        "Pages whose bytes were compared with what was stored, and what came of it.",
+        "result",
+        ("checked", "mismatch", "skipped"),
+    ),
     Family("storage", "storage_pages_total", "Pages that storage backends moved.", "operation", ("read", "write")),
 )
 

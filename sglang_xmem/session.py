@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,8 +14,12 @@ from sglang_xmem.watch import InFlight, Watch
 
 if TYPE_CHECKING:
     from sglang_xmem.arena import Arena
+    from sglang_xmem.canary import Canary, Perch
     from sglang_xmem.metrics import Exporter
     from sglang_xmem.plan import Placement, Plan
+
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -38,21 +43,55 @@ class Session:
         self.pools: list[Any] = []
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
-        #: False once a copy was refused and had to be made another way.
-        self.healthy = True
+        #: Why the tier is set aside: nothing is stored in it or loaded from it. Empty while it serves.
+        self.trouble = ""
+        #: Comparisons of loads that belong to no batch, until somebody settles them.
+        self.checks: list[Any] = []
+        self.canary: Canary | None = None
         self.used_fraction: Callable[[Arena, str], float] = lambda arena, space: 0.0
-        self.watch = Watch(deadline_s, self._where, self._export, finished=self._observe)
+        self.watch = Watch(deadline_s, self._where, self._each_second, finished=self._observe)
         self._exporter: Exporter | None = None
 
-    def serve(self, labels: Mapping[str, str] | None) -> None:
-        """Begin to watch copies, and to export metrics with `labels` unless None."""
+    def serve(self, labels: Mapping[str, str] | None, perches: Sequence[Perch] = ()) -> None:
+        """Begin to watch copies and send canaries, and to export metrics with `labels` unless None."""
+        if perches:
+            from sglang_xmem.canary import Canary
+
+            try:
+                self.canary = Canary(perches, self._canary_failed, self.take_again, lambda: not self.healthy)
+                self.canary.start()
+            except RuntimeError as error:  # no scratch memory, or a GPU that copies and cannot reach it
+                logger.warning("sglang_xmem: no canary page is sent, and a tier that fails stays set aside: %s", error)
         if labels is not None:
             from sglang_xmem.metrics import Exporter
 
             self._exporter = Exporter(self, labels)
         self.watch.start()
 
-    def _export(self) -> None:
+    def set_aside(self, why: str) -> None:
+        """Stop using the tier, until `take_again`."""
+        if not self.trouble:
+            logger.warning("sglang_xmem: tier %s is set aside: %s", ", ".join(self.tier_names()), why)
+        self.trouble = why
+
+    def take_again(self) -> None:
+        """Use the tier again, for a canary came back."""
+        if self.trouble:
+            logger.warning("sglang_xmem: tier %s is used again", ", ".join(self.tier_names()))
+        self.trouble = ""
+
+    def _canary_failed(self, why: str) -> None:
+        self.counts["failures:canary"] += 1
+        self.set_aside(why)
+
+    @property
+    def healthy(self) -> bool:
+        """False from a failure of the tier until a page goes there and back again."""
+        return not self.trouble
+
+    def _each_second(self) -> None:
+        if self.canary is not None:
+            self.canary.check_time()
         if self._exporter is not None:
             self._exporter.export()
 
@@ -102,6 +141,8 @@ class Session:
         return {
             "tiers": self.tier_names(),
             "healthy": self.healthy,
+            "trouble": self.trouble,
+            "integrity": self.plan.options.integrity,
             "copiers": [arena.copier.describe() for arena in self.arenas if arena.copier is not None],
             "capacity_bytes": self.capacity_bytes(),
             "used_bytes": self.used_bytes(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
 from sglang_xmem.copies.counters import LayerCounters
 from sglang_xmem.copies.counters import supported as counters_supported
 from sglang_xmem.copies.geometry import Slab, alignment_of
-from sglang_xmem.copies.remote import CopyingGpu, give_access
+from sglang_xmem.copies.remote import CopyingGpu, check_access, give_access
 from sglang_xmem.copies.table import Parameters, Work, record
 from sglang_xmem.copies.tuning import (
     VECTOR_BYTES,
@@ -73,7 +74,8 @@ class CudaPageCopier(PageCopier):
         self._runs_on = runs_on
         if runs_on is not None:
             # Vectors come from torch's allocator, as this does.
-            give_access(runs_on, self.device, [torch.zeros(1, device=self.device).data_ptr()])
+            give_access(runs_on, self.device)
+            check_access(runs_on, self.device, [torch.zeros(1, device=self.device).data_ptr()])
         self._path = path_of(link, runs_on)
         self._given: dict[Direction, CudaTuning | Mapping[str, Any]] = {"load": load, "store": store}
         self._order = {
@@ -85,9 +87,10 @@ class CudaPageCopier(PageCopier):
         self.tunings = {direction: self._tuning(direction, [], VECTOR_BYTES) for direction in self._given}
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> CudaProgram:
+        program = CudaProgram(self, steps, num_parts)
         if self._runs_on is not None:
-            give_access(self._runs_on, self.device, {step.plane.device_address for step in steps})
-        return CudaProgram(self, steps, num_parts)
+            check_access(self._runs_on, self.device, {step.plane.device_address for step in steps})
+        return program
 
     def describe(self) -> str:
         where = "" if self._runs_on is None else f" on GPU {self._runs_on}"
@@ -158,6 +161,18 @@ class CudaProgram(Program):
         self.kernels = {direction: copier.make_kernel(self, direction) for direction in copier.tunings}
 
 
+@functools.cache
+def _image(tuning: CudaTuning, alignment: int, capability: tuple[int, int]) -> bytes:
+    """The kernel's image; a scheduler thread that compiles another program for it reads no file."""
+    return nvrtc.build(source(_SOURCE_FILE), _SOURCE_FILE, tuning.macros(alignment), capability)
+
+
+@functools.cache
+def _uploads(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which tables of planes go to a GPU."""
+    return torch.cuda.Stream(device)
+
+
 class Kernel:
     """One direction's kernel with everything that does not change from launch to launch.
 
@@ -182,8 +197,7 @@ class Kernel:
     ) -> None:
         from cuda.bindings import driver
 
-        image = nvrtc.build(source(_SOURCE_FILE), _SOURCE_FILE, tuning.macros(alignment), capability)
-        self._function = nvrtc.load(image, "page_copy", runner, tuning.shared_bytes)
+        self._function = nvrtc.load(_image(tuning, alignment, capability), "page_copy", runner, tuning.shared_bytes)
         self._launch: Any = driver.cuLaunchKernel
         self._device, self._runner = program.copier.device, runner
         self.tuning = tuning
@@ -191,9 +205,11 @@ class Kernel:
         self._work = Work(program.steps, tuning, alignment)
         records = bytearray().join(record(step, tuning, alignment) for step in program.steps) or bytearray(64)
         # On the GPU that reads it, for which every tile's record would else be a read over the link.
-        self._table = torch.frombuffer(records, dtype=torch.uint8).to(runner)
-        # Launches may come on any stream; the table must be there by then.
-        torch.cuda.current_stream(runner).synchronize()
+        # Launches may come on any stream, and the table must be there by then. On a stream of its own nobody waits for
+        # more than these bytes: the scheduler thread may have a forward pass on the current one.
+        with torch.cuda.stream(_uploads(runner)):
+            self._table = torch.frombuffer(records, dtype=torch.uint8).to(runner)
+        _uploads(runner).synchronize()
         self._parameters = Parameters(self._table.data_ptr(), len(program.steps), program.num_parts, load=load)
 
     def start(self, pages: Sequence[Pages], counters: int, order: CopyingGpu | None) -> int:

@@ -43,14 +43,11 @@ class CopyingGpu:
         torch.cuda.current_stream(self._rank).wait_event(self._after)
 
 
-def give_access(gpu: int, rank: torch.device, addresses: Iterable[int]) -> None:
-    """Let kernels on `gpu` reach what the rank's GPU has allocated, now and later.
-
-    Args:
-        addresses: of memory on the rank's GPU that they must be able to reach, one in each allocation.
+def give_access(gpu: int, rank: torch.device) -> None:
+    """Let kernels on `gpu` reach what the rank's GPU allocates, now and later. Waits for `gpu`.
 
     Raises:
-        CopyError: the driver refuses, or memory that the rank's GPU has mapped for itself alone.
+        CopyError: the driver refuses.
     """
     from cuda.bindings import driver
 
@@ -61,6 +58,19 @@ def give_access(gpu: int, rank: torch.device, addresses: Iterable[int]) -> None:
             (status,) = driver.cuCtxEnablePeerAccess(context, 0)
         if status.value and status.name != "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED":
             raise CopyError(f"GPU {gpu} cannot be given access to the memory of {rank} ({status.name}); {WITHOUT_IT}.")
+
+
+def check_access(gpu: int, rank: torch.device, addresses: Iterable[int]) -> None:
+    """Check that `give_access` covers memory of the rank's GPU; waits for nothing.
+
+    Args:
+        addresses: one in each allocation.
+
+    Raises:
+        CopyError: the rank's GPU has mapped the memory for itself alone.
+    """
+    from cuda.bindings import driver
+
     # Memory of cuMemMap is mapped for a GPU at a time; the attribute tells it from memory of cuMemAlloc.
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
     for address in addresses:

@@ -50,6 +50,7 @@ PLUGIN = Path(__file__).with_name("plugin")
 #: Variables of that plugin, which says what they are.
 LEAVE_OUT = "SGLANG_XMEM_TEST_LEAVE_OUT"
 LAZY = "SGLANG_XMEM_TEST_LAZY"
+FAULT = "SGLANG_XMEM_TEST_FAULT"
 
 #: Found in the environment of every process of one run, and of nothing else.
 MARKER = "SGLANG_XMEM_TEST_RUN"
@@ -403,8 +404,9 @@ def run_steps(
 
     Steps: ("ask", name of the answer, name of the prompt), ("flood",) pushes everything out of the device pool,
     ("flush",) empties the caches, ("count_flushes", tries) as `count_flushes` and its count is printed,
-    ("await_files", directory) waits until the prompt's pages are stored there, ("leave_out", pool, ...) leaves pools
-    out of all further loads.
+    ("try", ...) is ("ask", ...) that may end in an error and then has no answer, ("fault", name) has copies fail from
+    here on, ("rest", seconds) does nothing, ("await_files", directory) waits until the prompt's pages are stored there,
+    ("leave_out", pool, ...) leaves pools out of all further loads.
 
     Args:
         spec: what the client runs; without it, a prompt and a device pool have the usual sizes.
@@ -418,6 +420,16 @@ def run_steps(
             name, prompt_name = arguments
             answers[name] = client.generate(prompt(prompt_name, prompt_tokens), OUTPUT_TOKENS, logprobs=True)
             print(f"harness: {name}: {answers[name]}", flush=True)
+        elif operation == "try":
+            name, prompt_name = arguments
+            try:
+                answers[name] = client.generate(prompt(prompt_name, prompt_tokens), OUTPUT_TOKENS, logprobs=True)
+            except Exception as error:
+                print(f"harness: {name} is lost: {error}", flush=True)
+        elif operation == "fault":
+            Path(os.environ[FAULT]).write_text(arguments[0])
+        elif operation == "rest":
+            time.sleep(arguments[0])
         elif operation == "flood":
             for index in range(pool_tokens // prompt_tokens + 2):
                 client.generate(prompt(f"flood {number} {index}", prompt_tokens), 1)

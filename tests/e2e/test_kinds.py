@@ -30,8 +30,11 @@ class Way(NamedTuple):
 ENGINES: Mapping[str, Way] = {
     "stock": Way({}),
     "dram": Way(harness.XMEM_DRAM),
-    # Whoever asks whether a load has ended makes the lazy copier end it, so nothing watches.
-    "dram lazy": Way(harness.XMEM_DRAM, {harness.LAZY: "1", "SGLANG_XMEM_DEADLINE_S": "0"}),
+    # Whoever asks whether a load has ended makes the lazy copier end it, so nothing watches, and nothing compares.
+    "dram lazy": Way(
+        {**harness.XMEM_DRAM, "hicache_xmem_config": {"integrity": "off"}},
+        {harness.LAZY: "1", "SGLANG_XMEM_DEADLINE_S": "0"},
+    ),
 }
 
 

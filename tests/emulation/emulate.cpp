@@ -1,20 +1,27 @@
-// Runs page_copy.cu on a CPU: a library with one function, `emulate`, for tests/emulation/emulated.py.
+// Runs a kernel, KERNEL_NAME of the file KERNEL, on a CPU: a library with one function, `emulate`, for
+// tests/emulation/emulated.py.
 
 #include KERNEL
 
+#include <type_traits>
+#include <utility>
+
 namespace machine {
 
-struct Launch {
-    const Plane *planes;
-    u32 num_planes, load;
-    u32 *counters;
-    u32 num_parts;
-    const Vectors *vectors;
-};
-static Launch launch;
+static void **launch;  // addresses of the kernel's parameters
+
+template <class... Types, size_t... Numbers>
+static void call(void (*kernel)(Types...), std::index_sequence<Numbers...>) {
+    kernel(*(std::remove_const_t<Types> *)launch[Numbers]...);
+}
+
+template <class... Types>
+static void call(void (*kernel)(Types...)) {
+    call(kernel, std::index_sequence_for<Types...>());
+}
 
 static void run_lane() {
-    page_copy(launch.planes, launch.num_planes, launch.load, launch.counters, launch.num_parts, *launch.vectors);
+    call(KERNEL_NAME);
     Lane &mine = lane();
     if (!mine.groups.empty() || !mine.open.empty()) fail("the kernel ends before its bulk copies");
     mine.done = true;
@@ -37,8 +44,7 @@ static void resume(Warp &next, u32 number) {
 extern "C" const char *emulate(u32 grid, u32 threads, u32 shared_bytes, void **parameters, u64 seed,
                                void (*raised)(u32 *), const u64 *ranges, u32 num_written, u32 num_ranges) {
     using namespace machine;
-    launch = {*(const Plane **)parameters[0], *(u32 *)parameters[1], *(u32 *)parameters[2], *(u32 **)parameters[3],
-              *(u32 *)parameters[4],          (const Vectors *)parameters[5]};
+    launch = parameters;
     machine::raised = raised;
     readable.clear();
     writable.clear();

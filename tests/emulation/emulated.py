@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,16 @@ _BUILDS = tempfile.TemporaryDirectory(prefix="page_copy_")
 _LIBRARIES: dict[str, Any] = {}
 
 
-def library(text: str, tuning: CudaTuning, vector_bytes: int) -> Any:
-    """The kernel's source compiled by g++ for one tuning; a function of _ARGUMENTS (see emulate.cpp)."""
-    macros = [f"-D{key}={value}" for key, value in tuning.macros(vector_bytes).items()]
-    key = hashlib.sha256(repr((text, macros)).encode()).hexdigest()[:16]
+def library(text: str, macros: Mapping[str, int], name: str = "page_copy") -> Any:
+    """A kernel's source compiled by g++ for some macros; a function of _ARGUMENTS (see emulate.cpp)."""
+    macros = {"PAGE_COPY_BULK": 0, "VEC_BYTES": 8, **macros}
+    options = [f"-DKERNEL_NAME={name}", *(f"-D{key}={value}" for key, value in macros.items())]
+    key = hashlib.sha256(repr((text, options)).encode()).hexdigest()[:16]
     if key not in _LIBRARIES:
         kernel, built = Path(_BUILDS.name) / f"{key}.cu", Path(_BUILDS.name) / f"{key}.so"
         kernel.write_text(text)
         names = [f'-DPAGE_COPY_MACHINE="{_HERE / "machine.h"}"', f'-DKERNEL="{kernel}"']
-        options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, *names, "-o", str(built)]
+        options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", *options, *names, "-o", str(built)]
         subprocess.run(["g++", *options, str(_HERE / "emulate.cpp")], check=True)
         function = ctypes.CDLL(str(built)).emulate
         function.restype = ctypes.c_char_p
@@ -126,4 +127,4 @@ class EmulatedProgram(Program):
         self.parameters = {
             load: Parameters(ctypes.addressof(self._table), len(steps), num_parts, load=load) for load in (True, False)
         }
-        self.run = library(copier._text, self.tuning, alignment)
+        self.run = library(copier._text, self.tuning.macros(alignment))

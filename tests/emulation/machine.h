@@ -1,4 +1,4 @@
-// A GPU for page_copy.cu, on a CPU: what the kernel uses of CUDA C++, and its PTX instructions, in C++.
+// A GPU for the kernels, on a CPU: what they use of CUDA C++, and their PTX instructions, in C++.
 //
 // Every lane is a coroutine. Lanes meet at each instruction of the whole warp (shuffle, ballot, __syncwarp), where all 32
 // have to arrive at the same one; warps take turns in random order. Bulk copies happen as late as the kernel allows, or
@@ -177,6 +177,28 @@ static u64 load_index(const void *address) {
     return *(const u64 *)address;
 }
 static void raise_counter(u32 *counter) { machine::raised(counter); }
+
+#ifdef PIECE_BYTES  // page_sum.cu
+
+static u64 load_piece(u64 address) {
+    if (address % PIECE_BYTES) machine::fail("a misaligned load");
+    machine::check(machine::readable, address, PIECE_BYTES, "a load");
+    u64 value = 0;
+    std::memcpy(&value, (const void *)address, PIECE_BYTES);
+    return value;
+}
+static u64 add_to(u64 address, u64 value) {
+    machine::check(machine::writable, address, 8, "an addition");
+    u64 &word = *(u64 *)address;
+    word += value;
+    return word - value;
+}
+static void store_word(u64 address, u64 value) {
+    machine::check(machine::writable, address, 8, "a store of a word");
+    *(u64 *)address = value;
+}
+
+#endif
 
 #if !PAGE_COPY_BULK
 

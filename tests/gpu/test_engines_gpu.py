@@ -5,7 +5,6 @@ The benchmarks' dummy weights cannot show this: their outputs are the same with 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -56,18 +55,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def patched(how: str) -> dict[str, str]:
-    """Environment of servers whose sglang_xmem is changed by patched/sitecustomize.py."""
-    path = os.pathsep.join(filter(None, [str(HERE / "patched"), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "SGLANG_XMEM_TEST_PATCH": how}
-
-
 def serve(model: Path, tier: str, steps: Sequence[Step] = EVICT_AND_ASK_AGAIN, **more: Any) -> Result:
     """Take a server of a tier through `steps`; `more` are its environment's variables in upper case, else options."""
     environment = {name: value for name, value in more.items() if name.isupper()}
     options = {name: value for name, value in more.items() if not name.isupper()}
-    if tier == "dram_staged":
-        environment |= patched("always_staged")
     options = {**GPU_OPTIONS, "hicache_use_xmem": True, **TIERS[tier], **options}
     return run(Spec("launch_server", str(model), options, steps, environment, start_timeout_s=400))
 
@@ -123,8 +114,8 @@ def test_pages_come_back_from_storage_through_the_tier(model: Path, tier: str, t
 
 def test_a_load_that_is_left_out_is_noticed(model: Path) -> None:
     """Negative control: the very check used here has to fail."""
-    more: dict[str, Any] = {**patched("without_loads")}
-    result = serve(model, "dram", **more)
+    steps = [*EVICT_AND_ASK_AGAIN[:-2], ("leave_out", "kv"), *EVICT_AND_ASK_AGAIN[-2:]]
+    result = serve(model, "dram", steps)
     assert result.answers["tier_hit"].cached == {"device": 0, "host": WHOLE}
     with pytest.raises(AssertionError):
         check(result)

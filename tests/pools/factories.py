@@ -2,7 +2,7 @@
 
 `make(kind)` builds the device pools of a kind of model, and has SGLang's `attach_hybrid_pool_to_unified_cache` build
 host pools, `HostPoolGroup` and `HybridCacheController` over them; so whatever hooks these is exercised unchanged. The
-transfers are those of the controller. `Pools.arrays` names the device's own tensors, by which a test tells whether a
+transfers are those of the controller. `Pools.arrays` names the device's own tensors, by which a test says whether a
 page has come back.
 """
 
@@ -127,7 +127,7 @@ class Pools:
         """L2Transfers of a load, as the controller makes them: packed drafts come with a new closure each time.
 
         Args:
-            again: (pool, host, device) that are loaded besides, so a pool may occur twice.
+            again: (pool, host, device) that are loaded too, so a pool may occur twice.
             rng: shuffles the list, since its order differs from load to load.
         """
         extra = self._pool_transfers(host, device) + [self._pool_transfer(*each) for each in again]
@@ -942,7 +942,7 @@ def _mha_draft_sidecar(shape: Shape) -> Built:
 
 @_kind("mla_draft_sidecar", page_sizes=(64,))
 def _mla_draft_sidecar(shape: Shape) -> Built:
-    """An MHA draft beside an MLA target."""
+    """An MHA draft next to an MLA target."""
     pool, draft = _mla_pool(shape, 3), _mha_pool(shape, 1)
     arrays = _tokens("kv", pool.kv_buffer, range(3)) + _mha_arrays("draft", draft, [0])
     return Built(pool, ("FULL",), arrays, {"kv": KV, "draft": KV}, sidecar=(draft,))
@@ -961,7 +961,7 @@ def _dsa_draft_sidecar(shape: Shape) -> Built:
 
 @_kind("gdn_draft_sidecar", page_sizes=(16,), layouts=PAGE_FIRST)
 def _gdn_draft_sidecar(shape: Shape) -> Built:
-    """A draft of its own beside states."""
+    """A draft of its own next to states."""
     built = _mamba_kind(shape, **GDN)
     draft = _mha_pool(shape, 1)
     return built._replace(

@@ -50,6 +50,11 @@ def test_changes_to_copies_may_be_a_few_of_their_settings() -> None:
     assert parse_options("auto", {"copy": {"load": changes, "store": {"stages": 2}}}).copy.load == changes
 
 
+def test_integrity_has_three_levels() -> None:
+    assert parse_options().integrity == "sample"
+    assert [parse_options("auto", {"integrity": level}).integrity for level in ("off", "full")] == ["off", "full"]
+
+
 def test_variables_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_XMEM_TIER", "dram")
     monkeypatch.setenv("SGLANG_XMEM_CONFIG", '{"dram": {"threads": 3}}')
@@ -119,8 +124,8 @@ OPTION = "--hicache-xmem-config"
     ("config", "sentence"),
     [
         ("[1]", f"{OPTION} is [1]. Give a JSON object with a key a tier."),
-        ('{"peers": {}}', f'{OPTION} has an unknown key "peers". Known keys: mtier, peer, dram, dax, copy.'),
-        ({1: {}}, f"{OPTION} has an unknown key 1. Known keys: mtier, peer, dram, dax, copy."),
+        ('{"peers": {}}', f'{OPTION} has an unknown key "peers". Known keys: mtier, peer, dram, dax, copy, integrity.'),
+        ({1: {}}, f"{OPTION} has an unknown key 1. Known keys: mtier, peer, dram, dax, copy, integrity."),
         ('{"peer": 1}', f"{OPTION} 'peer' is 1. Give a JSON object."),
         ('{"peer": null}', f"{OPTION} 'peer' is null. Give a JSON object."),
         ('{"mtier": {"bank": 1}}', f"{OPTION} has an unknown key \"bank\" in 'mtier'. Known keys: banks."),
@@ -142,6 +147,7 @@ OPTION = "--hicache-xmem-config"
             f"{OPTION} 'copy.load' is {{\"stages\": 1}}: pending_stores=1 is out of ",
         ),
         ('{"copy": {"store": {"blocks": 3}}}', f"{OPTION} 'copy.store.blocks' is unknown. Known keys: variant, ctas"),
+        ({"integrity": "some"}, f"{OPTION} 'integrity' is \"some\". Give sample, off or full."),
         ({"dram": {"threads": object}}, f"{OPTION} 'dram.threads' is <class 'object'>. Give a whole number."),
     ],
 )

@@ -98,7 +98,7 @@ def test_numbers_are_those_of_the_exporter(exported: Exported) -> None:
     assert [rank["healthy"] for rank in found["ranks"]] == [True, False]
     one = found["ranks"][1]
     assert (one["tier"], one["copier"], one["capacity_bytes"], one["used_bytes"]) == ("dram", "torch", 1024, 256)
-    assert one["failures"] == {"refused": 2}
+    assert one["failures"] == {"refused": 2, "canary": 0}
     assert one["copies"]["load"]["pages"] == 7
     both = scrape.total(found["ranks"], "load")
     assert (both["count"], both["bytes"], both["seconds"]) == (2, 4_000_000, pytest.approx(0.002))
@@ -116,7 +116,7 @@ def test_an_interval_is_a_difference_but_for_levels(exported: Exported) -> None:
     assert change["tokens"] == {"device": 0, "tier": 50, "storage": 0, "computed": 0}
     assert change["ranks"][0]["copies"]["load"]["bytes"] == 500
     assert change["ranks"][0]["used_bytes"] == 1000
-    assert change["ranks"][0]["failures"] == {"refused": 0, "new": 1}
+    assert change["ranks"][0]["failures"] == {"refused": 0, "canary": 0, "new": 1}
     assert change["ranks"][1]["copies"]["load"]["count"] == 0
     assert change["ranks"][1]["rank"]["tp_rank"] == 1
 

@@ -9,6 +9,7 @@ there.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_xmem.arena import Arena, SpaceSpec, bytes_at
+from sglang_xmem.canary import Perch
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.engines.sglang import storage
 from sglang_xmem.engines.sglang.geometry import (
+    KV,
+    MAMBA,
     Description,
     Section,
     Unsupported,
@@ -34,6 +38,7 @@ from sglang_xmem.errors import ConfigError, CopyError, refuse, sentence
 
 if TYPE_CHECKING:
     from sglang_xmem.session import Session
+    from sglang_xmem.sums import SectionSums
 
 #: Attribute of a HostPoolGroup: sections that are reserved in its arena's frames for pools that come later.
 _RESERVED = "_sglang_xmem_reserved"
@@ -50,6 +55,7 @@ class AdoptedPool:
         slots: index numbers of a page.
         layers: planes by host layer; empty for a pool that holds no bytes.
         component_bytes: bytes of each component of a page, in the order of SGLang's storage keys.
+        sums: of its pages; None where no page has one.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class AdoptedPool:
         self.layers: dict[int, list[Plane]] = {}
         self.slots = 1
         self.component_bytes: tuple[int, ...] = ()
+        self.sums: SectionSums | None = None
         if description is not None:
             self.slots = description.slots
             self.host_layer = description.host_layer
@@ -69,6 +76,8 @@ class AdoptedPool:
             self.component_bytes = tuple(
                 sum(unit.unit_bytes for _, unit in component) for component in description.components
             )
+            planes = [plane for layer in self.layers.values() for plane in layer]
+            self.sums = self.arena.sums_of(section.space, planes)
 
     @property
     def arena(self) -> Arena:
@@ -172,6 +181,7 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
             [SpaceSpec(space, pages[space], nbytes) for space, nbytes in frames.items()],
             device=device,
             copy=active.plan.options.copy,
+            integrity=active.plan.options.integrity,
         )
     except (Unsupported, ConfigError, CopyError) as error:
         refuse(_sentence(error))
@@ -238,6 +248,74 @@ def _attach(active: Session, arena: Arena, pool: Any, description: Description |
     pool.prepare_transfer_indices = _as_they_are
     if description is not None:
         storage.attach(view)
+    if hasattr(pool, "alloc"):
+        _forget_what_is_allocated(active, view)
+
+
+def _forget_what_is_allocated(active: Session, view: AdoptedPool) -> None:
+    """Have no sums of pages that SGLang allocates: who fills them need not write any."""
+    alloc = view.pool.alloc
+    space = view.section.space or KV
+    size = _allocated_at_once(view)
+
+    def alloc_anew(*args: Any, **kwargs: Any) -> Any:
+        indices = alloc(*args, **kwargs)
+        if indices is not None:
+            for other in active.pools:
+                if other.sums is not None and other.arena is view.arena and other.section.space == space:
+                    other.sums.forget(indices[:: math.gcd(size, other.slots)] // other.slots)
+        return indices
+
+    view.pool.alloc = alloc_anew
+
+
+def keep_pages(active: Session) -> list[Perch]:
+    """Take the first pages from SGLang's allocators, now and whenever they are emptied, for canaries.
+
+    Before anything is served. A pool that rides on another's numbers has an allocator that nobody asks; that it gives
+    a page away does no harm. One without bytes of its own may give numbers to any of the others.
+
+    Returns: a page of every pool that has bytes, or none where an allocator has no page to spare.
+    """
+    views = [view for view in active.pools if view.layers]
+    indices = max((view.slots for view in views), default=0)
+    kept = []
+    for view in active.pools:
+        size = _allocated_at_once(view)
+        count = -(-indices // size) * size if view.section.space != MAMBA else view.slots
+        has_allocator = all(hasattr(view.pool, name) for name in ("alloc", "clear", "available_size"))
+        if not has_allocator or view.pool.available_size() <= 2 * count:
+            return []
+        kept.append((view.pool, count))
+    for pool, count in kept:
+        if not torch.equal(pool.alloc(count), torch.arange(count)):
+            return []
+        _keep_when_cleared(pool, count)
+    return [
+        Perch(
+            type(view.pool).__name__,
+            view.arena,
+            view.section.space,
+            0,
+            [plane for layer in view.layers.values() for plane in layer],
+        )
+        for view in views
+    ]
+
+
+def _allocated_at_once(view: AdoptedPool) -> int:
+    """Indices of which a pool's allocator gives whole multiples."""
+    return int(getattr(view.pool, "logical_page_size", 0) or getattr(view.pool, "page_size", view.slots))
+
+
+def _keep_when_cleared(pool: Any, count: int) -> None:
+    clear, alloc = pool.clear, pool.alloc
+
+    def clear_but_the_first() -> None:
+        clear()
+        alloc(count)
+
+    pool.clear = clear_but_the_first
 
 
 def _as_they_are(host_indices: Any, device_indices: Any, io_backend: str) -> tuple[Any, Any]:

@@ -196,7 +196,8 @@ def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     except CopyError as error:
         refuse(str(error))
     active.used_fraction = functools.partial(pools.used_fraction, active)
-    active.serve(_labels() if get_observability().enable_metrics else None)
+    labels = _labels() if get_observability().enable_metrics else None
+    active.serve(labels, pools.keep_pages(active))
     result[INFO_KEY] = ",".join(active.tier_names())
     return result
 
@@ -239,4 +240,7 @@ def attach_storage(
         )
     if not hasattr(type(self.mem_pool_host.anchor_entry.host_pool), "storage_format_tag"):  # SGLang 0.5.21
         model_name = f"{model_name}-{storage.FORMAT}" if model_name else storage.FORMAT
-    return original(self, storage_backend, prefetch_threshold, model_name, storage_backend_extra_config)
+    result = original(self, storage_backend, prefetch_threshold, model_name, storage_backend_extra_config)
+    if storage_backend in launcher.FLAT_BACKENDS:
+        storage.guard(self.storage_backend)
+    return result

@@ -7,17 +7,24 @@ apart.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_xmem import session
+from sglang_xmem.engines.sglang.checks import FAILURES
+from sglang_xmem.sums import keyed_sum
 
 if TYPE_CHECKING:
     from sglang_xmem.engines.sglang.pools import AdoptedPool
 
+logger = logging.getLogger(__name__)
+
 #: Name of this order of a page's bytes, in storage keys. Another order needs another name.
-FORMAT = "xmem1"
+FORMAT = "xmem2"
+#: Bytes behind a page of backends that take bytes: its sum, which is of its key too.
+SUM_BYTES = 8
 
 
 def attach(view: AdoptedPool) -> None:
@@ -26,17 +33,25 @@ def attach(view: AdoptedPool) -> None:
     dtype = pool.dtype if section.nbytes % pool.dtype.itemsize == 0 else torch.uint8
 
     def get_data_page(index: Any, flat: bool = True) -> torch.Tensor:
-        """Copy a page to the CPU, flat."""
-        session.current().counts["storage:read"] += 1
-        return arena.read(section.space, int(index) // view.slots, section.offset, section.nbytes).view(dtype)
+        """Copy a page to the CPU, flat; RuntimeError if it is not what was stored there."""
+        page = int(index) // view.slots
+        data = arena.read(section.space, page, section.offset, section.nbytes)
+        if view.sums is not None and page % view.sums.every == 0:
+            wrong = view.sums.wrong(torch.tensor([page]), data.numpy().reshape(1, -1), section.offset)
+            if len(wrong):
+                session.current().counts[FAILURES] += 1
+                raise RuntimeError(f"sglang_xmem: page {page} in tier {arena.tier.name} is damaged and is not stored")
+        return data.view(dtype)
 
     def set_from_flat_data_page(index: Any, data_page: torch.Tensor) -> None:
         """Put a page that `get_data_page` gave back."""
         data = data_page.contiguous().view(torch.uint8).flatten()
         if data.numel() != section.nbytes:
             raise ValueError(f"a page has {section.nbytes} bytes, got {data.numel()}")
-        session.current().counts["storage:write"] += 1
-        arena.write(section.space, int(index) // view.slots, section.offset, data)
+        page = int(index) // view.slots
+        arena.write(section.space, page, section.offset, data)
+        if view.sums is not None:
+            view.sums.put(page, data.numpy(), section.offset)
 
     def get_dummy_flat_data_page() -> torch.Tensor:
         """Make room for a page that a backend will fill."""
@@ -94,6 +109,45 @@ def attach(view: AdoptedPool) -> None:
     buffers = arena.host_buffers()
     # What backends register, where the CPU has the bytes; a tensor without memory elsewhere, which nobody can read.
     pool.kv_buffer = buffers[0] if len(buffers) == 1 else torch.empty(0, dtype=torch.uint8, device="meta")
+
+
+def guard(backend: Any) -> None:
+    """Have pages of a backend that takes bytes end with a sum: one that is damaged, or another's, is not found.
+
+    Args:
+        backend: SGLang's `file`, all of whose ways to a page are its `get` and `set`.
+    """
+    backend = getattr(backend, "_backend", backend)  # where failures are injected
+    get, put = backend.get, backend.set
+    # With model and rank, where the backend has one name for all of them.
+    whole_key: Any = getattr(backend, "_get_suffixed_key", str)
+
+    def get_checked(key: str, target_location: torch.Tensor, target_sizes: Any = None) -> torch.Tensor | None:
+        target = target_location.view(torch.uint8).flatten()
+        place = torch.empty(target.numel() + SUM_BYTES, dtype=torch.uint8)
+        try:
+            found = get(key, place)
+        except OSError as error:  # shorter than a page
+            logger.warning("sglang_xmem: a page in storage cannot be read: %s", error)
+            found = None
+        if found is None:
+            return None
+        data, of_page = place[:-SUM_BYTES], place[-SUM_BYTES:]
+        session.current().counts["storage:read"] += 1
+        if keyed_sum(data.numpy(), whole_key(key)) != bytes(of_page.tolist()):
+            session.current().counts[FAILURES] += 1
+            logger.error("sglang_xmem: page %s in storage is damaged, or is another page; it counts as missing", key)
+            return None
+        target.copy_(data)
+        return target_location
+
+    def set_with_sum(key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
+        data = value.contiguous().view(torch.uint8).flatten()
+        of_page = torch.frombuffer(bytearray(keyed_sum(data.numpy(), whole_key(key))), dtype=torch.uint8)
+        session.current().counts["storage:write"] += 1
+        return bool(put(key, torch.cat((data, of_page)), target_location, target_sizes))
+
+    backend.get, backend.set = get_checked, set_with_sum
 
 
 def _addressable(arena: Any) -> None:

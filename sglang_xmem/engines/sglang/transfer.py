@@ -15,6 +15,8 @@ import torch
 
 from sglang_xmem import session
 from sglang_xmem.copies.base import Pages, Step
+from sglang_xmem.engines.sglang import checks
+from sglang_xmem.engines.sglang.checks import Checked, Vectors
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ ADOPTED = "_sglang_xmem"
 #: completion; and the counters that were once made for it, by number of layers.
 _COUNTERS = "_sglang_xmem_counters"
 _MADE = "_sglang_xmem_made"
+#: Attribute of a LayerLoadingEvent: the Check of its present load, or None.
+CHECK = "_sglang_xmem_check"
 
 
 def adopted(transfer: Any) -> AdoptedPool:
@@ -66,30 +70,40 @@ def submit_host_to_device(
     with active.watch.over("load") as flight:
         with self._submission(transfers, stream, "host_to_device", start_event) as (prepared, completion):
             moves = [t for t in prepared if adopted(t).layers]
-            counters = _load(moves, transfer_layer_id_max, event, on_layer_done)
+            counters, check = _load(moves, transfer_layer_id_max, event, on_layer_done, completion)
             if hasattr(event, "finish_event"):
                 setattr(event, _COUNTERS, counters)
+                forgotten = getattr(event, CHECK, None)
+                if forgotten is not None:  # its batch's results were never used, or are still to come
+                    active.checks.append(forgotten)
+                setattr(event, CHECK, check)
                 if counters is not None:
                     event.finish_event.record(stream)
+            elif check is not None:  # of no batch
+                active.checks.append(check)
         _note(flight, completion, active.counts["bytes:load"] - bytes_before)
     active.counts["enqueue_ns:load"] += time.perf_counter_ns() - begun
     return completion
 
 
-def _load(moves: Sequence[Any], num_parts: int, event: Any, on_layer_done: Any) -> LayerCounters | None:
-    """Enqueue a load's copies, and the events of its layers where no counters signal them."""
+def _load(
+    moves: Sequence[Any], num_parts: int, event: Any, on_layer_done: Any, completion: Any
+) -> tuple[LayerCounters | None, checks.Check | None]:
+    """Enqueue a load's copies, the events of its layers where no counters signal them, its comparison."""
     counters = None
     if moves:
         arena = adopted(moves[0]).arena
-        pages = _pages(arena, moves)
+        vectors = _vectors(arena, moves)
+        pages = vectors.pages
         counters = _counters_of(event, arena, num_parts)
-        if counters is None and on_layer_done is not None and arena.device.type != "cpu":
-            _load_by_layers(arena, moves, pages, num_parts, on_layer_done)
-            return None
         key = ("load", num_parts, *_identity(moves))
         prepared = arena.programs.get(key)
         if prepared is None:
-            prepared = arena.programs[key] = Prepared.of(arena, load_steps(moves, num_parts), num_parts)
+            prepared = arena.programs[key] = Prepared.of(arena, moves, load_steps(moves, num_parts), num_parts)
+        wait = completion.finish_event.synchronize
+        if counters is None and on_layer_done is not None and arena.device.type != "cpu":
+            _load_by_layers(arena, moves, pages, num_parts, on_layer_done)
+            return None, checks.compare(arena, prepared.checked, vectors, wait)
         try:
             arena.load(prepared.program, pages, counters)
         except CopyError as error:
@@ -97,10 +111,14 @@ def _load(moves: Sequence[Any], num_parts: int, event: Any, on_layer_done: Any) 
             arena.copy_plainly(prepared.steps, pages, load=True)
             counters = None
         _count("load", prepared.page_bytes, pages)
-    if counters is None and on_layer_done is not None:
+        if counters is None and on_layer_done is not None:
+            for layer in range(num_parts):
+                on_layer_done(layer)
+        return counters, checks.compare(arena, prepared.checked, vectors, wait)
+    if on_layer_done is not None:
         for layer in range(num_parts):
             on_layer_done(layer)
-    return counters
+    return None, None
 
 
 def submit_device_to_host(original: Any, self: Any, transfers: Any) -> Any:
@@ -131,14 +149,16 @@ def _store(moves: Sequence[Any]) -> None:
     key = ("store", *_identity(moves))
     prepared = arena.programs.get(key)
     if prepared is None:
-        prepared = arena.programs[key] = Prepared.of(arena, _store_steps(moves), 1)
-    pages = _pages(arena, moves)
+        prepared = arena.programs[key] = Prepared.of(arena, moves, _store_steps(moves), 1)
+    vectors = _vectors(arena, moves)
+    pages = vectors.pages
     try:
         arena.store(prepared.program, pages)
     except CopyError as error:
         _refused("store", error)
         arena.copy_plainly(prepared.steps, pages, load=False)
     _count("store", prepared.page_bytes, pages)
+    checks.write(arena, prepared.checked, vectors)
 
 
 def _refused(what: str, error: CopyError) -> None:
@@ -146,7 +166,7 @@ def _refused(what: str, error: CopyError) -> None:
     active = session.current()
     active.counts["failures:refused"] += 1
     active.counts["fallbacks:plain"] += 1
-    active.healthy = False
+    active.set_aside(f"a {what} was refused: {error}")
     logger.warning("sglang_xmem: a %s was refused and is made by plain copies instead: %s", what, error)
 
 
@@ -156,16 +176,23 @@ class Prepared(NamedTuple):
     Attributes:
         steps: what it was compiled from.
         page_bytes: bytes that one page of each vector moves.
+        checked: the pools whose pages have sums.
     """
 
     program: Program
     steps: tuple[Step, ...]
     page_bytes: tuple[int, ...]
+    checked: Checked | None
 
     @classmethod
-    def of(cls, arena: Any, steps: Sequence[Step], num_parts: int) -> Prepared:
+    def of(cls, arena: Any, moves: Sequence[Any], steps: Sequence[Step], num_parts: int) -> Prepared:
         """Compile `steps`."""
-        return cls(arena.compile(steps, num_parts), tuple(steps), _page_bytes(steps))
+        return cls(
+            arena.compile(steps, num_parts),
+            tuple(steps),
+            _page_bytes(steps),
+            Checked.of(arena, [adopted(move) for move in moves], steps),
+        )
 
 
 def _page_bytes(steps: Sequence[Step]) -> tuple[int, ...]:
@@ -219,7 +246,7 @@ def _make_counters(event: Any, arena: Any, num_layers: int) -> Any:
     return made
 
 
-def _pages(arena: Any, moves: Sequence[Any]) -> list[Pages]:
+def _vectors(arena: Any, moves: Sequence[Any]) -> Vectors:
     """One vector per pool; pools that ride on another's numbers share the tensor of its frames' addresses."""
     wanted: list[tuple[str, torch.Tensor]] = []
     known: dict[tuple[int, str, int], int] = {}
@@ -235,7 +262,8 @@ def _pages(arena: Any, moves: Sequence[Any]) -> list[Pages]:
         numbers.append(number)
         slots.append(device[:: pool.slots])
     frames = arena.frames(wanted)
-    return [Pages(frames[number], slot) for number, slot in zip(numbers, slots, strict=True)]
+    pages = [Pages(frames[number], slot) for number, slot in zip(numbers, slots, strict=True)]
+    return Vectors(pages, [wanted[number][1] for number in numbers])
 
 
 def _on_cpu(indices: torch.Tensor) -> torch.Tensor:

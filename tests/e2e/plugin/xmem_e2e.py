@@ -8,6 +8,7 @@ instances of SGLang's transfer engine, in front of whatever has replaced that cl
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from typing import Any
 LEAVE_OUT = "SGLANG_XMEM_TEST_LEAVE_OUT"
 #: With 1, copies of loads are delayed until somebody waits for them, and their destinations are poisoned before.
 LAZY = "SGLANG_XMEM_TEST_LAZY"
+#: File with the name of a fault (tests/fakes/faults.py), read at each copy.
+FAULT = "SGLANG_XMEM_TEST_FAULT"
 
 #: Entries of SGLang's group of host pools, by id of the host pool; those live as long as their engine.
 _entries: dict[int, Any] = {}
@@ -37,6 +40,8 @@ def register() -> None:
         HookRegistry.register(f"{group}.add_entry", _entry_added, HookType.AFTER)
         engine = "sglang.srt.mem_cache.l2_transfer.L2TransferEngine"
         HookRegistry.register(f"{engine}.__init__", _engine_made, HookType.AFTER)
+    if os.environ.get(FAULT):
+        HookRegistry.register("sglang_xmem.copies.make_program", _faulty_program, HookType.AROUND)
     if os.environ.get(LAZY) == "1":
         import torch
 
@@ -65,17 +70,24 @@ def _engine_made(result: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
         kept = [transfer for transfer in transfers if _name(transfer) not in left_out]
         done = submit_load(kept, **kwargs)
         moved = " ".join(f"{_name(transfer)}={transfer.host_indices.numel()}" for transfer in transfers)
-        # A lazy load has not written yet, and its reader may change a state once it has.
-        wrong = "" if os.environ.get(LAZY) == "1" else " ".join(f"{_name(one)}={_wrong(one)}" for one in transfers)
+        # A lazy load has not written yet, and its reader may change a state once it has. A GPU's is still under way.
+        unchecked = os.environ.get(LAZY) == "1" or _on_gpu()
+        wrong = "" if unchecked else " ".join(f"{_name(one)}={_wrong(one)}" for one in transfers)
         _say(f"load {moved}; wrong {wrong}; left out {len(transfers) - len(kept)}")
         return done
 
     def store(transfers: list[Any], **kwargs: Any) -> Any:
-        for transfer in transfers:
+        for transfer in () if _on_gpu() else transfers:
             _record(transfer)
         return submit_store(transfers, **kwargs)
 
     engine.submit_host_to_device, engine.submit_device_to_host = load, store
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def _name(transfer: Any) -> str:
@@ -136,13 +148,16 @@ def _say(what: str) -> None:
 # ---- the latest order that the copier contract allows ----
 
 
-def _lazy() -> Any:
+def _fake(name: str) -> Any:
     sys.path.append(str(Path(__file__).resolve().parents[2] / "fakes"))
     try:
-        import lazy
+        return importlib.import_module(name)
     finally:
         sys.path.pop()
-    return lazy
+
+
+def _lazy() -> Any:
+    return _fake("lazy")
 
 
 def _lazy_copier(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +172,21 @@ def _lazy_program(
     copier, _, reason = original(name, slabs, device, steps, num_parts, **kwargs)
     copier, _ = _lazy_copier(lambda: (copier, reason))
     return copier, copier.compile(steps, num_parts), reason
+
+
+def _faulty_program(
+    original: Callable[..., Any], name: Any, slabs: Any, device: Any, steps: Any, num_parts: int, **kwargs: Any
+) -> Any:
+    copier, _, reason = original(name, slabs, device, steps, num_parts, **kwargs)
+    faulty = _fake("faults").FaultyCopier(copier, _fault, report=lambda fault: _say(f"fault: {fault}"))
+    return faulty, faulty.compile(steps, num_parts), reason
+
+
+def _fault() -> str:
+    try:
+        return Path(os.environ[FAULT]).read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _finishing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sglang_xmem.engines.sglang.hooks import Hook
@@ -37,6 +38,11 @@ class VersionTable:
     members: tuple[str, ...]
     environment: tuple[str, ...]
     controller_reports: bool = True
+
+
+def with_parameters(hooks: Iterable[Hook], parameters: Mapping[str, tuple[str, ...]]) -> tuple[Hook, ...]:
+    """Hooks of another version, where targets take other parameters in this one."""
+    return tuple(hook._replace(parameters=parameters.get(hook.target, hook.parameters)) for hook in hooks)
 
 
 def known() -> tuple[str, ...]:

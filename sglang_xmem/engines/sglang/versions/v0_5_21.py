@@ -2,15 +2,21 @@
 
 from dataclasses import replace
 
-from sglang_xmem.engines.sglang.versions import v0_5_22
+from sglang_xmem.engines.sglang.versions import v0_5_22, with_parameters
 
-_BUDGET = "sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes"
+_PARAMETERS = {
+    "sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes": ("requested_bytes",),
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.load": (
+        "self",
+        "host_indices",
+        "priority",
+        "node_id",
+        "extra_pools",
+    ),
+}
 
 TABLE = replace(
     v0_5_22.TABLE,
     version="0.5.21",
-    scheduler_hooks=tuple(
-        hook._replace(parameters=("requested_bytes",)) if hook.target == _BUDGET else hook
-        for hook in v0_5_22.TABLE.scheduler_hooks
-    ),
+    scheduler_hooks=with_parameters(v0_5_22.TABLE.scheduler_hooks, _PARAMETERS),
 )

@@ -8,6 +8,8 @@ _ASSEMBLER = "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler"
 _POOL_HOST = "sglang.srt.mem_cache.pool_host"
 _TRANSFER = "sglang.srt.mem_cache.l2_transfer.L2TransferEngine"
 _CONTROLLER = "sglang.srt.managers.cache_controller"
+_HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _OURS = "sglang_xmem.engines.sglang"
 
 FLAG_HOOKS = (
@@ -148,6 +150,48 @@ SCHEDULER_HOOKS = (
         "store pages in the tier",
     ),
     Hook(
+        f"{_HYBRID}.load",
+        ("self", "host_indices", "priority", "node_id", "extra_pools", "device_indices", "anchor_indices"),
+        "around",
+        f"{_OURS}.recovery:load",
+        "make damaged pages misses",
+    ),
+    Hook(
+        f"{_HYBRID}.write",
+        ("self", "device_indices", "priority", "node_id", "extra_pools", "flush", "start_owner"),
+        "around",
+        f"{_OURS}.recovery:write",
+        "set a tier aside",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.write_backup_storage",
+        ("self", "node_id"),
+        "around",
+        f"{_OURS}.recovery:back_up",
+        "keep what damaged pages led to out of storage",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.copy",
+        ("self",),
+        "after",
+        f"{_OURS}.recovery:copy_batch",
+        "know a batch's load when its results come",
+    ),
+    Hook(
+        f"{_SCHEDULER}.process_batch_result",
+        ("self", "batch", "result"),
+        "around",
+        f"{_OURS}.recovery:settle",
+        "end requests whose pages came back damaged",
+    ),
+    Hook(
+        f"{_SCHEDULER}.get_new_batch_prefill",
+        ("self", "running_batch"),
+        "around",
+        f"{_OURS}.recovery:plan_prefill",
+        "empty caches that hold damaged pages",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.get_init_info",
         ("self",),
         "after",
@@ -176,6 +220,16 @@ MEMBERS = (
     f"{_POOL_HOST}.group.HostPoolGroup._refresh_transfer_capabilities",
     f"{_POOL_HOST}.mla.maybe_dcp_kernel_indices",
     f"{_CONTROLLER}.LayerLoadingEvent.finish_event",
+    "sglang.srt.mem_cache.hicache_storage.HiCacheFile.get",
+    "sglang.srt.mem_cache.hicache_storage.HiCacheFile.set",
+    f"{_SCHEDULER}.abort_request",
+    f"{_SCHEDULER}.collect_inflight_reqs",
+    f"{_SCHEDULER}.flush_cache",
+    f"{_SCHEDULER}.is_fully_idle",
+    "sglang.srt.managers.io_struct.AbortReq",
+    "sglang.srt.managers.schedule_batch.FINISH_ABORT",
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.hicache_consumer_index",
+    "sglang.srt.managers.schedule_batch.NextBatchPlan",
 )
 ENVIRONMENT = ("SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS",)
 

@@ -1,0 +1,187 @@
+"""Sums of pages by a CUDA kernel, behind the copies on the same stream."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+
+from sglang_xmem.copies import nvrtc
+from sglang_xmem.copies.base import Pages
+from sglang_xmem.copies.geometry import MAX_VECTORS
+from sglang_xmem.copies.table import magic
+from sglang_xmem.errors import CopyError
+from sglang_xmem.kernels import source
+from sglang_xmem.sums import Chosen, Group, Report, Summer
+
+SOURCE_FILE: Final = "page_sum.cu"
+WARPS: Final = 16
+#: Thread blocks of a launch at most: a third of an H100's multiprocessors, for a fraction of a load's time.
+_CTAS: Final = 48
+#: Reports at the same time; a load's is read before SGLang begins the third load behind it.
+_REPORTS: Final = 64
+#: `struct Plane` of page_sum.cu.
+_RECORD: Final = struct.Struct("<6Q")
+#: Parameters before `struct Work`: planes, groups, store, scratch, report.
+_HEAD: Final = struct.Struct("<QIIQQ")
+_OFFSETS: Final = (0, 8, 12, 16, 24, 32)
+_VECTOR: Final = struct.Struct("<Qq")
+_GROUP: Final = struct.Struct("<QQQII")
+
+
+def piece_bytes(groups: Sequence[Group]) -> int:
+    """What the kernel reads at a time: 8 bytes, or fewer where addresses and sizes are no multiples of that."""
+    numbers = [8]
+    for group in groups:
+        for plane, _ in group.planes:
+            numbers += [plane.device_address, plane.device_stride if plane.device_units > 1 else 0, plane.unit_bytes]
+    return math.gcd(*numbers)
+
+
+def records(groups: Sequence[Group]) -> bytes:
+    """The planes of all groups, as the kernel reads them."""
+    return b"".join(
+        _RECORD.pack(p.device_address, p.device_stride, p.offset, magic(p.divisor), p.unit_bytes, vector)
+        for group in groups
+        for p, vector in group.planes
+    )
+
+
+class Parameters:
+    """Buffer of the kernel's parameters, for launches by one thread at a time."""
+
+    def __init__(self, table: int, groups: Sequence[Group]) -> None:
+        self._table = table
+        self._planes = [len(group.planes) for group in groups]
+        self._buffer = ctypes.create_string_buffer(_HEAD.size + (_VECTOR.size + _GROUP.size) * MAX_VECTORS)
+        places = [ctypes.addressof(self._buffer) + offset for offset in _OFFSETS]
+        self._pointers = (ctypes.c_void_p * len(places))(*places)
+        #: What cuLaunchKernel is given: address of the array of the parameters' addresses.
+        self.address = ctypes.addressof(self._pointers)
+
+    def pack(
+        self,
+        pages: Sequence[Pages],
+        rows: Sequence[torch.Tensor],
+        entries: Sequence[torch.Tensor],
+        *,
+        scratch: int,
+        report: int,
+    ) -> int:
+        """Write what changes from launch to launch; returns how many warps have something to do.
+
+        Args:
+            rows, entries: of each group, where the kernel reads them.
+            scratch: address of two words per page, zero.
+            report: address of two words; 0 writes the sums instead of comparing them.
+        """
+        _HEAD.pack_into(self._buffer, 0, self._table, len(self._planes), int(not report), scratch, report)
+        at = _HEAD.size
+        for vector in pages:
+            _VECTOR.pack_into(self._buffer, at, vector.slots.data_ptr(), vector.slots.stride(0))
+            at += _VECTOR.size
+        at = _HEAD.size + _VECTOR.size * MAX_VECTORS
+        items = first = 0
+        for planes, some, places in zip(self._planes, rows, entries, strict=True):
+            count = some.numel()
+            _GROUP.pack_into(self._buffer, at, some.data_ptr(), places.data_ptr(), count, first, planes)
+            at += _GROUP.size
+            first += planes
+            items += count * planes
+        return items
+
+
+class CudaReport(Report):
+    """Two words of pinned memory that the kernel writes: how many pages are wrong, and one of them."""
+
+    def __init__(self, words: torch.Tensor, chosen: Sequence[Chosen]) -> None:
+        self.words = words
+        self._chosen = chosen
+
+    def wrong(self) -> tuple[int, str]:
+        count, which = self.words.tolist()
+        if not count:
+            return 0, ""
+        group, page = which >> 32, which & 0xFFFFFFFF
+        return count, f"page {int(self._chosen[group].pages[page])} of pool {group}"
+
+
+class CudaSummer(Summer):
+    """Sums on the rank's own GPU.
+
+    Args:
+        device: of the pools.
+        upload: brings vectors of int64 from the CPU to the device, on the current stream.
+
+    Raises:
+        CopyError: the kernel cannot be made.
+    """
+
+    def __init__(
+        self, device: torch.device, upload: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+    ) -> None:
+        self._device = device
+        self._upload = upload
+        properties: Any = torch.cuda.get_device_properties(device)
+        self._capability = (properties.major, properties.minor)
+        # Allocating pinned memory later would stall the GPU.
+        self._reports = torch.zeros((_REPORTS, 2), dtype=torch.int64, pin_memory=True)
+        self._next = 0
+        self._function(8)
+
+    def _function(self, piece: int) -> Any:
+        macros = {"PIECE_BYTES": piece, "THREADS": 32 * WARPS}
+        image = nvrtc.build(source(SOURCE_FILE), SOURCE_FILE, macros, self._capability)
+        return nvrtc.load(image, "page_sum", self._device)
+
+    def prepare(self, groups: Sequence[Group]) -> CudaSums:
+        return CudaSums(groups, self._function(piece_bytes(groups)), self._device)
+
+    def write(self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> None:
+        self._launch(prepared, pages, chosen, None)
+
+    def compare(self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> CudaReport:
+        words = self._reports[self._next]
+        self._next = (self._next + 1) % _REPORTS
+        words.zero_()
+        self._launch(prepared, pages, chosen, words)
+        return CudaReport(words, chosen)
+
+    def _launch(
+        self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen], words: torch.Tensor | None
+    ) -> None:
+        from cuda.bindings import driver
+
+        found = self._upload([*(these.rows for these in chosen), *prepared.entries(chosen)])
+        rows, entries = found[: len(chosen)], found[len(chosen) :]
+        scratch = torch.zeros(2 * sum(these.numel() for these in rows), dtype=torch.int64, device=self._device)
+        report = 0 if words is None else words.data_ptr()
+        items = prepared.parameters.pack(pages, rows, entries, scratch=scratch.data_ptr(), report=report)
+        grid = min(_CTAS, -(-items // WARPS))
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        with torch.cuda.device(self._device):
+            (status,) = driver.cuLaunchKernel(
+                prepared.function, grid, 1, 1, 32 * WARPS, 1, 1, 0, stream, prepared.parameters.address, 0
+            )
+        if status.value:
+            raise CopyError(f"The driver refuses to launch the kernel of sums: {status.name}.")
+
+
+class CudaSums:
+    """Groups with their table of planes on the GPU."""
+
+    def __init__(self, groups: Sequence[Group], function: Any, device: torch.device) -> None:
+        self.function = function
+        self._tables = [group.sums.table for group in groups]
+        self._planes = torch.frombuffer(bytearray(records(groups)), dtype=torch.uint8).to(device)
+        # Launches may come on any stream; the table must be there by then.
+        torch.cuda.current_stream(device).synchronize()
+        self.parameters = Parameters(self._planes.data_ptr(), groups)
+
+    def entries(self, chosen: Sequence[Chosen]) -> list[torch.Tensor]:
+        """Addresses of the chosen pages' sums, which the GPU reaches where the CPU does."""
+        return [table.data_ptr() + 8 * these.pages for table, these in zip(self._tables, chosen, strict=True)]

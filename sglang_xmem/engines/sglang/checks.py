@@ -1,0 +1,156 @@
+"""Sums of the pages that SGLang's loads and stores move: written behind a store, compared behind a load.
+
+A load's comparison is enqueued behind its copies, so its result comes after SGLang has planned the forward pass.
+`recovery.py` reads it before that pass's results are used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sglang_xmem import session
+from sglang_xmem.errors import CopyError
+from sglang_xmem.sums import Chosen, Group, Report
+
+if TYPE_CHECKING:
+    from sglang_xmem.copies.base import Pages, Step
+    from sglang_xmem.engines.sglang.pools import AdoptedPool
+
+logger = logging.getLogger(__name__)
+
+#: Key of `Session.counts`: pages of pools that did not have their sums.
+FAILURES = "integrity:mismatch"
+
+
+class Vectors(NamedTuple):
+    """A move's pages.
+
+    Attributes:
+        pages: of each vector.
+        numbers: of each vector's pages in their index space, on the CPU. One tensor may serve several vectors.
+    """
+
+    pages: list[Pages]
+    numbers: list[torch.Tensor]
+
+
+class Checked(NamedTuple):
+    """The groups of a compiled move, ready to be summed.
+
+    Attributes:
+        pools: of each group.
+        vectors: of each group; all of a group are of the same pages.
+    """
+
+    pools: tuple[AdoptedPool, ...]
+    vectors: tuple[tuple[int, ...], ...]
+    prepared: Any
+
+    @classmethod
+    def of(cls, arena: Any, views: Sequence[AdoptedPool], steps: Sequence[Step]) -> Checked | None:
+        """The pools of which a move has all planes; None where there are none, or no page has a sum.
+
+        Args:
+            views: the pool of each vector.
+        """
+        if arena.summer is None:
+            return None
+        groups: dict[int, tuple[AdoptedPool, Group]] = {}
+        for view in dict.fromkeys(views):
+            planes = tuple((step.plane, step.vector) for step in steps if views[step.vector] is view)
+            if view.sums is not None and sorted(plane for plane, _ in planes) == sorted(view.sums.planes):
+                groups[view.number] = view, Group(view.sums, planes)
+        if not groups:
+            return None
+        pools, made = zip(*groups.values(), strict=True)
+        vectors = tuple(tuple(dict.fromkeys(vector for _, vector in group.planes)) for group in made)
+        return cls(pools, vectors, arena.summer.prepare(made))
+
+    def chosen(self, vectors: Vectors) -> list[Chosen]:
+        """The pages of each group that have sums; none of a group whose vectors are of several sets of pages."""
+        found = []
+        for view, mine in zip(self.pools, self.vectors, strict=True):
+            numbers = vectors.numbers[mine[0]]
+            if any(vectors.numbers[vector] is not numbers for vector in mine):
+                numbers = numbers[:0]
+            assert view.sums is not None
+            found.append(Chosen.of(view.sums, numbers))
+        return found
+
+
+class Check:
+    """A load's comparison.
+
+    Args:
+        pools: of the groups that were compared.
+        report: what was found, once the load is done.
+        wait: returns when the load is done.
+    """
+
+    def __init__(self, pools: Sequence[AdoptedPool], report: Report, wait: Callable[[], None]) -> None:
+        self._pools = pools
+        self._report = report
+        self._wait = wait
+
+    def settle(self) -> str:
+        """Wait for the comparison; returns what is wrong, and counts it. Empty where all is well."""
+        self._wait()
+        count, which = self._report.wrong()
+        if not count:
+            return ""
+        session.current().counts[FAILURES] += count
+        names = ", ".join(type(view.pool).__name__ for view in self._pools)
+        return f"{count} pages of {names} came back from the tier with other bytes ({which})"
+
+
+def write(arena: Any, checked: Checked | None, vectors: Vectors) -> None:
+    """Sum what a store has read; on the stream that it is on."""
+    if checked is not None:
+        chosen = checked.chosen(vectors)
+        if any(len(these.rows) for these in chosen):
+            try:
+                arena.summer.write(checked.prepared, vectors.pages, chosen)
+            except CopyError as error:  # nothing is known of these pages then
+                _skipped(error)
+
+
+def compare(arena: Any, checked: Checked | None, vectors: Vectors, wait: Callable[[], None]) -> Check | None:
+    """Compare what a load has brought; on the stream that it is on. None where no page of it has a sum."""
+    if checked is None:
+        return None
+    chosen = checked.chosen(vectors)
+    pages = sum(len(these.rows) for these in chosen)
+    if not pages:
+        return None
+    try:
+        report = arena.summer.compare(checked.prepared, vectors.pages, chosen)
+    except CopyError as error:
+        _skipped(error)
+        return None
+    session.current().counts["integrity:checked"] += pages
+    return Check(checked.pools, report, wait)
+
+
+def _skipped(error: CopyError) -> None:
+    session.current().counts["integrity:skipped"] += 1
+    logger.warning("sglang_xmem: pages are moved without their sums: %s", error)
+
+
+def damaged(view: AdoptedPool, host_indices: torch.Tensor) -> torch.Tensor:
+    """Pages in the tier that do not have their sums, where the CPU that asks is the one that copies; else none.
+
+    Args:
+        host_indices: of SGLang, into the pool.
+    """
+    arena = view.arena
+    if view.sums is None or arena.device.type != "cpu" or not arena.cpu_addressable:
+        return host_indices[:0]
+    pages = host_indices[:: view.slots] // view.slots
+    pages = Chosen.of(view.sums, pages).pages
+    section = view.section
+    found = arena.sections(section.space, pages, section.offset, section.nbytes)
+    return view.sums.wrong(pages, found, section.offset)

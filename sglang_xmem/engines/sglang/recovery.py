@@ -1,0 +1,160 @@
+"""What a scheduler does about a tier that fails: no wrong page is served, and no server dies for one.
+
+A page that is found wrong before its load is planned is a miss (`load`). One that is found wrong afterwards has been
+read by a forward pass, maybe by the next one too, and the tree has it: so before that pass's results are used
+(`settle`), all requests end with an error, and as soon as nothing runs both caches are emptied (`plan_prefill`). The
+server goes on. While the tier is set aside, nothing is stored in it or loaded from it.
+
+Schedulers of tensor and pipeline parallelism decide alike without asking each other, so there a rank that found
+something must not decide for itself: it ends, and its supervisor starts the engine again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from http import HTTPStatus
+from typing import Any
+
+from sglang_xmem import session
+from sglang_xmem.engines.sglang import checks
+from sglang_xmem.engines.sglang.transfer import ADOPTED, CHECK
+from sglang_xmem.watch import end_rank
+
+logger = logging.getLogger(__name__)
+
+#: Error of a request that ended.
+_APOLOGY = "KV cache pages came back damaged from tier {tiers}; send the request again."
+#: Seconds within which an engine is idle once all its requests were ended.
+_IDLE_WITHIN_S = 60.0
+
+#: Since when (time.monotonic()) the caches wait to be emptied; None while they are sound.
+_doubted_since: float | None = None
+
+
+def alone() -> bool:
+    """Whether this scheduler decides for itself what is in its caches."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return int(parallel.tp_size) == 1 and int(parallel.pp_size) == 1
+
+
+def copy_batch(result: Any, self: Any) -> Any:
+    """Keep the number of a batch's load in the copy that waits for results (hook): SGLang leaves it out."""
+    result.hicache_consumer_index = self.hicache_consumer_index
+    return result
+
+
+def settle(original: Any, self: Any, batch: Any, result: Any) -> Any:
+    """Read what the comparisons of a batch's load found, before the batch's results are used (hook)."""
+    active = session.current()
+    due, active.checks = active.checks, []
+    index = getattr(batch, "hicache_consumer_index", -1)
+    if index >= 0:
+        event = self.tree_cache.cache_controller.layer_done_counter.events[index]
+        check = getattr(event, CHECK, None)
+        if check is not None:
+            setattr(event, CHECK, None)
+            due.append(check)
+    if due:
+        # SGLang waits for this too, a moment later; the load, which the pass has waited for, is done by then.
+        if getattr(result, "copy_done", None) is not None:
+            result.copy_done.synchronize()
+        wrong = "; ".join(filter(None, (check.settle() for check in due)))
+        if wrong:
+            _end_requests(self, batch, wrong)
+    return original(self, batch, result)
+
+
+def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
+    """End everything that may have read wrong pages: all that runs, and all that a running batch may have met."""
+    global _doubted_since
+    from sglang.srt.managers.io_struct import AbortReq
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    active = session.current()
+    if not alone():
+        end_rank(f"{wrong}, so this rank ends and its supervisor can start it again. Test the memory of the tier.")
+    logger.error("sglang_xmem: %s; all requests end with an error and the caches are emptied", wrong)
+    active.set_aside(wrong)
+    message = _APOLOGY.format(tiers=", ".join(active.tier_names()))
+    scheduler.abort_request(AbortReq(rid="", abort_all=True, abort_message=message))
+    # That knows of batches that were launched before this one; the next one may be under way.
+    batches = [batch, *(one for one, _ in getattr(scheduler, "result_queue", ()))]
+    for req in {*scheduler.collect_inflight_reqs(), *(req for one in batches for req in one.reqs)}:
+        if not req.finished():
+            reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE)
+            req.to_finish = reason
+            req.discard_output_reason = reason
+            req.skip_radix_cache_insert = True
+    _doubted_since = time.monotonic()
+
+
+def plan_prefill(original: Any, self: Any, running_batch: Any) -> Any:
+    """Admit no request to doubtful caches, and empty them once nothing runs (hook)."""
+    global _doubted_since
+    if _doubted_since is not None:
+        paused, self._engine_paused = self._engine_paused, True  # as for a flush with requests waiting
+        try:
+            if self.is_fully_idle(ignore_waiting=True) and self.flush_cache(empty_cache=False):
+                _doubted_since = None
+        finally:
+            self._engine_paused = paused
+    if _doubted_since is None:
+        return original(self, running_batch)
+    if time.monotonic() - _doubted_since > _IDLE_WITHIN_S:
+        end_rank(
+            f"The engine is not idle {_IDLE_WITHIN_S:g} s after damaged pages were found, so this rank ends and its "
+            "supervisor can start it again."
+        )
+    from sglang.srt.managers.schedule_batch import NextBatchPlan
+
+    return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+
+
+def back_up(original: Any, self: Any, node_id: Any) -> Any:
+    """Let no page of doubtful caches reach storage (hook)."""
+    return original(self, node_id) if _doubted_since is None else None
+
+
+def load(original: Any, self: Any, host_indices: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load nothing from a tier that is set aside, and no page that is known to be wrong (hook): both are misses."""
+    active = session.current()
+    if not active.healthy and alone():
+        active.counts["set_aside:load"] += 1
+        return None
+    extra_pools = kwargs.get("extra_pools") or (args[2] if len(args) > 2 else None)
+    wrong = _damaged(self.mem_pool_host, host_indices, extra_pools)
+    if wrong:
+        active.counts[checks.FAILURES] += wrong
+        if not alone():
+            end_rank(f"{wrong} pages in the tier are damaged, so this rank ends. Test the memory of the tier.")
+        logger.error("sglang_xmem: %d pages in the tier are damaged; their request computes them", wrong)
+        return None
+    return original(self, host_indices, *args, **kwargs)
+
+
+def _damaged(group: Any, host_indices: Any, extra_pools: Any) -> int:
+    """How many of a load's pages are wrong in the tier already, as far as the CPU sees."""
+    indices = {group.anchor_entry.name: host_indices}
+    for transfer in extra_pools or ():
+        source = transfer.indices_from_pool
+        own = transfer.host_indices if source is None else indices.get(source)
+        if own is not None:
+            indices[transfer.name] = own
+    found = 0
+    for name, own in indices.items():
+        view = getattr(group.entry_map[name].host_pool, ADOPTED, None)
+        if view is not None and own.numel():
+            found += len(checks.damaged(view, own))
+    return found
+
+
+def write(original: Any, self: Any, device_indices: Any, *args: Any, **kwargs: Any) -> Any:
+    """Store nothing in a tier that is set aside (hook), as where host memory has no place left."""
+    active = session.current()
+    if not active.healthy and alone():
+        active.counts["set_aside:store"] += 1
+        return None
+    return original(self, device_indices, *args, **kwargs)

@@ -1,0 +1,206 @@
+"""Sums of pages: what a store read on the device, kept in memory with the page table, against what a load brought back.
+
+A sum has 64 bits and depends on the order of a page's bytes: each word of 8 bytes is mixed with its place in the frame,
+by steps that can be undone, so one changed word always changes the sum. `kernels/page_sum.cu` computes the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglang_xmem.config import Level
+from sglang_xmem.copies.base import Pages
+from sglang_xmem.copies.geometry import Plane
+from sglang_xmem.copies.torch import units_at
+
+#: One page in so many, by its number, has a sum. `sample` reads a sixteenth of a load's bytes again, in the GPU's own
+#: memory: 3.3 TB/s against the 0.4 TB/s at most that a load's link brings, which is below 1 % of the load's time.
+EVERY: Final[Mapping[Level, int]] = {"sample": 16, "full": 1}
+
+#: Odd, so that multiplying by them can be undone: of a word's place, and of the two rounds (Murmur's finalizer).
+PLACE: Final = 0x9E3779B97F4A7C15
+FIRST: Final = 0xFF51AFD7ED558CCD
+SECOND: Final = 0xC4CEB9FE1A85EC53
+
+Sums = npt.NDArray[np.uint64]
+
+
+def unit_sums(units: npt.NDArray[np.uint8], offset: int) -> Sums:
+    """What a plane's units add to the sums of their pages.
+
+    Args:
+        units: shape (n, unit_bytes).
+        offset: of the units in their frames, in bytes.
+
+    Returns: shape (n,); a page's sum is that of its planes, modulo 2^64.
+    """
+    rest = -units.shape[1] % 8
+    if rest:
+        units = np.pad(units, ((0, 0), (0, rest)))
+    words: Sums = np.ascontiguousarray(units).view(np.uint64)
+    places = np.arange(words.shape[1], dtype=np.uint64) * np.uint64(8) + np.uint64(offset + 1)
+    mixed = words ^ (places * np.uint64(PLACE))
+    for factor in (FIRST, SECOND):
+        mixed *= np.uint64(factor)
+        mixed ^= mixed >> np.uint64(32)
+    total: Sums = mixed.sum(axis=1, dtype=np.uint64)
+    return total
+
+
+def keyed_sum(data: npt.NDArray[np.uint8], key: str) -> bytes:
+    """Sum of a page that is stored under a key, 8 bytes: other bytes, or those of another key, have another one."""
+    of_key = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return (int(unit_sums(data.reshape(1, -1), 0)[0]) ^ of_key).to_bytes(8, "little")
+
+
+class SectionSums:
+    """Sums of one pool's part of all frames of a space.
+
+    Args:
+        planes: of the pool.
+        pages: of the space.
+        every: one page in so many has a sum, by its number.
+        pinned: a GPU writes them.
+
+    Attributes:
+        table: int64 (pages,), on the CPU; 0 where nothing is known of a page.
+    """
+
+    def __init__(self, planes: Sequence[Plane], pages: int, every: int, *, pinned: bool) -> None:
+        self.planes = tuple(planes)
+        self.every = every
+        self.table = torch.zeros(pages, dtype=torch.int64, pin_memory=pinned)
+
+    def forget(self, pages: torch.Tensor) -> None:
+        """Know nothing of pages any more: others will be there."""
+        self.table[pages] = 0
+
+    def put(self, page: int, section: npt.NDArray[np.uint8], offset: int) -> None:
+        """Take a page that came another way than from the device.
+
+        Args:
+            section: the pool's bytes of the page.
+            offset: of the section in the frame.
+        """
+        if page % self.every == 0:
+            self.table[page] = int(self._sums(section.reshape(1, -1), offset)[0])
+
+    def wrong(self, pages: torch.Tensor, sections: npt.NDArray[np.uint8], offset: int) -> torch.Tensor:
+        """Those of `pages` that do not have their sums.
+
+        Args:
+            sections: the pool's bytes of each page, shape (n, bytes).
+            offset: of the sections in their frames.
+        """
+        known = self.table[pages]
+        return pages[(known != 0) & (known != torch.from_numpy(self._sums(sections, offset)))]
+
+    def _sums(self, sections: npt.NDArray[np.uint8], offset: int) -> npt.NDArray[np.int64]:
+        total = np.zeros(len(sections), dtype=np.uint64)
+        for plane in self.planes:
+            begin = plane.offset - offset
+            total += unit_sums(sections[:, begin : begin + plane.unit_bytes], plane.offset)
+        return as_entries(total)
+
+
+def as_entries(sums: Sums) -> npt.NDArray[np.int64]:
+    """Sums as a table has them, where 0 is none."""
+    return np.where(sums == 0, np.uint64(1), sums).astype(np.uint64).view(np.int64)
+
+
+class Group(NamedTuple):
+    """One pool's share of a move: all its planes, each with the vector that gives its slots. The vectors are of the
+    same pages."""
+
+    sums: SectionSums
+    planes: tuple[tuple[Plane, int], ...]
+
+
+class Chosen(NamedTuple):
+    """The pages of a group that have sums.
+
+    Attributes:
+        rows: int64 (k,), on the CPU: which pages of the move's vectors.
+        pages: int64 (k,), on the CPU: their numbers.
+    """
+
+    rows: torch.Tensor
+    pages: torch.Tensor
+
+    @classmethod
+    def of(cls, sums: SectionSums, pages: torch.Tensor) -> Chosen:
+        """Choose among a vector's pages, given by their numbers on the CPU."""
+        (rows,) = torch.nonzero(pages % sums.every == 0, as_tuple=True)
+        return cls(rows, pages[rows])
+
+
+class Report(ABC):
+    """What a comparison found; for one that is complete."""
+
+    @abstractmethod
+    def wrong(self) -> tuple[int, str]:
+        """How many pages of pools are wrong, and which; of many, one."""
+
+
+class Summer(ABC):
+    """Writes and compares the sums of units on the device, behind the copies on the current stream."""
+
+    @abstractmethod
+    def prepare(self, groups: Sequence[Group]) -> Any:
+        """Make ready for moves of these groups; once for a set of pools, since it may wait for the GPU."""
+
+    @abstractmethod
+    def write(self, prepared: Any, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> None:
+        """Enqueue: sum the chosen pages of each group, as they are on the device, into the groups' tables."""
+
+    @abstractmethod
+    def compare(self, prepared: Any, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> Report:
+        """Enqueue: sum as `write`, and compare with the tables."""
+
+
+class CpuReport(Report):
+    """Pages that are wrong, by group."""
+
+    def __init__(self, pages: Sequence[torch.Tensor]) -> None:
+        self._pages = pages
+
+    def wrong(self) -> tuple[int, str]:
+        which = "; ".join(
+            f"pages {', '.join(map(str, pages.tolist()))} of pool {number}"
+            for number, pages in enumerate(self._pages)
+            if len(pages)
+        )
+        return sum(map(len, self._pages)), which
+
+
+class CpuSummer(Summer):
+    """Sums at once, on the calling thread; all memory on the CPU."""
+
+    def prepare(self, groups: Sequence[Group]) -> list[Group]:
+        return list(groups)
+
+    def write(self, prepared: list[Group], pages: Sequence[Pages], chosen: Sequence[Chosen]) -> None:
+        for group, these in zip(prepared, chosen, strict=True):
+            group.sums.table[these.pages] = self._entries(group, pages, these)
+
+    def compare(self, prepared: list[Group], pages: Sequence[Pages], chosen: Sequence[Chosen]) -> CpuReport:
+        wrong = []
+        for group, these in zip(prepared, chosen, strict=True):
+            known = group.sums.table[these.pages]
+            wrong.append(these.pages[(known != 0) & (known != self._entries(group, pages, these))])
+        return CpuReport(wrong)
+
+    def _entries(self, group: Group, pages: Sequence[Pages], chosen: Chosen) -> torch.Tensor:
+        total = np.zeros(len(chosen.rows), dtype=np.uint64)
+        for plane, vector in group.planes:
+            units = units_at(plane.device_address, plane.device_units, plane.device_stride, plane.unit_bytes)
+            found = units[(pages[vector].slots[chosen.rows] // plane.divisor).numpy()]
+            total += unit_sums(found.view(np.uint8).reshape(len(found), plane.unit_bytes), plane.offset)
+        return torch.from_numpy(as_entries(total))

@@ -1,0 +1,45 @@
+"""The kill matrix on the CPU engine: no answer is wrong, none hangs, and only damage on the way costs a request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fault_matrix
+import harness
+import pytest
+from fault_matrix import SURVIVED, Row
+
+pytestmark = pytest.mark.cpu_engine
+
+
+@pytest.fixture(scope="module")
+def matrix(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], harness.Result]:
+    return fault_matrix.survived(str(tiny_model), 1, tmp_path_factory.mktemp("faults"))
+
+
+def test_no_answer_is_wrong(matrix: tuple[list[Row], harness.Result]) -> None:
+    rows, result = matrix
+    assert fault_matrix.faults_in(result.log) == set(SURVIVED)
+    assert [row for row in rows if row.wrong or row.hung] == []
+    assert result.statuses == [0]
+    assert result.survivors == []
+
+
+def test_damage_on_the_way_alone_costs_a_request(matrix: tuple[list[Row], harness.Result]) -> None:
+    rows, _ = matrix
+    lost = {(row.fault, row.state): row.lost_requests for row in rows if row.lost_requests}
+    assert lost == {("flip load", "tier hit"): 1}
+
+
+def test_a_tier_is_set_aside_and_used_again(matrix: tuple[list[Row], harness.Result]) -> None:
+    _, result = matrix
+    assert "is set aside: a store was refused" in result.log
+    assert result.log.count("is used again") >= 2
+    # In the round behind the refusals, copies were late and the hit came from the tier.
+    assert result.answers["delay 0 tier hit"].cached.get("host", 0) > 0
+
+
+def test_a_load_that_never_ends_ends_the_rank(tiny_model: Path, tmp_path: Path) -> None:
+    row, log, _ = fault_matrix.hang(str(tiny_model), 3, tmp_path)
+    assert row.hung == 0
+    assert "A load of tier dram has not ended within 3 s" in log
