@@ -196,13 +196,14 @@ def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     except CopyError as error:
         refuse(str(error))
     active.used_fraction = functools.partial(pools.used_fraction, active)
-    labels = _labels(self) if get_observability().enable_metrics else None
+    labels = _labels() if get_observability().enable_metrics else None
     active.serve(labels, pools.keep_pages(active))
     result[INFO_KEY] = ",".join(active.tier_names())
     return result
 
 
-def _labels(scheduler: Any) -> dict[str, str]:
+def _labels() -> dict[str, str]:
+    """Labels of this rank's metrics."""
     from sglang.srt.runtime_context import get_parallel, get_serving
 
     parallel = get_parallel()
@@ -210,7 +211,7 @@ def _labels(scheduler: Any) -> dict[str, str]:
         "model_name": str(get_serving().served_model_name),
         "tp_rank": str(parallel.tp_rank),
         "pp_rank": str(parallel.pp_rank),
-        "dp_rank": str(getattr(scheduler, "dp_rank", None) or 0),
+        "dp_rank": str(parallel.dp_rank or 0),
     }
 
 

@@ -1,0 +1,88 @@
+"""`bench copy` and `bench soak` on the CPU, with pages of some hundred bytes: what they verify, and how they end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_xmem import cli
+from sglang_xmem.bench import moves
+from sglang_xmem.bench.moves import Case, Scene
+from sglang_xmem.bench.report import read_rows
+
+#: Three pages in the largest move, so that others stay where they are.
+PAGES = 3
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(layers=2, units=(64, 128), divisor=4)
+    monkeypatch.setitem(moves.CASES, "kv", case)
+    monkeypatch.setattr(moves.runs, "has_gpu", lambda: False)
+    original = Scene.__init__
+
+    def init(self: Any, tier: str, config: Any, gpu: Any, case: Case, pages: int, seed: int) -> None:
+        original(self, tier, config, gpu, case, PAGES, seed)
+
+    monkeypatch.setattr(Scene, "__init__", init)
+
+
+def bench(tmp_path: Path, name: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    output = tmp_path / "rows.jsonl"
+    status = cli.main(["bench", name, "--output", str(output), *arguments])
+    return status, read_rows(output)
+
+
+@pytest.mark.parametrize("name", ["soak", "copy"])
+def test_all_pages_are_right(tmp_path: Path, name: str) -> None:
+    more = ["--page-copies", "40"] if name == "soak" else ["--cases", "kv", "--repetitions", "1"]
+    status, rows = bench(tmp_path, name, "--tiers", "dram", *more)
+    assert status == 0
+    assert {row["wrong"] for row in rows} == {0}
+    assert {row["tier"] for row in rows} == {"dram"}
+    if name == "soak":
+        assert 40 <= rows[0]["page_copies"] < 40 + 2 * PAGES
+    else:
+        assert [row["direction"] for row in rows] == ["load", "store"]
+        assert all(row["gbps"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("where", ["moved", "bystander"])
+@pytest.mark.parametrize("name", ["soak", "copy"])
+def test_a_wrong_byte_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, where: str
+) -> None:
+    """Negative control: a byte of a page that moved, or of one that no move named."""
+    load = Scene.load
+
+    def spoilt(self: Scene, pages: Any) -> None:
+        load(self, pages)
+        units = (pages.slots // self.case.divisor).tolist()
+        victim = units[0] if where == "moved" else next(u for u in range(2 * PAGES) if u not in units)
+        self.pools[-1][victim, 0] ^= 1
+
+    monkeypatch.setattr(Scene, "load", spoilt)
+    status, rows = bench(
+        tmp_path, name, "--tiers", "dram", *(["--page-copies", "4"] if name == "soak" else ["--quick"])
+    )
+    assert status == 1
+    assert rows[0]["wrong"] > 0
+    capsys.readouterr()
+
+
+def test_a_tier_that_was_named_and_is_not_there_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, rows = bench(tmp_path, "soak", "--tiers", "peer,dram", "--page-copies", "4")
+    assert status == 1
+    assert "needs GPUs" in rows[0]["skipped"]
+    assert rows[1]["wrong"] == 0
+    assert "peer: skipped" in capsys.readouterr().out
+
+
+def test_tiers_that_nobody_named_are_skipped(tmp_path: Path) -> None:
+    status, rows = bench(tmp_path, "soak", "--page-copies", "4")
+    assert status == 0
+    assert {row["tier"] for row in rows if "skipped" in row} >= {"peer"}
