@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import harness
 from harness import FAULT, XMEM_DRAM, Spec, Step, run
 
 #: Faults that a rank survives, in the order in which an engine meets them.
-SURVIVED = ("refuse", "delay", "flip", "stale", "flip load")
+SURVIVED = ("refuse store", "refuse load", "delay", "flip", "stale", "flip load")
 #: How an answer is asked for: nothing is cached, or it comes from the tier.
 STATES = ("cold", "tier hit", "again")
 #: Seconds after which a tier that was set aside has been tried again.
@@ -24,7 +25,11 @@ REFERENCE: dict[str, Any] = {"enable_hierarchical_cache": None, "disable_radix_c
 
 
 class Row(NamedTuple):
-    """What a fault did to requests of one state."""
+    """What a fault did to requests of one state.
+
+    Attributes:
+        met: copies that had the fault, in all states.
+    """
 
     fault: str
     state: str
@@ -32,6 +37,7 @@ class Row(NamedTuple):
     wrong: int
     hung: int
     lost_requests: int
+    met: int
 
 
 def steps(rounds: int, faults: Sequence[str] = SURVIVED) -> list[Step]:
@@ -65,7 +71,8 @@ def survived(model: str, rounds: int, scratch: Path) -> tuple[list[Row], harness
             names = [f"{fault} {number}" for number in range(rounds)]
             found = {name: result.answers.get(f"{name} {state}") for name in names}
             wrong = sum(answer is not None and answer.output_ids != right[name] for name, answer in found.items())
-            rows.append(Row(fault, state, rounds, wrong, 0, sum(answer is None for answer in found.values())))
+            lost = sum(answer is None for answer in found.values())
+            rows.append(Row(fault, state, rounds, wrong, 0, lost, faults_in(result.log)[fault]))
     return rows, result
 
 
@@ -79,9 +86,10 @@ def hang(model: str, deadline_s: float, scratch: Path) -> tuple[Row, str, float]
         log = run(Spec("engine", model, OPTIONS, plan, environment), timeout_s=240).log
     except AssertionError as error:  # the engine is gone, as it has to be
         log = str(error)
-    return Row("hang", "tier hit", 1, 0, int("has not ended within" not in log), 1), log, time.monotonic() - begun
+    hung, met = int("has not ended within" not in log), faults_in(log)["hang"]
+    return Row("hang", "tier hit", 1, 0, hung, 1, met), log, time.monotonic() - begun
 
 
-def faults_in(log: str) -> set[str]:
-    """The faults that copies had."""
-    return set(re.findall(r"xmem_e2e: fault: (.*)", log))
+def faults_in(log: str) -> Counter[str]:
+    """How many copies had each fault."""
+    return Counter(re.findall(r"xmem_e2e: fault: (.*)", log))

@@ -13,9 +13,9 @@ from sglang_xmem.copies.counters import LayerCounters
 from sglang_xmem.errors import CopyError, Unavailable
 from sglang_xmem.tiers import MemoryTier, Region
 
-#: What a copier can do wrong: refuse a copy; take its time; never finish; after a store, have another byte in the tier;
-#: leave a page in the tier as it was; and bring another byte to the device.
-FAULTS = ("refuse", "delay", "hang", "flip", "stale", "flip load")
+#: What a copier can do wrong: refuse a store, or a load; take its time; never finish; after a store, have another byte
+#: in the tier; leave a page in the tier as it was; and bring another byte to the device.
+FAULTS = ("refuse store", "refuse load", "delay", "hang", "flip", "stale", "flip load")
 DELAY_S = 0.2
 
 
@@ -53,9 +53,10 @@ class FaultyCopier(PageCopier):
     def _copy(self, program: Program, pages: Sequence[Pages], *, load: bool, counters: LayerCounters | None) -> None:
         assert isinstance(program, FaultyProgram)
         fault = self._fault()
-        if fault in ("refuse", "delay", "hang") or fault == ("flip load" if load else "flip"):
+        refused = fault == ("refuse load" if load else "refuse store")
+        if refused or fault in ("delay", "hang") or fault == ("flip load" if load else "flip"):
             self._report(fault)
-        if fault == "refuse":
+        if refused:
             raise CopyError("The driver refuses, as a test asked it to.")
         if fault == "delay":
             time.sleep(DELAY_S)

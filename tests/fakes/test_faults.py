@@ -66,7 +66,7 @@ def test_faults_of_stores() -> None:
     scene.array ^= 0xFF
     scene.copier.store(scene.program, scene.pages)
     assert len({int(row) for row in torch.nonzero((scene.tier != scene.array)[1:])[:, 0]}) == 1
-    scene.fault = "refuse"
+    scene.fault = "refuse store"
     with pytest.raises(CopyError):
         scene.copier.store(scene.program, scene.pages)
 
@@ -80,9 +80,13 @@ def test_faults_of_loads() -> None:
     scene.copier.load(scene.program, scene.pages)
     assert differing(scene.array[1:], before[1:]) == 1
     assert torch.equal(scene.tier[1:], before[1:])
+    scene.fault = "refuse load"
+    scene.copier.store(scene.program, scene.pages)
+    with pytest.raises(CopyError):
+        scene.copier.load(scene.program, scene.pages)
 
 
-@pytest.mark.parametrize("fault", ["", "refuse", "flip", "stale", "flip load"])
+@pytest.mark.parametrize("fault", ["", "refuse store", "refuse load", "flip", "stale", "flip load"])
 def test_a_canary_notices(fault: str) -> None:
     scene = Scene()
     failed: list[str] = []

@@ -79,12 +79,13 @@ def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
     logger.error("sglang_xmem: %s; all requests end with an error and the caches are emptied", wrong)
     active.set_aside(wrong)
     message = _APOLOGY.format(tiers=", ".join(active.tier_names()))
-    scheduler.abort_request(AbortReq(rid="", abort_all=True, abort_message=message))
+    reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE)
+    # Those that wait end as well, for the caches are emptied under what they have fetched from storage.
+    scheduler.abort_request(AbortReq(rid="", abort_all=True, abort_message=message, finished_reason=reason.to_json()))
     # That knows of batches that were launched before this one; the next one may be under way.
     batches = [batch, *(one for one, _ in getattr(scheduler, "result_queue", ()))]
     for req in {*scheduler.collect_inflight_reqs(), *(req for one in batches for req in one.reqs)}:
         if not req.finished():
-            reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE)
             req.to_finish = reason
             req.discard_output_reason = reason
             req.skip_radix_cache_insert = True
