@@ -319,6 +319,15 @@ FAKE cuMemSetAccess(std::uint64_t address, std::size_t size, const Access *acces
     return kOk;
 }
 
+FAKE cuMemsetD8_v2(std::uint64_t address, unsigned char value, std::size_t size) {
+    ENTER("cuMemsetD8");
+    auto found = mappings.find(address);
+    if (found == mappings.end() || found->second.size != size) return kInvalidValue;
+    if (contexts.empty() || contexts.back() == 0) return kInvalidContext;
+    std::memset(reinterpret_cast<void *>(address), value, size);
+    return kOk;
+}
+
 FAKE cuMemUnmap(std::uint64_t address, std::size_t size) {
     ENTER("cuMemUnmap");
     auto found = mappings.find(address);

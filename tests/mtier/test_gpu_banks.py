@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,10 +46,12 @@ class Machine:
         self._faults = {"client": directory / "client.fault", "service": directory / "service.fault"}
         self._calls = directory / "service.calls"
 
-    def start(self, *banks: str, rest_after_ms: int | str = 0, **more: str) -> Daemon:
+    def start(
+        self, *banks: str, rest_after_ms: int = 0, more: Sequence[str] = (), variables: Mapping[str, str] | None = None
+    ) -> Daemon:
         arguments = [word for bank in banks or (f"gpu:1:{64 * MIB}",) for word in ("--bank", bank)]
-        arguments += ["--rest-after", str(rest_after_ms)]
-        environment = {**self.driver, "FAKE_CUDA_FAULT": str(self._faults["service"]), **more}
+        arguments += ["--rest-after", str(rest_after_ms), *more]
+        environment = {**self.driver, "FAKE_CUDA_FAULT": str(self._faults["service"]), **(variables or {})}
         environment["FAKE_CUDA_CALLS"] = str(self._calls)
         self.daemon = self._start_daemon(*arguments, environment=environment)
         return self.daemon
@@ -94,7 +97,7 @@ def test_memory_of_a_gpu(machine: Machine) -> None:
     bank = daemon.status()["banks"][1]
     assert (bank["kind"], bank["gpu"], bank["pci"]) == ("gpu", 1, "0000:02:00.0")
     assert bank["total"] == bank["available"] == 64 * MIB
-    assert f"bank 1: memory of GPU 1 (0000:02:00.0), {64 * MIB} bytes" in daemon.log()
+    assert "bank 1: memory of GPU 1 (0000:02:00.0), 67.11 MB in granules of 2048 KiB" in daemon.log()
     with machine.client() as client:
         assert client.ask(KEEP.format(bank=1, nbytes=3 * MIB)) == SUCCESS
         assert client.ask(f"lib.p[1] % {GRANULE}") == 0
@@ -153,8 +156,8 @@ def test_an_empty_context_is_an_error_of_its_own(machine: Machine) -> None:
 def test_banks_that_cannot_be_served(
     machine: Machine, banks: list[str], environment: dict[str, str], words: str
 ) -> None:
-    daemon = machine.start(*banks, **environment)
-    assert daemon.process.wait(10) == 1
+    daemon = machine.start(*banks, variables=environment)
+    assert daemon.process.wait(10) in (1, 2)
     log = daemon.log()
     assert words in log
     assert log.startswith("mtierd: ")
@@ -202,7 +205,8 @@ def test_a_call_that_fails_leaves_nothing(machine: Machine, whose: str, call: st
         assert client.ask(LIVE) == [0, 0, 0]
         assert client.ask(open_in_client) == n_open
         assert machine.handles() == 0
-        assert len(machine.descriptors()) == len(before)
+        # A client without memory has no connection either, once its end is seen.
+        wait_until(lambda: len(machine.descriptors()) <= len(before), 2)
         assert daemon.available() == 64 * MIB
         machine.heal()
         assert client.ask(KEEP.format(bank=0, nbytes=64 * MIB)) == SUCCESS
@@ -289,7 +293,7 @@ def test_a_service_that_ends_gives_errors_and_no_hang(machine: Machine, number: 
 
 
 def test_a_context_is_held_while_memory_is_out(machine: Machine) -> None:
-    daemon = machine.start(f"gpu:0:{64 * MIB}", f"gpu:1:{64 * MIB}")
+    daemon = machine.start(f"gpu:0:{64 * MIB}", f"gpu:1:{64 * MIB}", more=("--allow-reset",))
     with machine.client() as one, machine.client() as two:
         for client in (one, two):
             assert client.ask("lib.bank(1)[1].available_memory") == 64 * MIB
@@ -383,20 +387,16 @@ def test_no_context_stays_after_a_killed_client_or_the_service(machine: Machine)
         assert machine.contexts(1) == 0
 
 
-def test_memory_without_a_context(machine: Machine) -> None:
-    daemon = machine.start()
-    words = "bank 0: copies may be slower, since GPU 1 rests where no process has a CUDA context: "
+def test_no_memory_without_a_context(machine: Machine) -> None:
+    """It could not be cleared of what the client before left there."""
+    machine.start()
     with machine.client() as client:
-        machine.fail("service", "cuDevicePrimaryCtxRetain", 2)
-        for _ in range(2):
-            assert client.ask(KEEP.format(bank=0, nbytes=MIB)) == SUCCESS
-            assert client.ask("lib.malloc(0, 1)[0]") == SUCCESS
-            assert client.ask("lib.reset_all()") == SUCCESS
-        assert machine.calls() == [*["create 1"] * 2, *["destroy 1"] * 2] * 2
-        assert words + "cuDevicePrimaryCtxRetain failed with CUDA error 2: out of memory" in daemon.log()
-        assert daemon.log().count("copies may be slower") == 1
+        machine.fail("service", "cuDevicePrimaryCtxRetain", 999)
+        assert client.ask("lib.malloc(0, 1)[0]") == MALLOC_ERROR
+        assert "cuDevicePrimaryCtxRetain failed with CUDA error 999" in client.ask("lib.error()")
+        assert machine.calls() == []
         machine.heal()
-        assert client.ask(KEEP.format(bank=0, nbytes=MIB)) == SUCCESS
+        assert client.ask(KEEP.format(bank=0, nbytes=1 * MIB)) == SUCCESS
         assert machine.contexts(1) == 1
         # One that cannot be let go of is no error of the client's.
         machine.fail("service", "cuDevicePrimaryCtxRelease", 999)
@@ -405,7 +405,7 @@ def test_memory_without_a_context(machine: Machine) -> None:
 
 
 def test_reset_all_and_forks(machine: Machine) -> None:
-    daemon = machine.start()
+    daemon = machine.start(more=("--allow-reset",))
     check = "[pid := os.fork(), os._exit(-lib.status()[0]) if pid == 0 else os.waitpid(pid, 0)[1] >> 8][1]"
     with machine.client() as one, machine.client() as two:
         for byte, client in ((1, one), (2, two)):
