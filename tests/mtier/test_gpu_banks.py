@@ -21,6 +21,7 @@ from service import (
     MALLOC_ERROR,
     MIB,
     OUT_OF_MEMORY,
+    SERVER_ERROR,
     SERVICE_UNAVAILABLE,
     SUCCESS,
     ClientProcess,
@@ -101,6 +102,7 @@ def test_memory_of_a_gpu(machine: Machine) -> None:
     with machine.client() as client:
         assert client.ask(KEEP.format(bank=1, nbytes=3 * MIB)) == SUCCESS
         assert client.ask(f"lib.p[1] % {GRANULE}") == 0
+        assert client.ask(HOLDS.format(byte=0, nbytes=4 * MIB)) is True  # nothing of a client before
         assert client.ask(FILL.format(byte=7, nbytes=4 * MIB)) is True  # whole granules are the client's
         assert client.ask(HOLDS.format(byte=7, nbytes=4 * MIB)) is True
         assert client.ask(LIVE) == [0, 1, 1]  # the mapping alone keeps the memory here
@@ -230,6 +232,49 @@ def test_memory_that_the_driver_has_a_moment_later(machine: Machine) -> None:
         assert client.ask("lib.malloc(0, 1)") == [MALLOC_ERROR, 0]
         assert 1.5 < time.monotonic() - start < 4
         assert "out of memory" in client.ask("lib.error()")
+
+
+def test_a_slow_driver_holds_up_its_own_bank_alone(machine: Machine) -> None:
+    daemon = machine.start(f"gpu:1:{64 * MIB}", f"host:{64 * MIB}")
+    with machine.client(MTIER_TIMEOUT_MS="1000") as slow, machine.client(MTIER_TIMEOUT_MS="1000") as other:
+        machine.fail("service", "cuMemCreate", -3000)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(slow.ask, "lib.malloc(0, 1)[0]")
+            wait_until(lambda: daemon.available(0) < 64 * MIB, 2)  # counted while it is made
+            assert other.ask("lib.malloc(1, 1)[0]") == SUCCESS
+            assert waiting.result(10) == SERVER_ERROR
+        # What nobody waited for is no account of anybody's.
+        machine.heal()
+        wait_until(lambda: daemon.available(0) == 64 * MIB and machine.handles() == 0, 5)
+        assert slow.ask("lib.malloc(0, 1)[0]") == SUCCESS
+
+
+def test_a_stall_leaves_the_account(machine: Machine) -> None:
+    daemon = machine.start()
+    with machine.client(MTIER_TIMEOUT_MS="500") as client:
+        assert client.ask(KEEP.format(bank=0, nbytes=40 * MIB)) == SUCCESS
+        daemon.process.send_signal(signal.SIGSTOP)
+        assert client.ask("lib.status()[0]") == SERVER_ERROR
+        daemon.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: daemon.status()["clients"][0]["connected"] is False, 2)
+        assert daemon.available() == 24 * MIB
+        wait_until(lambda: client.ask(f"lib.malloc(0, {30 * MIB})[0]") == OUT_OF_MEMORY, 10)
+        assert client.ask("lib.free(lib.p[1])") == SUCCESS
+        wait_until(lambda: (daemon.available(), machine.handles()) == (64 * MIB, 0), 10)
+
+
+def test_a_restart_leaves_the_account(machine: Machine) -> None:
+    daemon = machine.start()
+    with machine.client() as one, machine.client() as two:
+        for client in (one, two):
+            assert client.ask(KEEP.format(bank=0, nbytes=16 * MIB)) == SUCCESS
+        daemon.stop(signal.SIGKILL)
+        two.kill()
+        daemon = machine.start()
+        assert daemon.available() == 48 * MIB
+        assert "16.78 MB are still with 1 clients" in daemon.log()
+        assert one.ask("lib.free(lib.p[1])") == SUCCESS
+        assert daemon.available() == 64 * MIB
 
 
 def test_exhaustion_quota_and_no_fragmentation(machine: Machine) -> None:

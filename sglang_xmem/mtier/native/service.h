@@ -136,11 +136,7 @@ class Service : public Handler {
                 watch(grant);
             }
         }
-        if (!lease->grants.empty() && !peer.process->gone()) {
-            log_.often(Often::kReturn, "%s has lost its connection; its %s stay its own", peer.process->name().c_str(),
-                       amount(lease->account.bytes).c_str());
-            if (peer.process->fd() < 0) expire(lease->id);
-        }
+        if (!lease->grants.empty() && peer.process->fd() < 0) expire(lease->id);
         ledger_.drop_if_empty(lease->id);
     }
 
