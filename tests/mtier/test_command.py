@@ -120,7 +120,7 @@ def test_status_for_people() -> None:
         "bank  memory                   GB  used   free  allocations\n"
         "   0  host                  64.00  1.10  62.90            2\n"
         "   1  GPU 3 (0000:1B:00.0)   0.00  0.00   0.00            0\n\n"
-        "process                       GB  allocations  state\n"
+        "process                        GB  allocations  state\n"
         "i6 of another PID namespace  1.00            1  connected\n"
         "12                           0.10            1  ended, its memory is in use"
     )

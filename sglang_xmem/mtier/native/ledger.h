@@ -90,7 +90,8 @@ class Ledger {
     // Nothing is left to say of a client that has neither memory nor a connection.
     void drop_if_empty(std::uint64_t lease) {
         auto found = leases_.find(lease);
-        if (found != leases_.end() && found->second.grants.empty() && found->second.connection == 0) leases_.erase(found);
+        if (found == leases_.end()) return;
+        if (found->second.grants.empty() && found->second.connection == 0) leases_.erase(found);
     }
 
     const Account &of_bank(std::size_t bank) const { return banks_[bank]; }

@@ -1,8 +1,8 @@
 // mtierd: owns banks of memory and hands them out to processes of its own user over a Unix socket.
 //
-// One thread answers (loop.h, connections.h, service.h), and each bank has one of its own, since the driver may take its
-// time. What a client has is its process's and comes back when nobody has it any more. Nothing that a client sends or
-// leaves unread may stop the service or make it wait.
+// One thread answers (loop.h, connections.h, service.h), and each bank has one of its own, since the driver may take
+// its time. What a client has is its process's and comes back when nobody has it any more. Nothing that a client sends
+// or leaves unread may stop the service or make it wait.
 
 #include <sys/signalfd.h>
 

@@ -75,9 +75,9 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
         if (!is_number) return name + " is " + value + "; give a number of bytes";
         (name == "--quota" ? options->quota : options->granularity) = number;
     } else {
-        return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, --socket PATH, "
-               "--quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --metrics PORT, --library PATH, "
-               "--allow-reset, --status";
+        return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
+               "--socket PATH, --quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --metrics PORT, "
+               "--library PATH, --allow-reset, --status";
     }
     return std::nullopt;
 }

@@ -4,8 +4,8 @@
 //
 // A client's allocations belong to its lease, and a lease to a process. A client that has lost its connection says
 // kHello with its lease's number on a new one and has its allocations again, also of a service that was started anew.
-// What kMalloc grants is the client's for good once it has said kKeep; what it has not said kKeep for when it comes back
-// with kHello it says it does not have.
+// What kMalloc grants is the client's for good once it has said kKeep. What it has not said kKeep for when it comes
+// back with kHello, it says that it does not have.
 #pragma once
 
 #include <cstddef>

@@ -51,7 +51,7 @@ class Service : public Handler {
         rlimit files{};
         // The rest are connections, their processes and what the driver has.
         if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur != RLIM_INFINITY) {
-            most_grants_ = std::min<std::size_t>(most_grants_, files.rlim_cur - std::min<rlim_t>(600, files.rlim_cur / 2));
+            most_grants_ = std::min<rlim_t>(most_grants_, files.rlim_cur - std::min<rlim_t>(600, files.rlim_cur / 2));
         }
         processes_.when_gone([this](const Process &process) { give_up_all_of(process); });
         restore();
@@ -163,8 +163,8 @@ class Service : public Handler {
                [&](std::size_t i) { return counts_[i].refused; });
         metric("failures_total", "counter", "Allocations that could not be made or sent.",
                [&](std::size_t i) { return counts_[i].failed; });
-        append(&text, "# HELP mtierd_clients Clients that hold memory.\n# TYPE mtierd_clients gauge\nmtierd_clients %zu\n",
-               holders());
+        append(&text, "# HELP mtierd_clients Clients that hold memory.\n# TYPE mtierd_clients gauge\n");
+        append(&text, "mtierd_clients %zu\n", holders());
         append(&text, "# HELP mtierd_connections Open connections.\n# TYPE mtierd_connections gauge\n");
         append(&text, "mtierd_connections %zu\n", connections_ == nullptr ? 0 : connections_->size());
         return text;
@@ -273,11 +273,12 @@ class Service : public Handler {
     }
 
     // A clause where an allocation of `size` bytes, as many as `asked` needs, is more than there is or may be.
-    std::optional<std::string> refuses(const Peer &peer, std::size_t index, std::uint64_t size, std::uint64_t asked) const {
+    std::optional<std::string> refuses(const Peer &peer, std::size_t index, std::uint64_t size,
+                                       std::uint64_t asked) const {
         std::string why;
         if (size == 0 || size > available(index)) {
-            append(&why, "bank %zu has %s of %s available and %s were asked for", index, amount(available(index)).c_str(),
-                   amount(bank(index).total()).c_str(), amount(asked).c_str());
+            append(&why, "bank %zu has %s of %s available and %s were asked for", index,
+                   amount(available(index)).c_str(), amount(bank(index).total()).c_str(), amount(asked).c_str());
             return why;
         }
         Account account = ledger_.of_process(*peer.process);
@@ -288,8 +289,8 @@ class Service : public Handler {
             return why;
         }
         if (account.grants >= most_grants_ / 2 || ledger_.grants() >= most_grants_) {
-            append(&why, "the service can make %zu allocations, half of them for one process; raise its limit of open files",
-                   most_grants_);
+            append(&why, "the service can make %zu allocations, half of them for one process; raise its limit of open "
+                         "files", most_grants_);
             return why;
         }
         return std::nullopt;
@@ -327,7 +328,8 @@ class Service : public Handler {
             return;
         }
         ++counts_[index].granted;
-        log_.often(Often::kGrant, "%s has %s of bank %zu", peer.process->name().c_str(), amount(grant->size).c_str(), index);
+        log_.often(Often::kGrant, "%s has %s of bank %zu", peer.process->name().c_str(), amount(grant->size).c_str(),
+                   index);
         grant->stage = Stage::kOffered;
         Answer answer;
         answer.fd = made.fd;
@@ -347,7 +349,9 @@ class Service : public Handler {
                   peer.process->name().c_str());
         std::vector<std::vector<std::uint64_t>> of_bank(banks_.size());
         std::vector<std::uint64_t> ids;
-        for (const auto &[id, lease] : ledger_.leases()) ids.insert(ids.end(), lease.grants.begin(), lease.grants.end());
+        for (const auto &[id, lease] : ledger_.leases()) {
+            ids.insert(ids.end(), lease.grants.begin(), lease.grants.end());
+        }
         for (std::uint64_t id : ids) {
             of_bank[ledger_.grant(id)->bank].push_back(id);
             remove(id);
@@ -446,7 +450,7 @@ class Service : public Handler {
         for (std::uint64_t id : ids) give_up(*ledger_.grant(id));
     }
 
-    // Who had it says that it does not, or has ended. `asked_by`: a connection that is answered when the bank has looked.
+    // Who had it says that it does not, or has ended. `asked_by`: a connection to answer when the bank has looked.
     void give_up(Grant &grant, std::uint64_t asked_by = 0) {
         grant.stage = Stage::kLeaving;
         watch(grant, asked_by);
