@@ -43,6 +43,7 @@ struct Lease {
     std::uint64_t connection = 0;  // its number; 0 without one
     Account account;
     std::set<std::uint64_t> grants;
+    std::uint64_t departures = 0;  // how often its connection has ended
 };
 
 class Ledger {
@@ -54,7 +55,7 @@ class Ledger {
         while (id == 0 || leases_.count(id) != 0) {
             if (::getrandom(&id, sizeof(id), 0) != sizeof(id)) id = leases_.size() + 1;
         }
-        return leases_.emplace(id, Lease{id, std::move(process), 0, {}, {}}).first->second;
+        return leases_.emplace(id, Lease{id, std::move(process), 0, {}, {}, 0}).first->second;
     }
 
     Lease *lease(std::uint64_t id) {

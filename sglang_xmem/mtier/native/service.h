@@ -136,7 +136,8 @@ class Service : public Handler {
                 watch(grant);
             }
         }
-        if (!lease->grants.empty() && peer.process->fd() < 0) expire(lease->id);
+        ++lease->departures;
+        if (!lease->grants.empty() && peer.process->fd() < 0) expire(*lease);
         ledger_.drop_if_empty(lease->id);
     }
 
@@ -426,10 +427,10 @@ class Service : public Handler {
         return its_own ? grant : nullptr;
     }
 
-    void expire(std::uint64_t id) {
-        loop_.after(kAway, [this, id] {
+    void expire(const Lease &away) {
+        loop_.after(kAway, [this, id = away.id, departures = away.departures] {
             Lease *lease = ledger_.lease(id);
-            if (lease == nullptr || lease->connection != 0) return;
+            if (lease == nullptr || lease->connection != 0 || lease->departures != departures) return;
             for (std::uint64_t grant : std::set<std::uint64_t>(lease->grants)) give_up(*ledger_.grant(grant));
         });
     }
@@ -510,7 +511,7 @@ class Service : public Handler {
             Lease *lease = ledger_.lease(record.lease);
             if (lease == nullptr) {
                 lease = &ledger_.open(processes_.shared(process), record.lease);
-                if (process->fd() < 0) expire(lease->id);
+                if (process->fd() < 0) expire(*lease);
             }
             ledger_.add(*lease, *index, record.size, id).stage = Stage::kHeld;
             bytes += record.size;
