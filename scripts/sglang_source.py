@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Found:
-    """What a dotted name stands for.
+    """What a dotted name means.
 
     Attributes:
         kind: "module", "class", "function", "property", "value" (of a module or class) or "attribute" (of an instance).
@@ -62,7 +62,7 @@ class Sources:
         self._modules: dict[str, _Module | None] = {}
 
     def find(self, dotted: str) -> Found | None:
-        """What `dotted` stands for, None if it is not there. Follows imports, bases and attributes of instances."""
+        """What `dotted` means, None if it is not there. Follows imports, bases and attributes of instances."""
         parts = dotted.split(".")
         for length in range(len(parts), 0, -1):
             module = self._module(".".join(parts[:length]))
@@ -82,10 +82,11 @@ class Sources:
                     found[name] = self._member(owner, name)
         return {name: item for name, item in found.items() if item is not None}
 
-    def environment(self) -> frozenset[str]:
-        """Names on `sglang.srt.environ.envs`."""
-        owner = self._class_named("sglang.srt.environ.Envs")
-        return frozenset(name for base in self._mro(owner) for name in base.members) if owner else frozenset()
+    def words(self, module: str) -> frozenset[str]:
+        """All strings in a module."""
+        found = self._module(module)
+        tree = ast.parse(self._files.read(found.path)) if found is not None else ast.Module([], [])
+        return frozenset(n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
 
     # -------------------------------------------------------------------------------------------------- resolution
 

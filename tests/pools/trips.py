@@ -82,7 +82,7 @@ class Trip:
 
         Args:
             wanted: bytes of the pages, as `read` gives them.
-            again: (pool, host, device pages, bytes) loaded besides.
+            again: (pool, host, device pages, bytes) loaded too.
         """
         before = [as_bytes(array.tensor).clone() for array in self.pools.arrays]
         device = {space: self.pools.indices(space, each) for space, each in pages.items()}

@@ -783,6 +783,19 @@ def test_a_rank_without_the_patches_must_not_serve(
     assert [process.exitcode for process in processes] == [-9, -9]
 
 
+@pytest.mark.parametrize("version", versions.known())
+def test_a_controller_that_cannot_report_is_believed(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Up to 0.5.22 a data-parallel controller sends a fixed set of facts, and so nothing of the tier."""
+    monkeypatch.setattr(versions, "installed", lambda: version)
+    infos = [{"status": "ready", launcher.CONTROLLER_KEY: [1, 2]}]
+    with launching(monkeypatch, on=True):
+        if versions.load(version).controller_reports:
+            with pytest.raises(SystemExit, match="78"):
+                launcher.wait_for_scheduler_ready(lambda readers, procs: infos, [], [])
+        else:
+            assert launcher.wait_for_scheduler_ready(lambda readers, procs: infos, [], []) is infos
+
+
 @pytest.mark.parametrize(("status", "refused"), [(78, True), (1, False), (-9, False)])
 def test_a_refusal_is_told_from_a_crash(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, refused: bool

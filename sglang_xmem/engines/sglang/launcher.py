@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Key of a scheduler's init info by which the launcher knows that the patches are in.
 INFO_KEY = "hicache_xmem_tier"
+#: Key of a data-parallel controller's init info.
+CONTROLLER_KEY = "scheduler_pids"
 #: Storage backends that take pages as bytes, so that they work over every tier.
 FLAT_BACKENDS = ("file",)
 #: Storage backends that take addresses of host memory.
@@ -209,8 +211,9 @@ def wait_for_scheduler_ready(original: Any, scheduler_pipe_readers: Any, schedul
         if any(process.exitcode == REFUSED_EXIT_STATUS for process in scheduler_procs):
             _end(scheduler_procs, "A rank exited during startup; see its error above.")
         raise
+    silent = () if versions.current().controller_reports else (CONTROLLER_KEY,)
     for rank, info in enumerate(infos):
-        if INFO_KEY not in info:
+        if INFO_KEY not in info and not any(key in info for key in silent):
             _end(
                 scheduler_procs,
                 f"Rank {rank} started without the patches for --hicache-use-xmem, so it would serve from stock "

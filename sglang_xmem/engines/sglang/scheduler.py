@@ -187,17 +187,19 @@ def transfer_streams(result: Any, self: Any, io_backend: str) -> None:
 
 def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     """Try the tier out, and tell the launcher about it (hook)."""
+    from sglang.srt.runtime_context import get_observability
+
     active = session.current()
     try:
         pools.self_test(active)
     except CopyError as error:
         refuse(str(error))
-    active.serve(_labels(self) if getattr(self, "enable_metrics", False) else None)
+    active.serve(_labels() if get_observability().enable_metrics else None)
     result[INFO_KEY] = ",".join(active.tier_names())
     return result
 
 
-def _labels(scheduler: Any) -> dict[str, str]:
+def _labels() -> dict[str, str]:
     from sglang.srt.runtime_context import get_parallel, get_serving
 
     parallel = get_parallel()
@@ -205,7 +207,7 @@ def _labels(scheduler: Any) -> dict[str, str]:
         "model_name": str(get_serving().served_model_name),
         "tp_rank": str(parallel.tp_rank),
         "pp_rank": str(parallel.pp_rank),
-        "dp_rank": str(getattr(scheduler, "dp_rank", None) or 0),
+        "dp_rank": str(parallel.dp_rank or 0),
     }
 
 

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
-from sglang_xmem.engines.sglang.versions import v0_5_23
+from sglang_xmem.engines.sglang.versions import reads, v0_5_23
 
 TABLE = replace(
     v0_5_23.TABLE,
     version="0.5.22",
+    reads=reads.V0_5_22,
     # The controller sends its parent a fixed set of facts.
     controller_hooks=(),
     controller_reports=False,
