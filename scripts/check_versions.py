@@ -31,7 +31,7 @@ from sglang_xmem.engines.sglang.versions import VersionTable  # noqa: E402
 ADAPTER = REPOSITORY / "sglang_xmem" / "engines" / "sglang"
 RESULTS = REPOSITORY / "docs" / "results" / "versions.jsonl"
 #: Engines that the tests take through a hit in the tier, by version: the newest has every kind of pool that runs on a
-#: CPU (tests/e2e/kinds.py), the oldest one kind (tests/e2e/test_versions.py).
+#: CPU (tests/e2e/kinds.py), the oldest one kind (tests/e2e/test_other_sglang.py).
 ENGINES_RUN = {"0.5.23": ("mha", "mla", "dsa", "swa", "asymmetric", "gdn", "draft", "mtp"), "0.5.21": ("mha",)}
 
 #: Variables of the adapter's modules that are instances of SGLang's classes.

@@ -1,7 +1,7 @@
 """What is patched in SGLang and what is not, and how a SGLang that does not fit is refused.
 
-Run as a script (`test_hooks.py MODEL_DIRECTORY REPORT_DIRECTORY`), this file imports SGLang once and plays each of
-SCENARIOS in a fork of its own, where it may patch SGLang and end the process. The tests read the reports.
+Run as a script (`test_hooks.py MODEL_DIRECTORY REPORT_DIRECTORY [SCENARIO ...]`), this file imports SGLang once and
+plays each of SCENARIOS in a fork of its own, where it may patch SGLang and end the process. The tests read the reports.
 """
 
 from __future__ import annotations
@@ -442,7 +442,7 @@ def _play(scenario: Callable[[], Any], directory: Path) -> NoReturn:
     os._exit(status)
 
 
-def _play_all(model: str, directory: Path) -> None:
+def _play_all(model: str, directory: Path, *names: str) -> None:
     global _model
     _model = model
     for module in ("launch_server", "srt.entrypoints.engine", "srt.managers.scheduler"):
@@ -450,6 +450,8 @@ def _play_all(model: str, directory: Path) -> None:
     _identities()
     statuses = {}
     for scenario in SCENARIOS:
+        if names and scenario.__name__ not in names:
+            continue
         pid = os.fork()
         if pid == 0:
             _play(scenario, directory)
@@ -491,14 +493,18 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
-    """What came of all scenarios, with this package as the only plugin."""
+def play(tmp_path_factory: pytest.TempPathFactory, *names: str, sglang: str = "") -> dict[str, Report]:
+    """What came of scenarios (all, if none is named), with this package as the only plugin.
+
+    Args:
+        sglang: folder with another SGLang than the installed one.
+    """
     model, directory = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("reports")
     (model / "config.json").write_text(json.dumps(CONFIG))  # enough for everything before the weights
+    path = os.pathsep.join(filter(None, [sglang, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, __file__, str(model), str(directory)],
-        env={**os.environ, "SGLANG_PLUGINS": "sglang_xmem"},
+        [sys.executable, __file__, str(model), str(directory), *names],
+        env={**os.environ, "SGLANG_PLUGINS": "sglang_xmem", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=180,
@@ -514,6 +520,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
         )
         for name, status in statuses.items()
     }
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    """What came of all scenarios."""
+    return play(tmp_path_factory)
 
 
 def value_of(report: Report) -> Any:
@@ -812,4 +824,4 @@ def test_a_refusal_is_told_from_a_crash(
 
 
 if __name__ == "__main__":
-    _play_all(sys.argv[1], Path(sys.argv[2]))
+    _play_all(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
