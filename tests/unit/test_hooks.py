@@ -359,6 +359,10 @@ def keywords() -> Any:
     class Fork(_engine_class()):  # type: ignore[misc]
         """An engine of somebody else."""
 
+    # SGLang's is in a module that needs Ray.
+    ray_engine = type("RayEngine", (_engine_class(),), {"__module__": "sglang.srt.ray.engine"})
+    own_ray_engine = type("OwnRayEngine", (ray_engine,), {"__module__": "somebody.engine"})
+
     return {
         "request": [asked.tier, asked.config, asked.from_cli],
         "planned": type(record._sglang_xmem).__name__,
@@ -369,6 +373,11 @@ def keywords() -> Any:
             for more in ({}, {"hicache_use_xmem": False}, {"hicache_use_xmem": False, "hicache_xmem_tier": "dram"})
         ],
         "subclass": Fork.server_args_class(**_options(**KEYWORDS))._sglang_xmem == asked,
+        "ray": [
+            _message(functools.partial(e.server_args_class, **_options(**KEYWORDS)))
+            for e in (ray_engine, own_ray_engine)
+        ],
+        "ray without": hasattr(ray_engine.server_args_class(**_options()), "_sglang_xmem"),
         "wrapped once": _engine_class().server_args_class is factory,
         "wrong types": [_message(functools.partial(factory, **_options(hicache_use_xmem=on))) for on in ("yes", 1)],
         "without the switch": [
@@ -664,6 +673,10 @@ def test_keywords_of_the_engine(reports: dict[str, Report]) -> None:
     assert value["off"] == [False, False, False]
     assert value["subclass"] is True
     assert value["wrapped once"] is True
+    for kind, message in value["ray"]:
+        assert kind == "ConfigError"
+        assert message.startswith("hicache_use_xmem=True does not work with RayEngine: ")
+    assert value["ray without"] is False
     for (kind, message), given in zip(value["wrong types"], ("'yes'", "1"), strict=True):
         assert (kind, message) == ("ConfigError", f"hicache_use_xmem must be True or False, got {given}.")
     for (kind, message), name in zip(

@@ -70,10 +70,9 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
         raise ConfigError(
             f"--hicache-size must be >= 0 (GB per rank; 0 = use --hicache-ratio), got {cfg.hicache_size}."
         )
-    if not cfg.hicache_ratio > 0 or math.isinf(cfg.hicache_ratio):
-        raise ConfigError(
-            f"--hicache-ratio must be > 0 (size of the host pool over that of the GPU's), got {cfg.hicache_ratio}."
-        )
+    ratio = cfg.hicache_ratio  # None for a decode server, which gets SGLang's default later
+    if ratio is not None and (not ratio > 0 or math.isinf(ratio)):
+        raise ConfigError(f"--hicache-ratio must be > 0 (size of the host pool over that of the GPU's), got {ratio}.")
     for option, value, supported, why in _unsupported(cfg):
         if value not in supported:
             fix = " or ".join("leave it out" if s is None or s is False else f"use {option} {s}" for s in supported)
@@ -167,7 +166,7 @@ def _unsupported(cfg: Any) -> list[tuple[str, Any, tuple[Any, ...], str]]:
             "--use-ray",
             bool(getattr(cfg, "use_ray", False)),
             (False,),
-            "Ray's actors start schedulers without loading plugins, so the tier would be left out without a word",
+            flags.WITHOUT_PLUGINS,
         ),
         (
             "--disaggregation-decode-enable-offload-kvcache",
