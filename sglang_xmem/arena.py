@@ -130,7 +130,7 @@ class Arena:
         tier, _ = self._take([space])
         if tier is not self.tier:
             raise ConfigError(
-                f"tier {self.tier.name} cannot hold {space.name} beside the other pools. Lower --hicache-size or "
+                f"tier {self.tier.name} cannot hold {space.name} with the other pools. Lower --hicache-size or "
                 "--hicache-ratio."
             )
         self.programs.clear()
@@ -261,9 +261,13 @@ class Arena:
         """Whether the CPU reads and writes frames at their addresses."""
         return self.tier.traits.cpu_addressable
 
-    def host_buffers(self) -> list[torch.Tensor]:
-        """All slabs as flat uint8 CPU tensors, for backends that register memory; empty if the CPU cannot reach it."""
-        return [view for _, view in self._views] if self.cpu_addressable else []
+    def host_buffers(self, space: str) -> list[torch.Tensor]:
+        """A space's slabs as flat uint8 CPU tensors, for backends that register memory.
+
+        Empty if the CPU cannot reach it.
+        """
+        slabs = {slab.address for slab in self.spaces[space].slabs}
+        return [view for address, view in self._views if address in slabs] if self.cpu_addressable else []
 
     def read(self, space: str, page: int, offset: int, nbytes: int) -> torch.Tensor:
         """Copy bytes of a page's frame to the CPU: uint8 (nbytes,); waits for the copy.

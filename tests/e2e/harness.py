@@ -405,8 +405,8 @@ def run_steps(
 
     Steps: ("ask", name of the answer, name of the prompt), ("flood",) pushes everything out of the device pool,
     ("flush",) empties the caches, ("count_flushes", tries) as `count_flushes` and its count is printed,
-    ("await_files", directory) waits until the prompt's pages are stored there, ("leave_out", pool, ...) leaves pools
-    out of all further loads.
+    ("await_files", directory) waits until the prompt's pages are stored there, ("sleep", seconds),
+    ("leave_out", pool, ...) leaves pools out of all further loads.
 
     Args:
         spec: what the client runs; without it, a prompt and a device pool have the usual sizes.
@@ -430,6 +430,8 @@ def run_steps(
             print(f"harness: flushes accepted: {count_flushes(client, tries, prompt_tokens)} of {tries}", flush=True)
         elif operation == "await_files":
             _await_files(Path(arguments[0]))
+        elif operation == "sleep":
+            time.sleep(arguments[0])
         elif operation == "leave_out":
             assert leave_out is not None, "nobody reads what to leave out"
             leave_out.write_text(",".join(arguments))

@@ -360,8 +360,8 @@ def keywords() -> Any:
         """An engine of somebody else."""
 
     # SGLang's is in a module that needs Ray.
-    ray_engine = type("RayEngine", (_engine_class(),), {"__module__": "sglang.srt.ray.engine"})
-    own_ray_engine = type("OwnRayEngine", (ray_engine,), {"__module__": "somebody.engine"})
+    ray_engine: Any = type("RayEngine", (_engine_class(),), {"__module__": "sglang.srt.ray.engine"})
+    own_ray_engine: Any = type("OwnRayEngine", (ray_engine,), {"__module__": "somebody.engine"})
 
     return {
         "request": [asked.tier, asked.config, asked.from_cli],
