@@ -243,6 +243,8 @@ class Arena:
             ).as_strided((plane.device_units, plane.unit_bytes), (plane.device_stride, 1))
             units = slots // plane.divisor
             for slab, frame_rows in zip(slabs, rows, strict=True):
+                if slab.frame_bytes < plane.offset + plane.unit_bytes:
+                    continue  # another space's, whose frames are smaller
                 part = frame_rows[:, plane.offset : plane.offset + plane.unit_bytes]
                 numbers = (frames - slab.address).div(slab.frame_bytes, rounding_mode="floor")
                 here = (numbers >= 0) & (numbers < slab.frames)
