@@ -82,10 +82,11 @@ class Sources:
                     found[name] = self._member(owner, name)
         return {name: item for name, item in found.items() if item is not None}
 
-    def environment(self) -> frozenset[str]:
-        """Names on `sglang.srt.environ.envs`."""
-        owner = self._class_named("sglang.srt.environ.Envs")
-        return frozenset(name for base in self._mro(owner) for name in base.members) if owner else frozenset()
+    def words(self, module: str) -> frozenset[str]:
+        """All strings in a module."""
+        found = self._module(module)
+        tree = ast.parse(self._files.read(found.path)) if found is not None else ast.Module([], [])
+        return frozenset(n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
 
     # -------------------------------------------------------------------------------------------------- resolution
 

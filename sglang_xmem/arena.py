@@ -286,6 +286,8 @@ class Arena:
             ).as_strided((plane.device_units, plane.unit_bytes), (plane.device_stride, 1))
             units = slots // plane.divisor
             for slab, frame_rows in zip(slabs, rows, strict=True):
+                if slab.frame_bytes < plane.offset + plane.unit_bytes:
+                    continue  # another space's, whose frames are smaller
                 part = frame_rows[:, plane.offset : plane.offset + plane.unit_bytes]
                 numbers = (frames - slab.address).div(slab.frame_bytes, rounding_mode="floor")
                 here = (numbers >= 0) & (numbers < slab.frames)
@@ -304,9 +306,13 @@ class Arena:
         """Whether the CPU reads and writes frames at their addresses."""
         return self.tier.traits.cpu_addressable
 
-    def host_buffers(self) -> list[torch.Tensor]:
-        """All slabs as flat uint8 CPU tensors, for backends that register memory; empty if the CPU cannot reach it."""
-        return [view for _, view in self._views] if self.cpu_addressable else []
+    def host_buffers(self, space: str) -> list[torch.Tensor]:
+        """A space's slabs as flat uint8 CPU tensors, for backends that register memory.
+
+        Empty if the CPU cannot reach it.
+        """
+        slabs = {slab.address for slab in self.spaces[space].slabs}
+        return [view for address, view in self._views if address in slabs] if self.cpu_addressable else []
 
     def read(self, space: str, page: int, offset: int, nbytes: int) -> torch.Tensor:
         """Copy bytes of a page's frame to the CPU: uint8 (nbytes,); waits for the copy.

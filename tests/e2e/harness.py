@@ -112,6 +112,7 @@ class Spec:
         stop: signal that ends a server. After SIGKILL nothing else is signalled until the survivors are counted.
         start_timeout_s: a server is up by then.
         prompt_tokens: of each prompt.
+        sglang: folder with another SGLang than the installed one, for entry "engine".
     """
 
     entry: Entry
@@ -123,6 +124,7 @@ class Spec:
     stop: Literal["SIGTERM", "SIGKILL", "SIGINT"] = "SIGTERM"
     start_timeout_s: float = START_TIMEOUT_S
     prompt_tokens: int = PROMPT_TOKENS
+    sglang: str = ""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def _run_engine(spec: Spec, scratch: Path, timeout_s: float) -> Result:
         "stderr": str(log),
         "environment": {LEAVE_OUT: str(scratch / "leave_out"), **spec.environment, MARKER: marker},
     }
-    status = _forker().run(request, timeout_s)
+    status = _forker(spec.sglang).run(request, timeout_s)
     survivors = wait_for_end(marker)
     log_text = log.read_text(encoding="utf-8", errors="replace")
     assert status == 0, f"the engine's process ended with status {status}; its log ends:\n{_end(log_text)}"
@@ -273,9 +275,9 @@ def _run_server(spec: Spec, scratch: Path) -> Result:
     return result
 
 
-def _with_plugin() -> dict[str, str]:
-    """Environment in which SGLang finds the tests' plugin."""
-    return {"PYTHONPATH": os.pathsep.join([str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])])}
+def _with_plugin(sglang: str = "") -> dict[str, str]:
+    """Environment in which SGLang finds the tests' plugin; `sglang`: folder with another SGLang."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [sglang, str(PLUGIN), os.environ.get("PYTHONPATH")]))}
 
 
 def wait_for_end(marker: str, timeout_s: float = SURVIVAL_S) -> list[str]:
@@ -311,13 +313,13 @@ def _end(text: str, n_lines: int = 60) -> str:
 class _Forker:
     """A process with SGLang imported that forks a child for each request."""
 
-    def __init__(self) -> None:
+    def __init__(self, sglang: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **_with_plugin()},
+            env={**os.environ, **_with_plugin(sglang)},
         )
         atexit.register(self._process.kill)
 
@@ -347,8 +349,8 @@ class _Forker:
 
 
 @functools.cache
-def _forker() -> _Forker:
-    return _Forker()
+def _forker(sglang: str = "") -> _Forker:
+    return _Forker(sglang)
 
 
 # ---- steps ----
@@ -405,7 +407,8 @@ def run_steps(
     Steps: ("ask", name of the answer, name of the prompt), ("flood",) pushes everything out of the device pool,
     ("flush",) empties the caches, ("count_flushes", tries) as `count_flushes` and its count is printed,
     ("try", ...) is ("ask", ...) that may end in an error and then has no answer, ("fault", name) has copies fail from
-    here on, ("rest", seconds) does nothing, ("await_files", directory) waits until the prompt's pages are stored there,
+    here on, ("rest", seconds) and ("sleep", seconds) do nothing, ("await_files", directory) waits until the prompt's
+    pages are stored there,
     ("leave_out", pool, ...) leaves pools out of all further loads.
 
     Args:
@@ -440,6 +443,8 @@ def run_steps(
             print(f"harness: flushes accepted: {count_flushes(client, tries, prompt_tokens)} of {tries}", flush=True)
         elif operation == "await_files":
             _await_files(Path(arguments[0]))
+        elif operation == "sleep":
+            time.sleep(arguments[0])
         elif operation == "leave_out":
             assert leave_out is not None, "nobody reads what to leave out"
             leave_out.write_text(",".join(arguments))

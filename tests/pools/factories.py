@@ -2,7 +2,7 @@
 
 `make(kind)` builds the device pools of a kind of model, and has SGLang's `attach_hybrid_pool_to_unified_cache` build
 host pools, `HostPoolGroup` and `HybridCacheController` over them; so whatever hooks these is exercised unchanged. The
-transfers are those of the controller. `Pools.arrays` names the device's own tensors, by which a test says whether a
+transfers are those of the controller. `Pools.arrays` names the device's own tensors, by which a test sees whether a
 page has come back.
 """
 
@@ -732,7 +732,8 @@ def _swa_mamba(shape: Shape) -> Built:
     return Built(pool, ("FULL", "SWA", "MAMBA"), arrays, spaces, mamba_pool=states)
 
 
-@_kind("minimax", page_sizes=(1, 16, 64))
+# HiCache of 0.5.21 does not start with this pool: a K-only pool lacks `can_use_write_back_jit` there.
+@_kind("minimax", page_sizes=(1, 16, 64), since=(0, 5, 22))
 def _minimax(shape: Shape) -> Built:
     """MiniMax-M3: dense and sparse layers; sparse ones have an index of keys alone."""
     from sglang.srt.mem_cache.memory_pool import MiniMaxSparseKVPool
@@ -904,7 +905,8 @@ def _mha_packed_draft(shape: Shape) -> Built:
     return Built(pool, ("FULL",), arrays, {"kv": KV}, packed=drafts)
 
 
-@_kind("mla_packed_draft", page_sizes=(1, 64))
+# 0.5.21 does not load drafts beyond the number of the target's layers.
+@_kind("mla_packed_draft", page_sizes=(1, 64), since=(0, 5, 22))
 def _mla_packed_draft(shape: Shape) -> Built:
     """DeepSeek-V3's MTP: a chain that is deeper than the target has layers comes with the last one."""
     pool, drafts = _mla_pool(shape, 2), tuple(_mla_pool(shape, 1) for _ in range(3))
@@ -942,7 +944,7 @@ def _mha_draft_sidecar(shape: Shape) -> Built:
 
 @_kind("mla_draft_sidecar", page_sizes=(64,))
 def _mla_draft_sidecar(shape: Shape) -> Built:
-    """An MHA draft next to an MLA target."""
+    """An MHA draft with an MLA target."""
     pool, draft = _mla_pool(shape, 3), _mha_pool(shape, 1)
     arrays = _tokens("kv", pool.kv_buffer, range(3)) + _mha_arrays("draft", draft, [0])
     return Built(pool, ("FULL",), arrays, {"kv": KV, "draft": KV}, sidecar=(draft,))
@@ -961,7 +963,7 @@ def _dsa_draft_sidecar(shape: Shape) -> Built:
 
 @_kind("gdn_draft_sidecar", page_sizes=(16,), layouts=PAGE_FIRST)
 def _gdn_draft_sidecar(shape: Shape) -> Built:
-    """A draft of its own next to states."""
+    """A draft of its own with states."""
     built = _mamba_kind(shape, **GDN)
     draft = _mha_pool(shape, 1)
     return built._replace(

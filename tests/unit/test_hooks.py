@@ -1,7 +1,7 @@
 """What is patched in SGLang and what is not, and how a SGLang that does not fit is refused.
 
-Run as a script (`test_hooks.py MODEL_DIRECTORY REPORT_DIRECTORY`), this file imports SGLang once and plays each of
-SCENARIOS in a fork of its own, where it may patch SGLang and end the process. The tests read the reports.
+Run as a script (`test_hooks.py MODEL_DIRECTORY REPORT_DIRECTORY [SCENARIO ...]`), this file imports SGLang once and
+plays each of SCENARIOS in a fork of its own, where it may patch SGLang and end the process. The tests read the reports.
 """
 
 from __future__ import annotations
@@ -359,6 +359,10 @@ def keywords() -> Any:
     class Fork(_engine_class()):  # type: ignore[misc]
         """An engine of somebody else."""
 
+    # SGLang's is in a module that needs Ray.
+    ray_engine: Any = type("RayEngine", (_engine_class(),), {"__module__": "sglang.srt.ray.engine"})
+    own_ray_engine: Any = type("OwnRayEngine", (ray_engine,), {"__module__": "somebody.engine"})
+
     return {
         "request": [asked.tier, asked.config, asked.from_cli],
         "planned": type(record._sglang_xmem).__name__,
@@ -369,6 +373,11 @@ def keywords() -> Any:
             for more in ({}, {"hicache_use_xmem": False}, {"hicache_use_xmem": False, "hicache_xmem_tier": "dram"})
         ],
         "subclass": Fork.server_args_class(**_options(**KEYWORDS))._sglang_xmem == asked,
+        "ray": [
+            _message(functools.partial(e.server_args_class, **_options(**KEYWORDS)))
+            for e in (ray_engine, own_ray_engine)
+        ],
+        "ray without": hasattr(ray_engine.server_args_class(**_options()), "_sglang_xmem"),
         "wrapped once": _engine_class().server_args_class is factory,
         "wrong types": [_message(functools.partial(factory, **_options(hicache_use_xmem=on))) for on in ("yes", 1)],
         "without the switch": [
@@ -442,7 +451,7 @@ def _play(scenario: Callable[[], Any], directory: Path) -> NoReturn:
     os._exit(status)
 
 
-def _play_all(model: str, directory: Path) -> None:
+def _play_all(model: str, directory: Path, *names: str) -> None:
     global _model
     _model = model
     for module in ("launch_server", "srt.entrypoints.engine", "srt.managers.scheduler"):
@@ -450,6 +459,8 @@ def _play_all(model: str, directory: Path) -> None:
     _identities()
     statuses = {}
     for scenario in SCENARIOS:
+        if names and scenario.__name__ not in names:
+            continue
         pid = os.fork()
         if pid == 0:
             _play(scenario, directory)
@@ -491,14 +502,18 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
-    """What came of all scenarios, with this package as the only plugin."""
+def play(tmp_path_factory: pytest.TempPathFactory, *names: str, sglang: str = "") -> dict[str, Report]:
+    """What came of scenarios (all, if none is named), with this package as the only plugin.
+
+    Args:
+        sglang: folder with another SGLang than the installed one.
+    """
     model, directory = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("reports")
     (model / "config.json").write_text(json.dumps(CONFIG))  # enough for everything before the weights
+    path = os.pathsep.join(filter(None, [sglang, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, __file__, str(model), str(directory)],
-        env={**os.environ, "SGLANG_PLUGINS": "sglang_xmem"},
+        [sys.executable, __file__, str(model), str(directory), *names],
+        env={**os.environ, "SGLANG_PLUGINS": "sglang_xmem", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=180,
@@ -514,6 +529,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
         )
         for name, status in statuses.items()
     }
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    """What came of all scenarios."""
+    return play(tmp_path_factory)
 
 
 def value_of(report: Report) -> Any:
@@ -652,6 +673,10 @@ def test_keywords_of_the_engine(reports: dict[str, Report]) -> None:
     assert value["off"] == [False, False, False]
     assert value["subclass"] is True
     assert value["wrapped once"] is True
+    for kind, message in value["ray"]:
+        assert kind == "ConfigError"
+        assert message.startswith("hicache_use_xmem=True does not work with RayEngine: ")
+    assert value["ray without"] is False
     for (kind, message), given in zip(value["wrong types"], ("'yes'", "1"), strict=True):
         assert (kind, message) == ("ConfigError", f"hicache_use_xmem must be True or False, got {given}.")
     for (kind, message), name in zip(
@@ -783,6 +808,19 @@ def test_a_rank_without_the_patches_must_not_serve(
     assert [process.exitcode for process in processes] == [-9, -9]
 
 
+@pytest.mark.parametrize("version", versions.known())
+def test_a_controller_that_cannot_report_is_believed(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Up to 0.5.22 a data-parallel controller sends a fixed set of facts, and so nothing of the tier."""
+    monkeypatch.setattr(versions, "installed", lambda: version)
+    infos = [{"status": "ready", launcher.CONTROLLER_KEY: [1, 2]}]
+    with launching(monkeypatch, on=True):
+        if versions.load(version).controller_reports:
+            with pytest.raises(SystemExit, match="78"):
+                launcher.wait_for_scheduler_ready(lambda readers, procs: infos, [], [])
+        else:
+            assert launcher.wait_for_scheduler_ready(lambda readers, procs: infos, [], []) is infos
+
+
 @pytest.mark.parametrize(("status", "refused"), [(78, True), (1, False), (-9, False)])
 def test_a_refusal_is_told_from_a_crash(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, refused: bool
@@ -799,4 +837,4 @@ def test_a_refusal_is_told_from_a_crash(
 
 
 if __name__ == "__main__":
-    _play_all(sys.argv[1], Path(sys.argv[2]))
+    _play_all(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

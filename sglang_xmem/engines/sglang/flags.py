@@ -18,6 +18,9 @@ from sglang_xmem.tiers import tier_classes
 #: seals the others, and pickles these along to every process.
 ATTRIBUTE = "_sglang_xmem"
 
+#: Why ranks under Ray have no tier.
+WITHOUT_PLUGINS = "Ray's actors start schedulers without loading plugins, so the tier would be left out without a word"
+
 
 class Request(msgspec.Struct, frozen=True):
     """The user's raw values, on a ServerArgs record. `from_cli`: a mistake ends the command, else it raises."""
@@ -101,8 +104,14 @@ class ServerArgsFactory:
     An object rather than a function: as a class attribute a function would be bound to the engine.
     """
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, *, by_ray: bool = False) -> None:
         self.original = original
+        self.by_ray = by_ray
+
+    def __get__(self, engine: Any, owner: type) -> ServerArgsFactory:
+        """The factory as an engine class has it: one that starts ranks as Ray's actors says so nowhere else."""
+        by_ray = any(base.__module__.startswith("sglang.srt.ray.") for base in owner.__mro__)
+        return ServerArgsFactory(self.original, by_ray=True) if by_ray else self
 
     def __call__(self, **kwargs: Any) -> Any:
         said = kwargs.pop("hicache_use_xmem", None)
@@ -116,6 +125,8 @@ class ServerArgsFactory:
                     raise ConfigError(
                         f"{name}={value!r} has no effect without hicache_use_xmem=True. Add that, or leave it out."
                     )
+        if said and self.by_ray:
+            raise ConfigError(f"hicache_use_xmem=True does not work with RayEngine: {WITHOUT_PLUGINS}. Use sgl.Engine.")
         record = self.original(**kwargs)
         if said:
             attach(record, Request(tier, config, from_cli=False))

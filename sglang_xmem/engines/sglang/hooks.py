@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,21 @@ class Hook(NamedTuple):
     function: str
     why: str
 
+
+def hooks_in(text: str) -> tuple[Hook, ...]:
+    """Read a table of hooks: for each `target(parameters)`, and below it `kind module:function: why`.
+
+    The module is one of this package's.
+    """
+    return tuple(
+        Hook(target, tuple(re.split(r",\s*", parameters)), kind, f"{_PACKAGE}.{function}", why)
+        for target, parameters, kind, function, why in _HOOK.findall(text)
+    )
+
+
+_HOOK = re.compile(r"(\S+)\(([^)]*)\)\s+(after|around) (\S+): (.+)")
+#: Where the functions of the hooks are.
+_PACKAGE = __name__.rpartition(".")[0]
 
 #: Module that a SGLang with one of `patches/` has: functions in it call this package by themselves.
 SEAM = "sglang.srt.tier_seam"

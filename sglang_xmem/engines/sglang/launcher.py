@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Key of a scheduler's init info by which the launcher knows that the patches are in.
 INFO_KEY = "hicache_xmem_tier"
+#: Key of a data-parallel controller's init info.
+CONTROLLER_KEY = "scheduler_pids"
 #: Storage backends that take pages as bytes, so that they work over every tier.
 FLAT_BACKENDS = ("file",)
 #: Storage backends that take addresses of host memory.
@@ -68,10 +70,9 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
         raise ConfigError(
             f"--hicache-size must be >= 0 (GB per rank; 0 = use --hicache-ratio), got {cfg.hicache_size}."
         )
-    if not cfg.hicache_ratio > 0 or math.isinf(cfg.hicache_ratio):
-        raise ConfigError(
-            f"--hicache-ratio must be > 0 (size of the host pool over that of the GPU's), got {cfg.hicache_ratio}."
-        )
+    ratio = cfg.hicache_ratio  # None for a decode server, which gets SGLang's default later
+    if ratio is not None and (not ratio > 0 or math.isinf(ratio)):
+        raise ConfigError(f"--hicache-ratio must be > 0 (size of the host pool over that of the GPU's), got {ratio}.")
     for option, value, supported, why in _unsupported(cfg):
         if value not in supported:
             fix = " or ".join("leave it out" if s is None or s is False else f"use {option} {s}" for s in supported)
@@ -165,7 +166,7 @@ def _unsupported(cfg: Any) -> list[tuple[str, Any, tuple[Any, ...], str]]:
             "--use-ray",
             bool(getattr(cfg, "use_ray", False)),
             (False,),
-            "Ray's actors start schedulers without loading plugins, so the tier would be left out without a word",
+            flags.WITHOUT_PLUGINS,
         ),
         (
             "--disaggregation-decode-enable-offload-kvcache",
@@ -209,8 +210,9 @@ def wait_for_scheduler_ready(original: Any, scheduler_pipe_readers: Any, schedul
         if any(process.exitcode == REFUSED_EXIT_STATUS for process in scheduler_procs):
             _end(scheduler_procs, "A rank exited during startup; see its error above.")
         raise
+    silent = () if versions.current().controller_reports else (CONTROLLER_KEY,)
     for rank, info in enumerate(infos):
-        if INFO_KEY not in info:
+        if INFO_KEY not in info and not any(key in info for key in silent):
             _end(
                 scheduler_procs,
                 f"Rank {rank} started without the patches for --hicache-use-xmem, so it would serve from stock "

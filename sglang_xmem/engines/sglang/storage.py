@@ -30,6 +30,8 @@ SUM_BYTES = 8
 def attach(view: AdoptedPool) -> None:
     """Give an adopted pool the arena's functions for storage pages, and take SGLang's away."""
     pool, arena, section = view.pool, view.arena, view.section
+    # Backends refuse to register memory twice, and a frame holds the pages of all pools of its space.
+    buffers = arena.host_buffers(section.space) if section.offset == 0 else []
     dtype = pool.dtype if section.nbytes % pool.dtype.itemsize == 0 else torch.uint8
 
     def get_data_page(index: Any, flat: bool = True) -> torch.Tensor:
@@ -69,9 +71,9 @@ def attach(view: AdoptedPool) -> None:
         return [start + offset for start in starts for offset in offsets], list(view.component_bytes) * len(starts)
 
     def get_hybrid_pool_buffer() -> list[torch.Tensor]:
-        """The memory that a backend may register."""
+        """The memory that a backend may register: none for a pool that shares its frames with an earlier one."""
         _addressable(arena)
-        return arena.host_buffers()
+        return buffers
 
     def is_stride_page_aligned(page_size_bytes: int = 4096) -> bool:
         """Whether every page's address is a multiple of `page_size_bytes`."""
@@ -106,7 +108,6 @@ def attach(view: AdoptedPool) -> None:
     ):
         setattr(pool, name, not_here)
     pool.storage_format_tag = FORMAT
-    buffers = arena.host_buffers()
     # What backends register, where the CPU has the bytes; a tensor without memory elsewhere, which nobody can read.
     pool.kv_buffer = buffers[0] if len(buffers) == 1 else torch.empty(0, dtype=torch.uint8, device="meta")
 

@@ -26,7 +26,8 @@ class VersionTable:
         controller_hooks: placed in a data-parallel controller with the flag on.
         scheduler_hooks: placed in a scheduler with the flag on.
         members: dotted names of SGLang that are read besides the hooks' targets.
-        environment: names on `sglang.srt.environ.envs` that are read.
+        reads: class of SGLang -> members of its instances that are read or replaced, separated by spaces. Only
+            `scripts/check_versions.py` can look, in SGLang's sources.
         controller_reports: whether a data-parallel controller passes on what its ranks say of the tier.
     """
 
@@ -36,7 +37,7 @@ class VersionTable:
     controller_hooks: tuple[Hook, ...]
     scheduler_hooks: tuple[Hook, ...]
     members: tuple[str, ...]
-    environment: tuple[str, ...]
+    reads: Mapping[str, str]
     controller_reports: bool = True
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from sglang_xmem.engines.sglang.versions import v0_5_23, with_parameters
+from sglang_xmem.engines.sglang.versions import reads, v0_5_23, with_parameters
 
 _HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _PARAMETERS = {
@@ -12,6 +12,7 @@ _PARAMETERS = {
 TABLE = replace(
     v0_5_23.TABLE,
     version="0.5.22",
+    reads=reads.V0_5_22,
     scheduler_hooks=with_parameters(v0_5_23.TABLE.scheduler_hooks, _PARAMETERS),
     # The controller sends its parent a fixed set of facts.
     controller_hooks=(),

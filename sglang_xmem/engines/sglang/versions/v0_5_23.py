@@ -1,237 +1,110 @@
 """SGLang 0.5.23."""
 
-from sglang_xmem.engines.sglang.hooks import Hook
-from sglang_xmem.engines.sglang.versions import VersionTable
+from sglang_xmem.engines.sglang.hooks import hooks_in
+from sglang_xmem.engines.sglang.versions import VersionTable, reads
 
-_ARGS = "sglang.srt.server_args.ServerArgs"
-_ASSEMBLER = "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler"
-_POOL_HOST = "sglang.srt.mem_cache.pool_host"
-_TRANSFER = "sglang.srt.mem_cache.l2_transfer.L2TransferEngine"
-_CONTROLLER = "sglang.srt.managers.cache_controller"
-_HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
-_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-_OURS = "sglang_xmem.engines.sglang"
+_SRT = "sglang.srt"
+_ARGS = f"{_SRT}.server_args.ServerArgs"
+_CONTEXT = f"{_SRT}.runtime_context"
+_CACHE = f"{_SRT}.mem_cache"
+_ASSEMBLER = f"{_CACHE}.hybrid_cache.hybrid_pool_assembler"
+_HOST = f"{_CACHE}.pool_host"
+_GROUP = f"{_HOST}.group.HostPoolGroup"
+_TRANSFER = f"{_CACHE}.l2_transfer.L2TransferEngine"
+_CONTROLLER = f"{_SRT}.managers.cache_controller"
+_HICACHE = f"{_CONTROLLER}.HiCacheController"
+_DATA_PARALLEL = f"{_SRT}.managers.data_parallel_controller.DataParallelController"
+_HYBRID = f"{_CACHE}.hybrid_cache.hybrid_cache_controller.HybridCacheController"
+_BATCH = f"{_SRT}.managers.schedule_batch"
+_SCHEDULER = f"{_SRT}.managers.scheduler.Scheduler"
 
-FLAG_HOOKS = (
-    Hook(f"{_ARGS}.add_cli_args", ("parser",), "after", f"{_OURS}.flags:add_cli_args", "add its flags"),
-    Hook(f"{_ARGS}.from_cli_args", ("args",), "around", f"{_OURS}.flags:from_cli_args", "read its flags"),
-    Hook(f"{_ARGS}.check_server_args", ("self",), "after", f"{_OURS}.launcher:check_server_args", "check its flags"),
-    Hook(
-        "sglang.srt.runtime_context.publish",
-        ("server_args", "role", "hf_config", "ranks"),
-        "after",
-        f"{_OURS}.scheduler:publish",
-        "find the options in a scheduler",
-    ),
-)
-LAUNCHER_HOOKS = (
-    Hook(
-        "sglang.srt.entrypoints.engine._wait_for_scheduler_ready",
-        ("scheduler_pipe_readers", "scheduler_procs"),
-        "around",
-        f"{_OURS}.launcher:wait_for_scheduler_ready",
-        "check that every rank serves from the tier",
-    ),
-)
-CONTROLLER_HOOKS = (
-    Hook(
-        "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
-        ("self",),
-        "after",
-        f"{_OURS}.launcher:controller_init_info",
-        "hear of the tier from data-parallel ranks",
-    ),
-)
-SCHEDULER_HOOKS = (
-    Hook(
-        "sglang.srt.mem_cache.kv_cache_builder.prepare_hicache_staging",
-        ("tp_worker", "draft_plan"),
-        "around",
-        f"{_OURS}.scheduler:prepare_staging",
-        "leave GPU memory to the KV cache",
-    ),
-    Hook(
-        "sglang.srt.mem_cache.hicache_auto_size.auto_size_hicache",
-        ("params", "draft_plan", "enabled"),
-        "around",
-        f"{_OURS}.scheduler:note_draft",
-        "make frames large enough for a draft model",
-    ),
-    Hook(
-        f"{_ASSEMBLER}.attach_hybrid_pool_to_unified_cache",
-        (
-            "cache",
-            "params",
-            "server_args",
-            "load_cache_event",
-            "storage_backend",
-            "storage_extra_config",
-            "storage_prefetch_threshold",
-        ),
-        "around",
-        f"{_OURS}.scheduler:attach_pools",
-        "build host pools without memory",
-    ),
-    Hook(
-        f"{_POOL_HOST}.group.HostPoolGroup.__init__",
-        ("self", "entries"),
-        "after",
-        f"{_OURS}.scheduler:group_pools",
-        "put host pools into a tier",
-    ),
-    Hook(
-        f"{_POOL_HOST}.group.HostPoolGroup.add_entry",
-        ("self", "entry"),
-        "after",
-        f"{_OURS}.scheduler:group_another",
-        "put host pools that come later into a tier",
-    ),
-    Hook(
-        f"{_ASSEMBLER}.build_hicache_draft_sidecars",
-        ("draft_device_pools", "tree_cache"),
-        "around",
-        f"{_OURS}.scheduler:build_draft_sidecars",
-        "put a draft model's host pools into a tier",
-    ),
-    Hook(
-        f"{_POOL_HOST}.base.host_memory_budget_bytes",
-        ("requested_bytes", "auto_size"),
-        "around",
-        f"{_OURS}.scheduler:host_memory_budget_bytes",
-        "size the pool by its tier",
-    ),
-    Hook(
-        f"{_CONTROLLER}.HiCacheController.move_indices",
-        ("self", "host_indices", "device_indices"),
-        "around",
-        f"{_OURS}.scheduler:move_indices",
-        "keep transfers from waiting for the GPU",
-    ),
-    Hook(
-        f"{_CONTROLLER}.HiCacheController.attach_storage_backend",
-        ("self", "storage_backend", "prefetch_threshold", "model_name", "storage_backend_extra_config"),
-        "around",
-        f"{_OURS}.scheduler:attach_storage",
-        "refuse storage backends that cannot work over the tier",
-    ),
-    Hook(
-        f"{_CONTROLLER}.LayerDoneCounter.__init__",
-        ("self", "num_layers"),
-        "after",
-        f"{_OURS}.transfer:prepare_counters",
-        "have counters ready before the first load",
-    ),
-    Hook(
-        f"{_CONTROLLER}.LayerLoadingEvent.wait",
-        ("self", "layer_index"),
-        "around",
-        f"{_OURS}.transfer:layer_wait",
-        "wait for a load's layers",
-    ),
-    Hook(
-        f"{_TRANSFER}.__init__",
-        ("self", "io_backend"),
-        "after",
-        f"{_OURS}.scheduler:transfer_streams",
-        "give loads their priority",
-    ),
-    Hook(
-        f"{_TRANSFER}.submit_host_to_device",
-        ("self", "transfers", "transfer_layer_id_max", "start_event", "on_layer_done"),
-        "around",
-        f"{_OURS}.transfer:submit_host_to_device",
-        "load pages from the tier",
-    ),
-    Hook(
-        f"{_TRANSFER}.submit_device_to_host",
-        ("self", "transfers"),
-        "around",
-        f"{_OURS}.transfer:submit_device_to_host",
-        "store pages in the tier",
-    ),
-    Hook(
-        f"{_HYBRID}.load",
-        ("self", "host_indices", "priority", "node_id", "extra_pools", "device_indices", "anchor_indices"),
-        "around",
-        f"{_OURS}.recovery:load",
-        "make damaged pages misses",
-    ),
-    Hook(
-        f"{_HYBRID}.write",
-        ("self", "device_indices", "priority", "node_id", "extra_pools", "flush", "start_owner"),
-        "around",
-        f"{_OURS}.recovery:write",
-        "set a tier aside",
-    ),
-    Hook(
-        "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.write_backup_storage",
-        ("self", "node_id"),
-        "around",
-        f"{_OURS}.recovery:back_up",
-        "keep what damaged pages led to out of storage",
-    ),
-    Hook(
-        "sglang.srt.managers.schedule_batch.ScheduleBatch.copy",
-        ("self",),
-        "after",
-        f"{_OURS}.recovery:copy_batch",
-        "know a batch's load when its results come",
-    ),
-    Hook(
-        f"{_SCHEDULER}.process_batch_result",
-        ("self", "batch", "result"),
-        "around",
-        f"{_OURS}.recovery:settle",
-        "end requests whose pages came back damaged",
-    ),
-    Hook(
-        f"{_SCHEDULER}.get_new_batch_prefill",
-        ("self", "running_batch"),
-        "around",
-        f"{_OURS}.recovery:plan_prefill",
-        "empty caches that hold damaged pages",
-    ),
-    Hook(
-        "sglang.srt.managers.scheduler.Scheduler.get_init_info",
-        ("self",),
-        "after",
-        f"{_OURS}.scheduler:init_info",
-        "tell the launcher about the tier",
-    ),
-    Hook(
-        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
-        ("self", "recv_req"),
-        "after",
-        f"{_OURS}.scheduler:internal_state",
-        "show the tier in server information",
-    ),
-)
+FLAG_HOOKS = hooks_in(f"""
+{_ARGS}.add_cli_args(parser)
+    after flags:add_cli_args: add its flags
+{_ARGS}.from_cli_args(args)
+    around flags:from_cli_args: read its flags
+{_ARGS}.check_server_args(self)
+    after launcher:check_server_args: check its flags
+{_CONTEXT}.publish(server_args, role, hf_config, ranks)
+    after scheduler:publish: find the options in a scheduler
+""")
+LAUNCHER_HOOKS = hooks_in(f"""
+{_SRT}.entrypoints.engine._wait_for_scheduler_ready(scheduler_pipe_readers, scheduler_procs)
+    around launcher:wait_for_scheduler_ready: check that every rank serves from the tier
+""")
+CONTROLLER_HOOKS = hooks_in(f"""
+{_DATA_PARALLEL}.get_init_info(self)
+    after launcher:controller_init_info: hear of the tier from data-parallel ranks
+""")
+SCHEDULER_HOOKS = hooks_in(f"""
+{_CACHE}.kv_cache_builder.prepare_hicache_staging(tp_worker, draft_plan)
+    around scheduler:prepare_staging: leave GPU memory to the KV cache
+{_CACHE}.hicache_auto_size.auto_size_hicache(params, draft_plan, enabled)
+    around scheduler:note_draft: make frames large enough for a draft model
+{_ASSEMBLER}.attach_hybrid_pool_to_unified_cache(cache, params, server_args, load_cache_event, storage_backend,
+    storage_extra_config, storage_prefetch_threshold)
+    around scheduler:attach_pools: build host pools without memory
+{_ASSEMBLER}.build_hicache_draft_sidecars(draft_device_pools, tree_cache)
+    around scheduler:build_draft_sidecars: put a draft model's host pools into a tier
+{_GROUP}.__init__(self, entries)
+    after scheduler:group_pools: put host pools into a tier
+{_GROUP}.add_entry(self, entry)
+    after scheduler:group_another: put host pools that come later into a tier
+{_HOST}.base.host_memory_budget_bytes(requested_bytes, auto_size)
+    around scheduler:host_memory_budget_bytes: size the pool by its tier
+{_HICACHE}.move_indices(self, host_indices, device_indices)
+    around scheduler:move_indices: keep transfers from waiting for the GPU
+{_HICACHE}.attach_storage_backend(self, storage_backend, prefetch_threshold, model_name, storage_backend_extra_config)
+    around scheduler:attach_storage: refuse storage backends that cannot work over the tier
+{_CONTROLLER}.LayerDoneCounter.__init__(self, num_layers)
+    after transfer:prepare_counters: have counters ready before the first load
+{_CONTROLLER}.LayerLoadingEvent.wait(self, layer_index)
+    around transfer:layer_wait: wait for a load's layers
+{_TRANSFER}.__init__(self, io_backend)
+    after scheduler:transfer_streams: give loads their priority
+{_TRANSFER}.submit_host_to_device(self, transfers, transfer_layer_id_max, start_event, on_layer_done)
+    around transfer:submit_host_to_device: load pages from the tier
+{_TRANSFER}.submit_device_to_host(self, transfers)
+    around transfer:submit_device_to_host: store pages in the tier
+{_HYBRID}.load(self, host_indices, priority, node_id, extra_pools, device_indices, anchor_indices)
+    around recovery:load: make damaged pages misses
+{_HYBRID}.write(self, device_indices, priority, node_id, extra_pools, flush, start_owner)
+    around recovery:write: set a tier aside
+{_CACHE}.unified_radix_cache.UnifiedRadixCache.write_backup_storage(self, node_id)
+    around recovery:back_up: keep what damaged pages led to out of storage
+{_BATCH}.ScheduleBatch.copy(self)
+    after recovery:copy_batch: know a batch's load when its results come
+{_SCHEDULER}.process_batch_result(self, batch, result)
+    around recovery:settle: end requests whose pages came back damaged
+{_SCHEDULER}.get_new_batch_prefill(self, running_batch)
+    around recovery:plan_prefill: empty caches that hold damaged pages
+{_SCHEDULER}.get_init_info(self)
+    after scheduler:init_info: tell the launcher about the tier
+{_SCHEDULER}.get_internal_state(self, recv_req)
+    after scheduler:internal_state: show the tier in server information
+""")
 MEMBERS = (
-    "sglang.srt.arg_groups.overrides.resolving_view",
-    "sglang.srt.runtime_context.get_context",
-    "sglang.srt.runtime_context.get_memory",
-    "sglang.srt.runtime_context.get_observability",
-    "sglang.srt.runtime_context.get_parallel",
-    "sglang.srt.runtime_context.get_serving",
-    "sglang.srt.plugins.hook_registry.HookRegistry._apply_target",
-    "sglang.srt.plugins.hook_registry.HookRegistry._patched",
+    f"{_SRT}.arg_groups.overrides.resolving_view",
+    f"{_SRT}.environ.envs.SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS",
+    f"{_CONTEXT}.get_context",
+    f"{_CONTEXT}.get_memory",
+    f"{_CONTEXT}.get_observability",
+    f"{_CONTEXT}.get_parallel",
+    f"{_CONTEXT}.get_serving",
+    f"{_SRT}.plugins.hook_registry.HookRegistry._apply_target",
+    f"{_SRT}.plugins.hook_registry.HookRegistry._patched",
     f"{_TRANSFER}._submission",
-    f"{_POOL_HOST}.common.ALLOC_MEMORY_FUNCS",
-    f"{_POOL_HOST}.group.HostPoolGroup._refresh_transfer_capabilities",
-    f"{_POOL_HOST}.mla.maybe_dcp_kernel_indices",
+    f"{_HOST}.common.ALLOC_MEMORY_FUNCS",
+    f"{_GROUP}._refresh_transfer_capabilities",
+    f"{_HOST}.mla.maybe_dcp_kernel_indices",
     f"{_CONTROLLER}.LayerLoadingEvent.finish_event",
-    "sglang.srt.mem_cache.hicache_storage.HiCacheFile.get",
-    "sglang.srt.mem_cache.hicache_storage.HiCacheFile.set",
-    f"{_SCHEDULER}.abort_request",
-    f"{_SCHEDULER}.collect_inflight_reqs",
-    f"{_SCHEDULER}.flush_cache",
-    f"{_SCHEDULER}.is_fully_idle",
-    "sglang.srt.managers.io_struct.AbortReq",
-    "sglang.srt.managers.schedule_batch.FINISH_ABORT",
-    "sglang.srt.managers.schedule_batch.ScheduleBatch.hicache_consumer_index",
-    "sglang.srt.managers.schedule_batch.NextBatchPlan",
+    f"{_CACHE}.hicache_storage.HiCacheFile.get",
+    f"{_CACHE}.hicache_storage.HiCacheFile.set",
+    *(f"{_SCHEDULER}.{name}" for name in ("abort_request", "collect_inflight_reqs", "flush_cache", "is_fully_idle")),
+    f"{_SRT}.managers.io_struct.AbortReq",
+    *(f"{_BATCH}.{name}" for name in ("FINISH_ABORT", "NextBatchPlan", "ScheduleBatch.hicache_consumer_index")),
+    f"{_DATA_PARALLEL.rpartition('.')[0]}.SCHEDULER_PIDS_ARG",
 )
-ENVIRONMENT = ("SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS",)
 
 TABLE = VersionTable(
     version="0.5.23",
@@ -240,5 +113,5 @@ TABLE = VersionTable(
     controller_hooks=CONTROLLER_HOOKS,
     scheduler_hooks=SCHEDULER_HOOKS,
     members=MEMBERS,
-    environment=ENVIRONMENT,
+    reads=reads.V0_5_23,
 )
