@@ -39,7 +39,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def master(tmp_path: Path) -> Iterator[dict[str, object]]:
-    """A running master, and a client with room for pages: yields the backend's settings for an engine."""
+    """A running master, and a client with space for pages: yields the backend's settings for an engine."""
     found = importlib.util.find_spec("mooncake")
     if found is None or found.submodule_search_locations is None:
         pytest.skip("mooncake-transfer-engine-non-cuda is not installed")
@@ -60,7 +60,7 @@ def master(tmp_path: Path) -> Iterator[dict[str, object]]:
     with (tmp_path / "master.log").open("wb") as log, contextlib.ExitStack() as ended:
         for start in (
             [*command, f"--http_metadata_server_port={metadata}"],
-            # The engines bring no room of their own, so a page outlives the one that stored it.
+            # The engines bring no memory of their own, so a page outlives the one that stored it.
             [sys.executable, "-c", CLIENT, json.dumps(settings)],
         ):
             process = subprocess.Popen(start, stdout=log, stderr=log)

@@ -1,6 +1,6 @@
 """The arena and its page table against plain arrays: any order of stores, loads, storage pages and new spaces.
 
-Hypothesis chooses the scene (spaces, planes, banks of unequal room); a generator with its seed drives the steps, which
+Hypothesis chooses the scene (spaces, planes, banks of unequal size); a generator with its seed drives the steps, which
 would cost hypothesis more than they cost the arena. 100 scenes of 1,000 steps are 10^5 steps.
 """
 
@@ -33,7 +33,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class BankedTier(ShyFakeTier):
-    """Memory in pieces, as banks have it: extents with room between them and odd ends."""
+    """Memory in pieces, as banks have it: extents with gaps between them and odd ends."""
 
     name = "banked"
     live: ClassVar[list[int]] = []
@@ -45,7 +45,7 @@ class BankedTier(ShyFakeTier):
         extents, kept = [], []
         for first, last in pairwise(bounds):
             size = (last - first) * granule
-            memory = (ctypes.c_uint8 * (size + granule - 1))()  # room for less than one frame more
+            memory = (ctypes.c_uint8 * (size + granule - 1))()  # space for less than one frame more
             kept.append(memory)
             extents.append(Extent(ctypes.addressof(memory), len(memory)))
         self.live.append(nbytes)
@@ -104,7 +104,7 @@ class Modelled:
 
 
 class Model:
-    """An arena and its model, taken through random steps."""
+    """An arena and its model that goes through random steps."""
 
     def __init__(self, scenes: list[SpaceScene], seed: int) -> None:
         self.rng = random.Random(seed)
@@ -153,7 +153,7 @@ class Model:
         pages = []
         for name, addresses in zip(names, found, strict=True):
             slots = self.spaces[name].scene.slots
-            # Any index number of a page stands for it.
+            # Any index number of a page means it.
             numbers = [unit * slots + self.rng.randrange(slots) for unit in moves[name][1]]
             pages.append(Pages(addresses, torch.tensor(numbers, dtype=torch.int64)))
         if names not in self.programs:
