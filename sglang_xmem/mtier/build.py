@@ -1,6 +1,6 @@
-"""Compiles libmtier.so and mtierd with the system's C++ compiler, once for each version of the sources.
+"""Compiles libmtier.so, mtierd and libpages.so with the system's C++ compiler, once for each version of the sources.
 
-`python -m sglang_xmem.mtier.build DIRECTORY` puts both into a directory of the user's choice. On a machine without a
+`python -m sglang_xmem.mtier.build DIRECTORY` puts them into a directory of the user's choice. On a machine without a
 compiler SGLANG_XMEM_MTIER_DIR names such a directory, made elsewhere from the same sources.
 """
 
@@ -21,6 +21,8 @@ from sglang_xmem.copies.nvrtc import cache_dir
 
 LIBRARY = "libmtier.so"
 DAEMON = "mtierd"
+#: What an engine does with frames of the page bank.
+PAGES = "libpages.so"
 NATIVE = Path(__file__).with_name("native")
 PREBUILT_VARIABLE = "SGLANG_XMEM_MTIER_DIR"
 #: Lies beside both in a directory of the user's: the digest of the sources that they were made of.
@@ -32,6 +34,7 @@ _SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 _TARGETS = (
     (LIBRARY, "libmtier.cpp", ("-shared", "-fPIC", "-fvisibility=hidden")),
     (DAEMON, "mtierd.cpp", ()),
+    (PAGES, "pages_client.cpp", ("-shared", "-fPIC", "-fvisibility=hidden")),
 )
 
 
@@ -40,7 +43,7 @@ class BuildError(RuntimeError):
 
 
 def built(*, sanitize: bool = False) -> Path:
-    """Directory with LIBRARY and DAEMON: SGLANG_XMEM_MTIER_DIR, or compiled now if the cache has none of these sources.
+    """Directory with LIBRARY, DAEMON and PAGES: SGLANG_XMEM_MTIER_DIR, or compiled now if the cache has none.
 
     Args:
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, for tests; always compiled here.
@@ -78,7 +81,7 @@ def built(*, sanitize: bool = False) -> Path:
 
 
 def build_into(directory: Path) -> None:
-    """Put LIBRARY, DAEMON and STAMP into `directory`, each in one step as other processes see it.
+    """Put LIBRARY, DAEMON, PAGES and STAMP into `directory`, each in one step as other processes see it.
 
     Raises:
         BuildError: as `built`, or `directory` cannot be written.
@@ -86,7 +89,7 @@ def build_into(directory: Path) -> None:
     source = built()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        contents = {name: (source / name).read_bytes() for name in (LIBRARY, DAEMON)}
+        contents = {name: (source / name).read_bytes() for name in (LIBRARY, DAEMON, PAGES)}
         for name, content in {**contents, STAMP: _sources().encode()}.items():
             with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}-", delete=False) as file:
                 file.write(content)
@@ -111,7 +114,7 @@ def _checked(directory: Path) -> Path:
         BuildError: it did not, or from other sources.
     """
     try:
-        complete = all((directory / name).is_file() for name in (LIBRARY, DAEMON))
+        complete = all((directory / name).is_file() for name in (LIBRARY, DAEMON, PAGES))
         if complete and (directory / STAMP).read_text() == _sources():
             return directory
     except OSError:

@@ -41,8 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or gpu:1 for all that is free there less 1 GiB; may be given several times; default: one of half of the host "
         "memory that is available",
     )
+    parser.add_argument("--flush", action="store_true", help="make the page bank of a running service forget all pages")
     parser.add_argument("--socket", metavar="PATH", help="default: $MTIER_SOCKET, else mtierd.sock in $XDG_RUNTIME_DIR")
     parser.add_argument("--quota", type=float, default=0, metavar="GB", help="most that one process may have; 0: all")
+    parser.add_argument(
+        "--share",
+        type=int,
+        default=100,
+        metavar="PERCENT",
+        help="most of a host bank that pages of one model get where its engines ask for less; lower it where several "
+        "models share a bank; default: 100",
+    )
     parser.add_argument("--granularity", type=int, default=2, metavar="MiB", help="allocations are whole multiples")
     parser.add_argument(
         "--rest-after",
@@ -56,14 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does not return where the service starts: this process becomes it."""
     try:
-        arguments = ["--status"] if args.status else service_arguments(args)
+        asked = ["--status"] * args.status + ["--flush"] * args.flush
+        arguments = asked or service_arguments(args)
         if args.socket:
             arguments += ["--socket", args.socket]
         directory = built()
     except (ValueError, BuildError) as error:
         print(f"sglang_xmem: {error}", file=sys.stderr)
         return 1
-    if not args.status:
+    if not asked:
         print(f"MTIER_LIB_PATH={directory / LIBRARY}", flush=True)
     program = str(directory / DAEMON)
     return os.execv(program, [program, *arguments])
@@ -89,6 +99,8 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"--granularity is {args.granularity}; give a power of two from 1 to 1024 (MiB).")
     if not 0 <= args.rest_after <= 3600:
         raise ValueError(f"--rest-after is {args.rest_after:g}; give 0 to 3600 seconds.")
+    if not 1 <= args.share <= 100:
+        raise ValueError(f"--share is {args.share}; give percent of a bank, 1 to 100.")
     named = [bank.gpu for bank in banks if bank.gpu is not None]
     arguments: list[str] = []
     for bank in banks:
@@ -104,7 +116,7 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
             )
         arguments += ["--bank", f"{place}:{nbytes}"]
     arguments += ["--quota", str(int(args.quota * 1e9)), "--granularity", str(args.granularity << 20)]
-    return [*arguments, "--rest-after", str(int(args.rest_after * 1e3))]
+    return [*arguments, "--share", str(args.share), "--rest-after", str(int(args.rest_after * 1e3))]
 
 
 class _Bank(NamedTuple):

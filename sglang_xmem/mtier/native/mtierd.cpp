@@ -23,8 +23,10 @@
 #include <unordered_map>
 #include <vector>
 
+#include "answer.h"
 #include "bank.h"
 #include "channel.h"
+#include "pages_service.h"
 #include "protocol.h"
 
 namespace {
@@ -94,7 +96,9 @@ struct Options {
     std::uint64_t quota = 0;  // 0: none
     std::uint64_t granularity = kDefaultGranularity;
     std::uint64_t rest_after_ms = kDefaultRestAfterMs;
+    std::uint64_t share = 100;  // percent
     bool status = false;
+    bool flush = false;
 };
 
 struct Allocation {
@@ -117,33 +121,37 @@ struct Connection {
     std::optional<Message> unsent;
 };
 
-struct Answer {
-    Code code = kSuccess;
-    std::string text;
-    Reply fields{};
-    int fd = -1;
-
-    static Answer error(Code code, std::string words) {
-        Answer answer;
-        answer.code = code;
-        answer.text = std::move(words);
-        return answer;
+// Slabs of the page bank from a bank of host memory, which grants to clients too.
+class SlabsOfBank : public pages::SlabSource {
+  public:
+    explicit SlabsOfBank(Bank *bank) : bank_(bank) {}
+    std::uint64_t total() const override { return bank_->total(); }
+    std::uint64_t available() const override { return bank_->available(); }
+    std::uint64_t granularity() const override { return bank_->granularity(); }
+    int make(std::uint64_t bytes, std::uint64_t name, std::string *why) override {
+        Grant grant = bank_->allocate(bytes, name);
+        *why = grant.why;
+        return grant.fd;
     }
-};
+    void give_back(std::uint64_t name) override { bank_->release(name); }
 
-void append(std::string *text, const char *format, ...) __attribute__((format(printf, 2, 3)));
-void append(std::string *text, const char *format, ...) {
-    char buffer[256];
-    va_list arguments;
-    va_start(arguments, format);
-    std::vsnprintf(buffer, sizeof(buffer), format, arguments);
-    va_end(arguments);
-    *text += buffer;
-}
+    static std::vector<std::unique_ptr<pages::SlabSource>> of(const std::vector<std::unique_ptr<Bank>> &banks) {
+        std::vector<std::unique_ptr<pages::SlabSource>> sources;
+        for (const auto &bank : banks) {
+            if (bank->kind() == MemoryKind::kHostFile) sources.push_back(std::make_unique<SlabsOfBank>(bank.get()));
+        }
+        return sources;
+    }
+
+  private:
+    Bank *bank_;
+};
 
 class Service {
   public:
-    Service(std::vector<std::unique_ptr<Bank>> banks, std::uint64_t quota) : quota_(quota), banks_(std::move(banks)) {
+    Service(std::vector<std::unique_ptr<Bank>> banks, std::uint64_t quota, unsigned share)
+        : quota_(quota), banks_(std::move(banks)),
+          pages_(SlabsOfBank::of(banks_), share, [this](const std::string &words) { note(words); }) {
         for (std::size_t i = 0; i < banks_.size(); ++i) {
             log_.line("bank %zu: %s, %" PRIu64 " bytes in granules of %" PRIu64, i, banks_[i]->describe().c_str(),
                       banks_[i]->total(), banks_[i]->granularity());
@@ -160,7 +168,8 @@ class Service {
         std::vector<std::list<Connection>::iterator> order;
         bool accept_paused = false;
         for (;;) {
-            entries.assign({{signals, POLLIN, 0}, {accept_paused ? -1 : listener, POLLIN, 0}});
+            int accepting = accept_paused ? -1 : listener;
+            entries.assign({{signals, POLLIN, 0}, {accepting, POLLIN, 0}, {pages_.watched(), POLLIN, 0}});
             order.clear();
             for (auto it = connections_.begin(); it != connections_.end(); ++it) {
                 entries.push_back({it->fd, static_cast<short>(it->unsent ? POLLOUT : POLLIN), 0});
@@ -182,8 +191,9 @@ class Service {
                 }
                 return;
             }
+            if (entries[2].revents != 0) pages_.reap();
             for (std::size_t i = 0; i < order.size(); ++i) {
-                if (entries[i + 2].revents != 0) attend(order[i], entries[i + 2].revents);
+                if (entries[i + 3].revents != 0) attend(order[i], entries[i + 3].revents);
             }
             if (entries[1].revents != 0) accept_paused = !accept_all(listener);
         }
@@ -227,7 +237,7 @@ class Service {
             if (client->unsent) return;
         }
         for (int n = 0; n < kTurn && !client->unsent; ++n) {
-            alignas(Request) char buffer[256];
+            alignas(Request) char buffer[pages::kMaxRequestBytes];
             iovec part{buffer, sizeof(buffer)};
             msghdr message{};  // without room for descriptors: the kernel closes any that a client sends
             message.msg_iov = &part;
@@ -246,14 +256,17 @@ class Service {
         Request request{};
         std::memcpy(&request, buffer, std::min(got, sizeof(request)));
         Answer answer;
-        if (truncated || got != sizeof(request) || request.magic != kMagic || request.reserved != 0) {
+        std::string_view behind(buffer + sizeof(request), got < sizeof(request) ? 0 : got - sizeof(request));
+        if (truncated || got < sizeof(request) || (!behind.empty() && !pages::PageService::serves(request)) ||
+            request.magic != kMagic || request.reserved != 0) {
             answer = Answer::error(kInvalidArgument, "the message is not a request of mtierd's protocol");
         } else if (request.version != kVersion) {
             answer = Answer::error(kServerError, "the message is of another protocol version; build libmtier.so and "
                                                  "mtierd from one release");
         } else {
             try {
-                answer = serve(client, request);
+                answer = pages::PageService::serves(request) ? pages_.serve(client->fd, client->pid, request, behind)
+                                                      : serve(client, request);
             } catch (const std::bad_alloc &) {
                 answer = Answer::error(kServerError, "the service is out of memory of its own");
             }
@@ -441,6 +454,7 @@ class Service {
         }
         take_all(client);
         if (client->unsent && client->unsent->fd >= 0) ::close(client->unsent->fd);
+        pages_.disconnected(client->fd);
         ::close(client->fd);
         connections_.erase(client);
     }
@@ -463,12 +477,13 @@ class Service {
                    static_cast<int>(each.pid), each.bytes, each.allocations.size());
             first = false;
         }
-        return text + "]}";
+        return text + "], " + pages_.json() + "}";
     }
 
     const std::uint64_t quota_;
     Log log_;
     std::vector<std::unique_ptr<Bank>> banks_;
+    pages::PageService pages_;
     std::list<Connection> connections_;
     std::uint64_t last_allocation_ = 0;
 };
@@ -577,10 +592,15 @@ std::optional<std::string> parse(int argc, char **argv, Options *options) {
             options->status = true;
             continue;
         }
+        if (name == "--flush") {
+            options->flush = true;
+            continue;
+        }
         if (name != "--bank" && name != "--socket" && name != "--quota" && name != "--granularity" &&
-            name != "--rest-after") {
+            name != "--rest-after" && name != "--share") {
             return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
-                   "--socket PATH, --quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --status";
+                   "--socket PATH, --quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --share PERCENT, "
+                   "--status, --flush";
         }
         if (++i == argc) return name + " has no value";
         std::string value = argv[i];
@@ -602,6 +622,12 @@ std::optional<std::string> parse(int argc, char **argv, Options *options) {
             }
             continue;
         }
+        if (name == "--share") {
+            if (!parse_number(value, &options->share) || options->share < 1 || options->share > 100) {
+                return name + " is " + value + "; give percent of a bank, 1 to 100";
+            }
+            continue;
+        }
         std::uint64_t bytes = 0;
         if (!parse_number(value, &bytes)) return name + " is " + value + "; give a number of bytes";
         (name == "--quota" ? options->quota : options->granularity) = bytes;
@@ -618,11 +644,12 @@ std::optional<std::string> parse(int argc, char **argv, Options *options) {
     return std::nullopt;
 }
 
-int show_status(const std::string &path) {
+// Asks a running service for one thing, and prints the text of its answer if there is one.
+int ask(const std::string &path, std::uint16_t op) {
     Channel channel;
     Deadline deadline(kStatusTimeoutMs);
     Request request{};
-    request.op = static_cast<std::uint16_t>(Op::kReport);
+    request.op = op;
     Reply reply;
     std::string text;
     int fd = -1;
@@ -630,7 +657,7 @@ int show_status(const std::string &path) {
     if (code == kSuccess) code = channel.exchange(request, deadline, &reply, &text, &fd);
     if (fd >= 0) ::close(fd);
     if (code != kSuccess) return complain(text);
-    std::printf("%s\n", text.c_str());
+    if (!text.empty()) std::printf("%s\n", text.c_str());
     return 0;
 }
 
@@ -638,7 +665,8 @@ int run(int argc, char **argv) {
     Options options;
     if (auto wrong = parse(argc, argv, &options)) return complain(*wrong);
     if (options.socket.empty()) options.socket = socket_path();
-    if (options.status) return show_status(options.socket);
+    if (options.status) return ask(options.socket, static_cast<std::uint16_t>(Op::kReport));
+    if (options.flush) return ask(options.socket, static_cast<std::uint16_t>(pages::PagesOp::kForget));
     if (options.banks.empty()) return complain("there is no bank to serve; give --bank host:BYTES");
 
     // Before the socket is there, so that no signal can end the process and leave it behind.
@@ -668,7 +696,7 @@ int run(int argc, char **argv) {
     }
     Listener listener;
     if (auto refused = listener.open(options.socket)) return complain(*refused);
-    Service service(std::move(banks), options.quota);
+    Service service(std::move(banks), options.quota, static_cast<unsigned>(options.share));
     service.note("serving " + options.socket);
     service.run(listener.fd(), signals);
     ::close(signals);
