@@ -33,6 +33,10 @@ class Session:
         self.pools: list[Any] = []
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
+        #: What pages depend on, for tiers that share them; None: they are shared with nobody.
+        self.facts: dict[str, Any] | None = None
+        #: The model's name, for people.
+        self.label = ""
         #: False once a copy was refused and had to be made another way.
         self.healthy = True
         self.watch = Watch(deadline_s, self._where, self._export)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,6 +27,9 @@ FLAT_BACKENDS = ("file",)
 #: Storage backends that take addresses of host memory.
 ADDRESS_BACKENDS = ("mooncake", "nixl", "hf3fs")
 BACKENDS = (*FLAT_BACKENDS, "dynamic", *ADDRESS_BACKENDS)
+
+#: The tier that is a storage backend too.
+BANK = "bank"
 
 #: Whether the engine that this process is starting has the flag on.
 _launching_with_tier = False
@@ -85,28 +89,52 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
     pool_bytes = int(cfg.hicache_size * 1e9) or None
     plan = make_plan(options, Ranks(gpus=gpus), pool_bytes, launcher_host_budget(len(gpus)))
     backend = cfg.hicache_storage_backend
+    if backend is not None:
+        plan = _without(
+            plan,
+            lambda tier: tier == BANK,
+            f"--hicache-storage-backend {backend} does not work with tier bank, which is one itself. Leave it out, or "
+            "use --hicache-xmem-tier dram.",
+            f"--hicache-storage-backend {backend} takes its place",
+        )
+    elif not versions.current().bank_hooks:
+        plan = _without(
+            plan,
+            lambda tier: tier == BANK,
+            f"tier bank needs SGLang {next(iter(versions.known()))}. Use --hicache-xmem-tier dram.",
+            f"it needs SGLang {next(iter(versions.known()))}",
+        )
     if needs_addresses(backend, cfg.hicache_storage_backend_extra_config):
-        plan = _with_addresses(plan, f"--hicache-storage-backend {backend}")
+        option = f"--hicache-storage-backend {backend}"
+        classes = tier_classes()
+        names = ", ".join(candidate.tier for candidate in plan.candidates)
+        plan = _without(
+            plan,
+            lambda tier: not classes[tier].traits.cpu_addressable,
+            f"{option} needs memory that the CPU can address, and tier {names} is GPU memory. Use --hicache-xmem-tier "
+            "dram, or --hicache-storage-backend file.",
+            f"{option} cannot address it",
+        )
     return plan
 
 
-def _with_addresses(plan: Plan, option: str) -> Plan:
-    """A plan without the tiers whose memory the CPU does not address.
+def _without(plan: Plan, unfit: Callable[[str], bool], problem: str, reason: str) -> Plan:
+    """A plan without tiers that do not fit SGLang's settings.
+
+    Args:
+        unfit: whether a tier of that name is left out.
+        problem: the error where no tier is left.
+        reason: a clause, for each that is left out.
 
     Raises:
         ConfigError: none is left.
     """
-    classes = tier_classes()
-    kept = tuple(c for c in plan.candidates if classes[c.tier].traits.cpu_addressable)
+    kept = tuple(c for c in plan.candidates if not unfit(c.tier))
     if not kept:
-        names = ", ".join(c.tier for c in plan.candidates)
-        raise ConfigError(
-            f"{option} needs memory that the CPU can address, and tier {names} is GPU memory. Use --hicache-xmem-tier "
-            "dram, or --hicache-storage-backend file."
-        )
+        raise ConfigError(problem)
     if len(kept) == len(plan.candidates):
         return plan
-    gone = tuple(Skipped(c.tier, f"{option} cannot address it", ()) for c in plan.candidates if c not in kept)
+    gone = tuple(Skipped(c.tier, reason, ()) for c in plan.candidates if c not in kept)
     return msgspec.structs.replace(plan, candidates=kept, skipped=plan.skipped + gone)
 
 

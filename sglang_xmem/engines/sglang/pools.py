@@ -19,7 +19,7 @@ import torch
 from sglang_xmem.arena import Arena, SpaceSpec, bytes_at
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
-from sglang_xmem.engines.sglang import storage
+from sglang_xmem.engines.sglang import sharing, storage
 from sglang_xmem.engines.sglang.geometry import (
     Description,
     Section,
@@ -30,7 +30,7 @@ from sglang_xmem.engines.sglang.geometry import (
     space_of,
 )
 from sglang_xmem.engines.sglang.transfer import ADOPTED
-from sglang_xmem.errors import ConfigError, CopyError, refuse, sentence
+from sglang_xmem.errors import ConfigError, CopyError, Remedy, Unavailable, refuse, sentence
 
 if TYPE_CHECKING:
     from sglang_xmem.session import Session
@@ -167,6 +167,14 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
                 space = space_of(name)
                 pages[space] = max(pages.get(space, 0), -(-int(pool.size) // description.slots))
         device = next(d.device for _, _, d in described if d is not None)
+        if len(frames) > 1:
+            active.placement.skip_shared(
+                Unavailable("it has no place for models with several index spaces", Remedy("use_tier", value="dram"))
+            )
+        elif active.facts is not None:
+            replicated = sharing.is_replicated(group.anchor_entry.device_pool)
+            identity = sharing.identity(active.facts, placed, [*described, *later], replicated)
+            active.placement.share_as(identity, active.label)
         arena = Arena(
             active.placement,
             [SpaceSpec(space, pages[space], nbytes) for space, nbytes in frames.items()],
@@ -177,7 +185,7 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
         refuse(_sentence(error))
     active.arenas.append(arena)
     for name, pool, description in described:
-        _attach(active, arena, pool, description, placed.get(name))
+        _attach(active, arena, pool, description, placed.get(name), group.anchor_entry.host_pool)
     try:
         arena.begin(_all_planes(active, arena))
     except CopyError as error:
@@ -199,6 +207,8 @@ def adopt_another(active: Session, entry: Any) -> None:
             section = placed[name]
             if section.space in arena.spaces:
                 raise Unsupported(f"pool {name} joins the index space {section.space} after its frames were made")
+            if arena.tier.traits.shared:
+                raise Unsupported(f"pool {name} has an index space of its own, for which tier bank has no place")
             pages = -(-int(entry.host_pool.size) // description.slots)
             arena.extend(SpaceSpec(section.space, pages, frames[section.space]))
         _attach(active, arena, entry.host_pool, description, section)
@@ -227,7 +237,14 @@ def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
     _attach(active, active.arenas[-1], pool, description, section)
 
 
-def _attach(active: Session, arena: Arena, pool: Any, description: Description | None, section: Section | None) -> None:
+def _attach(
+    active: Session,
+    arena: Arena,
+    pool: Any,
+    description: Description | None,
+    section: Section | None,
+    anchor: Any = None,
+) -> None:
     view = AdoptedPool(
         pool, len(active.pools) + 1, arena, description, section or Section(space="", offset=0, nbytes=0)
     )
@@ -238,6 +255,8 @@ def _attach(active: Session, arena: Arena, pool: Any, description: Description |
     pool.prepare_transfer_indices = _as_they_are
     if description is not None:
         storage.attach(view)
+        if pool is anchor:
+            sharing.attach(view)
 
 
 def _as_they_are(host_indices: Any, device_indices: Any, io_backend: str) -> tuple[Any, Any]:
@@ -261,7 +280,8 @@ def self_test(active: Session) -> None:
         arrays = [bytes_at(p.device_address + unit * p.device_stride, p.unit_bytes, arena.device) for p in planes]
         before = [array.clone() for array in arrays]
         slots = torch.tensor([unit * view.slots], dtype=torch.int64, device=arena.device)
-        (frames,) = arena.frames([(view.section.space, torch.zeros(1, dtype=torch.int64))])
+        page = torch.zeros(1, dtype=torch.int64)
+        (frames,) = arena.frames([(view.section.space, page)])
         program = arena.compile([Step(plane, 0, 0) for plane in planes], 1)
         random = [torch.randint(0, 256, array.shape, dtype=torch.uint8, device=array.device) for array in arrays]
         for array, data in zip(arrays, random, strict=True):
@@ -273,6 +293,7 @@ def self_test(active: Session) -> None:
         wrong = sum(not torch.equal(array, data) for array, data in zip(arrays, random, strict=True))
         for array, data in zip(arrays, before, strict=True):
             array.copy_(data)
+        arena.spaces[view.section.space].free(page)
         if wrong:
             raise CopyError(
                 f"{wrong} of {len(planes)} arrays of {type(view.pool).__name__} came back from tier {arena.tier.name} "

@@ -79,7 +79,7 @@ def _load(moves: Sequence[Any], num_parts: int, event: Any, on_layer_done: Any) 
     counters = None
     if moves:
         arena = adopted(moves[0]).arena
-        pages = _pages(arena, moves)
+        pages = _pages(arena, moves, claim=False)
         counters = _counters_of(event, arena, num_parts)
         if counters is None and on_layer_done is not None and arena.device.type != "cpu":
             _load_by_layers(arena, moves, pages, num_parts, on_layer_done)
@@ -121,7 +121,7 @@ def _store(moves: Sequence[Any]) -> None:
     prepared = arena.programs.get(key)
     if prepared is None:
         prepared = arena.programs[key] = Prepared.of(arena, _store_steps(moves), 1)
-    pages = _pages(arena, moves)
+    pages = _pages(arena, moves, claim=True)
     try:
         arena.store(prepared.program, pages)
     except CopyError as error:
@@ -203,7 +203,7 @@ def _make_counters(event: Any, arena: Any, num_layers: int) -> Any:
     return made
 
 
-def _pages(arena: Any, moves: Sequence[Any]) -> list[Pages]:
+def _pages(arena: Any, moves: Sequence[Any], *, claim: bool) -> list[Pages]:
     """One vector per pool; pools that ride on another's numbers share the tensor of its frames' addresses."""
     wanted: list[tuple[str, torch.Tensor]] = []
     known: dict[tuple[int, str, int], int] = {}
@@ -218,7 +218,7 @@ def _pages(arena: Any, moves: Sequence[Any]) -> list[Pages]:
             wanted.append((pool.section.space, _on_cpu(host)[:: pool.slots] // pool.slots))
         numbers.append(number)
         slots.append(device[:: pool.slots])
-    frames = arena.frames(wanted)
+    frames = arena.frames(wanted, claim=claim)
     return [Pages(frames[number], slot) for number, slot in zip(numbers, slots, strict=True)]
 
 

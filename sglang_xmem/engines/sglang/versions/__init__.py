@@ -24,6 +24,7 @@ class VersionTable:
         launcher_hooks: placed in a launcher with the flag on.
         controller_hooks: placed in a data-parallel controller with the flag on.
         scheduler_hooks: placed in a scheduler with the flag on.
+        bank_hooks: placed in a scheduler whose pool is in the page bank; none where that is not supported.
         members: dotted names of SGLang that are read besides the hooks' targets.
         environment: names on `sglang.srt.environ.envs` that are read.
         controller_reports: whether a data-parallel controller passes on what its ranks say of the tier.
@@ -37,6 +38,7 @@ class VersionTable:
     members: tuple[str, ...]
     environment: tuple[str, ...]
     controller_reports: bool = True
+    bank_hooks: tuple[Hook, ...] = ()
 
 
 def known() -> tuple[str, ...]:

@@ -162,6 +162,22 @@ SCHEDULER_HOOKS = (
         "show the tier in server information",
     ),
 )
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+BANK_HOOKS = tuple(
+    Hook(
+        f"{_WEIGHTS}.update_weights_from_{source}",
+        ("self", "recv_req"),
+        "around",
+        f"{_OURS}.sharing:{function}",
+        "keep pages of other weights apart",
+    )
+    for source, function in (
+        ("disk", "weights_from_disk"),
+        ("distributed", "weights_from_elsewhere"),
+        ("tensor", "weights_from_elsewhere"),
+        ("ipc", "weights_from_elsewhere"),
+    )
+)
 MEMBERS = (
     "sglang.srt.arg_groups.overrides.resolving_view",
     "sglang.srt.runtime_context.get_context",
@@ -182,6 +198,7 @@ TABLE = VersionTable(
     launcher_hooks=LAUNCHER_HOOKS,
     controller_hooks=CONTROLLER_HOOKS,
     scheduler_hooks=SCHEDULER_HOOKS,
+    bank_hooks=BANK_HOOKS,
     members=MEMBERS,
     environment=ENVIRONMENT,
 )
