@@ -16,6 +16,7 @@ import logging
 import os
 import struct
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class BankSession:
     def __init__(self, identity: bytes | None, frame_bytes: int, frames: int, label: str = "") -> None:
         assert identity is None or len(identity) == KEY_BYTES
         self.frame_bytes = frame_bytes
-        self.counts = dict.fromkeys(("adopted", "published", "had", "stale", "misses", "unanswered"), 0)
+        #: Events by name; a process may put its own counter in its place.
+        self.counts: Counter[str] = Counter()
         self._gate = threading.Lock()  # storage threads may still run when the session is closed
         self._handle: int | None = None
         try:
@@ -184,7 +186,7 @@ class BankSession:
             got = self._library.pages_adopt(
                 self._handle, places.size, places.ctypes.data, ctypes.c_char_p(names), out.ctypes.data
             )
-        self.counts["adopted"] += got
+        self.counts["bank_adopted"] += got
         return self._addresses(out[:got])
 
     def _find(self, keys: Sequence[bytes]) -> npt.NDArray[Any]:
@@ -194,7 +196,6 @@ class BankSession:
             text = self._asked(FIND, len(part), b"".join(part))
             found.append(np.frombuffer(text or b"", _PLACE))
             if found[-1].size < len(part):
-                self.counts["misses"] += text is not None
                 break
         return np.concatenate(found)
 
@@ -220,7 +221,7 @@ class BankSession:
             pages["frame"], pages["generation"] = frames[part], generations[part]
             verdicts += self._asked(PUBLISH, len(pages), pages.tobytes()) or bytes([STALE]) * len(pages)
         for name, verdict in (("published", NEW), ("had", HAVE), ("stale", STALE)):
-            self.counts[name] += verdicts.count(verdict)
+            self.counts[f"bank_{name}"] += verdicts.count(verdict)
         return verdicts
 
     def _asked(self, op: int, count: int, behind: bytes) -> bytes | None:
@@ -228,7 +229,7 @@ class BankSession:
         try:
             text = self._connection.ask(op, count, behind).text
         except (Refused, Silent) as error:
-            self.counts["unanswered"] += 1
+            self.counts["bank_unanswered"] += 1
             if not self._said:
                 lasting = "" if self._connection.alive else " Restart this engine to share pages again."
                 logger.warning("sglang_xmem: pages of the bank are missed, for %s.%s", error, lasting)

@@ -116,7 +116,7 @@ class BankSpace(Space):
         addresses = self._table[pages.numpy()]
         named = self._named(keys)
         if not named or not addresses.all():
-            self.bank.counts["stale"] += len(keys)
+            self.bank.counts["bank_stale"] += len(keys)
             return 0
         return self.bank.publish(named, addresses).count(NEW)
 

@@ -44,6 +44,11 @@ METRICS = (
     Metric("store_enqueue_seconds_total", "counter", "Scheduler thread's time in stores.", "store_ns", 1e-9),
     Metric("fallback_loads_total", "counter", "Loads made launch by launch, layer by layer.", "loads_by_layers"),
     Metric("copy_refusals_total", "counter", "Copies that the copier refused.", "refusals"),
+    Metric("bank_adopted_pages_total", "counter", "Pages found in the page bank, used as they lie.", "bank_adopted"),
+    Metric("bank_published_pages_total", "counter", "Pages that others can find in the bank.", "bank_published"),
+    Metric("bank_duplicate_pages_total", "counter", "Pages that the bank had already.", "bank_had"),
+    Metric("bank_private_pages_total", "counter", "Pages that could not be published.", "bank_stale"),
+    Metric("bank_unanswered_total", "counter", "Questions that the bank did not answer.", "bank_unanswered"),
     Metric("storage_reads_total", "counter", "Pages read by storage backends.", "storage_reads"),
     Metric("storage_writes_total", "counter", "Pages written by storage backends.", "storage_writes"),
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_xmem.cache import CACHE_VARIABLE
 from sglang_xmem.copies import nvrtc
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, SMALL_UNIT_TUNING, CudaTuning
 from sglang_xmem.errors import CopyError
@@ -118,7 +119,7 @@ def triton_tools(name: str) -> list[str]:
 @needs_nvrtc
 @pytest.mark.parametrize(("name", "vector", "arch"), BUILDS)
 def test_nvrtc_compiles(name: str, vector: int, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     image = nvrtc.build(source(FILE), FILE, TUNINGS[name].macros(vector), divmod(arch, 10))
     assert image.startswith(b"\x7fELF")
     assert b"page_copy" in image
@@ -131,7 +132,7 @@ def build(**changes: object) -> bytes:
 
 @needs_nvrtc
 def test_cache_is_used_and_a_damaged_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "new" / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "new" / "cache"))
     image = build()
     (file,) = (tmp_path / "new" / "cache").iterdir()
     content = file.read_bytes()
@@ -154,13 +155,13 @@ def test_cache_is_used_and_a_damaged_one_is_not(tmp_path: Path, monkeypatch: pyt
 def test_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(blocked / "below"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(blocked / "below"))
     assert build().startswith(b"\x7fELF")
 
 
 @needs_nvrtc
 def test_refused_source_names_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     with pytest.raises(CopyError, match=r"nothing\.cu.*undefined") as caught:
         build(text='extern "C" __global__ void nothing() { undefined_name(); }')
     assert "\n" not in str(caught.value)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_xmem.cache import CacheError, cache_dir, read_own
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
@@ -24,16 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "SGLANG_XMEM_CACHE_DIR"
-
 #: A cache file is this, the SHA-256 of the rest, and the image: what a crash or a full disk left behind is not loaded.
 _MAGIC = b"sglang_xmem image 1\n"
-
-
-def cache_dir() -> Path:
-    """Where compiled kernels are kept: $SGLANG_XMEM_CACHE_DIR or ~/.cache/sglang_xmem."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path(os.path.expanduser("~")) / ".cache" / "sglang_xmem"
 
 
 def build(source: str, name: str, macros: Mapping[str, int], capability: tuple[int, int]) -> bytes:
@@ -60,7 +53,11 @@ def build(source: str, name: str, macros: Mapping[str, int], capability: tuple[i
     options += [f"-D{key}={value}" for key, value in sorted(macros.items())]
 
     key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()[:32]
-    path = cache_dir() / f"{Path(name).stem}-{key}.bin"
+    try:
+        path = cache_dir() / f"{Path(name).stem}-{key}.bin"
+    except CacheError as error:
+        logger.warning("sglang_xmem: kernels are compiled at each start: %s", error)
+        return _compile(nvrtc, source, name, options)
     image = _read(path)
     if image is None:
         image = _compile(nvrtc, source, name, options)
@@ -160,10 +157,9 @@ def _compile(nvrtc: Any, source: str, name: str, options: list[str]) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """Image of a cache file; None if there is no whole one."""
-    try:
-        content = path.read_bytes()
-    except OSError:
+    """Image of a cache file; None if there is no whole one that is the user's own."""
+    content = read_own(path)
+    if content is None:
         return None
     digest, image = content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
     if not content.startswith(_MAGIC) or hashlib.sha256(image).digest() != digest:
@@ -176,7 +172,6 @@ def _write(path: Path, image: bytes) -> None:
     """Put an image into the cache, in one step as other processes see it; failure costs only the next start's time."""
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(_MAGIC + hashlib.sha256(image).digest() + image)

@@ -1,6 +1,6 @@
-"""Compiles libmtier.so, mtierd and libpages.so with the system's C++ compiler, once for each version of the sources.
+"""Compiles libmtier.so and mtierd with the system's C++ compiler, once for each version of the sources.
 
-`python -m sglang_xmem.mtier.build DIRECTORY` puts them into a directory of the user's choice. On a machine without a
+`python -m sglang_xmem.mtier.build DIRECTORY` puts both into a directory of the user's choice. On a machine without a
 compiler SGLANG_XMEM_MTIER_DIR names such a directory, made elsewhere from the same sources.
 """
 
@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sglang_xmem.copies.nvrtc import cache_dir
+from sglang_xmem.cache import CacheError, cache_dir, is_own, read_own
 
 LIBRARY = "libmtier.so"
 DAEMON = "mtierd"
@@ -25,10 +25,12 @@ DAEMON = "mtierd"
 PAGES = "libpages.so"
 NATIVE = Path(__file__).with_name("native")
 PREBUILT_VARIABLE = "SGLANG_XMEM_MTIER_DIR"
-#: Lies beside both in a directory of the user's: the digest of the sources that they were made of.
-STAMP = "mtier.sources"
+#: Lies beside both: the digests of the sources that they were made of, and of each of them.
+STAMP = "mtier.digests"
 
 _FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+#: For tests alone: another library can be the CUDA driver.
+_TESTING = ("-DMTIER_TESTING",)
 _SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 #: What is made of which source, with which further flags.
 _TARGETS = (
@@ -42,34 +44,39 @@ class BuildError(RuntimeError):
     """The library and the service could not be compiled; the message is one sentence."""
 
 
-def built(*, sanitize: bool = False) -> Path:
+def built(
+    *, testing: bool = False, sanitize: bool = False, announce: Callable[[str], None] = lambda words: None
+) -> Path:
     """Directory with LIBRARY, DAEMON and PAGES: SGLANG_XMEM_MTIER_DIR, or compiled now if the cache has none.
 
     Args:
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, for tests; always compiled here.
+        testing: such as tests need; always compiled here.
+        sanitize: that, with AddressSanitizer and UndefinedBehaviorSanitizer.
+        announce: gets a sentence before a compilation, which takes half a minute.
 
     Raises:
-        BuildError: there is no compiler, it refuses the sources, the cache cannot be written, or what the variable
-            names is not made of these sources.
+        BuildError: there is no compiler, it refuses the sources, the cache cannot be written or others can write there,
+            or what the variable names is not made of these sources.
     """
     prebuilt = os.environ.get(PREBUILT_VARIABLE)
-    if prebuilt and not sanitize:
+    more = (*(_TESTING if testing or sanitize else ()), *(_SANITIZE if sanitize else ()))
+    if prebuilt and not more:
         return _checked(Path(prebuilt))
     compiler = _compiler()
-    made_of = (_sources(), compiler, _version(compiler), _FLAGS, sanitize and _SANITIZE)
-    directory = cache_dir() / f"mtier-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}"
-    if directory.is_dir():
-        return directory
+    made_of = (_sources(), compiler, _version(compiler), _FLAGS, more)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory = cache_dir() / f"mtier-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}"
+    except CacheError as error:
+        raise BuildError(f"mtierd cannot be kept: {error}.") from None
+    if _is_whole(directory):
+        return directory
+    announce(f"Compiling {DAEMON} and {LIBRARY} into {directory}, which takes half a minute and is done once.")
+    try:
         scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix="mtier-build-"))
         try:
-            _compile(compiler, scratch, sanitize)
-            try:
-                scratch.rename(directory)
-            except OSError:
-                if not directory.is_dir():  # else another process was first, with the same result
-                    raise
+            _compile(compiler, scratch, more)
+            _write_stamp(scratch)
+            _put(scratch, directory)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
@@ -89,14 +96,28 @@ def build_into(directory: Path) -> None:
     source = built()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        contents = {name: (source / name).read_bytes() for name in (LIBRARY, DAEMON, PAGES)}
-        for name, content in {**contents, STAMP: _sources().encode()}.items():
+        for name in (LIBRARY, DAEMON, PAGES, STAMP):
             with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}-", delete=False) as file:
-                file.write(content)
+                file.write((source / name).read_bytes())
             os.chmod(file.name, 0o755)
             os.replace(file.name, directory / name)
     except OSError as error:
         raise BuildError(f"{directory} cannot be written ({error.strerror}); name another directory.") from None
+
+
+def _put(scratch: Path, directory: Path) -> None:
+    """Move a finished build to its place: over one that is damaged, not over one that another process just made."""
+    try:
+        scratch.rename(directory)
+    except OSError:
+        if _is_whole(directory):
+            return
+        broken = Path(tempfile.mkdtemp(dir=directory.parent, prefix="mtier-broken-"))
+        try:
+            directory.rename(broken / "was")
+            scratch.rename(directory)
+        finally:
+            shutil.rmtree(broken, ignore_errors=True)
 
 
 def _sources() -> str:
@@ -107,21 +128,36 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
+def _stamp(directory: Path) -> str | None:
+    """What STAMP of a whole build in `directory` says; None where a file is missing or others can write to it."""
+    contents = [read_own(directory / name) for name in (LIBRARY, DAEMON, PAGES)]
+    digests = [hashlib.sha256(content).hexdigest() for content in contents if content is not None]
+    return " ".join([_sources(), *digests]) if len(digests) == len(contents) else None
+
+
+def _write_stamp(directory: Path) -> None:
+    for name in (LIBRARY, DAEMON, PAGES):
+        (directory / name).chmod(0o755)  # the umask may have given others more
+    (directory / STAMP).write_text(_stamp(directory) or "")
+    (directory / STAMP).chmod(0o644)
+
+
+def _is_whole(directory: Path) -> bool:
+    stamp = read_own(directory / STAMP)
+    return is_own(directory) and stamp is not None and stamp.decode(errors="replace") == _stamp(directory)
+
+
 def _checked(directory: Path) -> Path:
     """`directory`, as `build_into` made it.
 
     Raises:
         BuildError: it did not, or from other sources.
     """
-    try:
-        complete = all((directory / name).is_file() for name in (LIBRARY, DAEMON, PAGES))
-        if complete and (directory / STAMP).read_text() == _sources():
-            return directory
-    except OSError:
-        pass
+    if _is_whole(directory):
+        return directory
     raise BuildError(
-        f"{PREBUILT_VARIABLE} is {str(directory)!r}, which has no {LIBRARY} and {DAEMON} of this release; run "
-        "python -m sglang_xmem.mtier.build DIRECTORY where there is a compiler, or unset it."
+        f"{PREBUILT_VARIABLE} is {str(directory)!r}, which has no {LIBRARY} and {DAEMON} of this release, or others "
+        "can write there; run python -m sglang_xmem.mtier.build DIRECTORY where there is a compiler, or unset it."
     )
 
 
@@ -140,9 +176,9 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def _compile(compiler: str, directory: Path, sanitize: bool) -> None:
+def _compile(compiler: str, directory: Path, more: Sequence[str]) -> None:
     def make(target: str, source: str, flags: tuple[str, ...]) -> None:
-        command = [compiler, *_FLAGS, *flags, *(_SANITIZE if sanitize else ())]
+        command = [compiler, *_FLAGS, *flags, *more]
         # dlopen is libdl's before glibc 2.34.
         command += [str(NATIVE / source), "-o", str(directory / target), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

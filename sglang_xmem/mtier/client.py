@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 import threading
 import time
@@ -18,20 +19,31 @@ PAUSE_S, MOST_PAUSE_S = 1.0, 30.0
 
 # native/protocol.h and native/pages_protocol.h
 _MAGIC = 0x5249544D
-_PROTOCOL_VERSION = 1
+_PROTOCOL_VERSION = 2
 _REQUEST = struct.Struct("=IHHQiIQQ")
 _REPLY = struct.Struct("=IHHQiIiIQQQQQ")
 _MAX_REPLY_BYTES = _REPLY.size + (64 << 10)
+_REFUSED = 0
 INFO, JOIN, SLAB, FIND, PUBLISH, LEAVE = range(32, 38)
 
 _OUT_OF_MEMORY = -3
 
 
 def socket_path() -> str:
-    """Where the service listens: MTIER_SOCKET, else mtierd.sock in XDG_RUNTIME_DIR, else /tmp/mtierd-UID.sock."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    usual = f"{runtime}/mtierd.sock" if runtime else f"/tmp/mtierd-{os.geteuid()}.sock"
-    return os.environ.get("MTIER_SOCKET") or usual
+    """Where the service listens: as native/paths.h has it."""
+    user = os.geteuid()
+    folders = [os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{user}"]
+    usual = next((folder for folder in folders if folder and _is_own(folder)), f"/tmp/mtierd-{user}")
+    return os.environ.get("MTIER_SOCKET") or f"{usual}/mtierd.sock"
+
+
+def _is_own(folder: str) -> bool:
+    """Whether a folder is this user's, and nobody else may write there."""
+    try:
+        status = os.lstat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 class Refused(Exception):
@@ -134,6 +146,8 @@ class Connection:
                 text = message[_REPLY.size :]
                 if magic != _MAGIC or len(text) != text_bytes:
                     raise ConnectionError("it does not speak mtierd's protocol")
+                if its_op == _REFUSED:
+                    raise Refused(code, text.decode(errors="replace"))
                 if number != self._number:
                     continue  # the late answer to a question that was given up
                 if code == 0 and (version != _PROTOCOL_VERSION or its_op != op):

@@ -1,21 +1,24 @@
 """`sglang-xmem mtierd`: a service that shares banks of memory among engines of this user, through X-Mem's interface.
 
 Compiles the service on first use and becomes it. A client finds it by MTIER_LIB_PATH (the library, whose path is
-printed at start) and MTIER_SOCKET (where --socket is not the default).
+printed as soon as the service can be reached) and MTIER_SOCKET (where --socket is not the default).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import subprocess
 import sys
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import psutil
 
-from sglang_xmem import gpus
-from sglang_xmem.errors import TierUnavailable
+from sglang_xmem import gpus, machine
+from sglang_xmem.errors import ConfigError, Unavailable
 from sglang_xmem.mtier.build import DAEMON, LIBRARY, BuildError, built
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -31,7 +34,8 @@ GPU_RESERVE_BYTES = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--status", action="store_true", help="print banks and clients of a running service as JSON")
+    parser.add_argument("--status", action="store_true", help="print banks and clients of a running service")
+    parser.add_argument("--json", action="store_true", help="print --status as JSON, in bytes")
     parser.add_argument(
         "--bank",
         action="append",
@@ -39,11 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="host:SIZE|gpu:ORDINAL[:SIZE]",
         help="a bank of shared host memory, such as host:4GB or host:512MiB, or of a GPU's memory, such as gpu:1:40GB "
         "or gpu:1 for all that is free there less 1 GiB; may be given several times; default: one of half of the host "
-        "memory that is available",
+        "memory that is available to this process",
+    )
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="default: $MTIER_SOCKET, else mtierd.sock in $XDG_RUNTIME_DIR, /run/user/UID or /tmp/mtierd-UID, the "
+        "first that is a folder of this user's alone",
+    )
+    parser.add_argument(
+        "--quota",
+        type=float,
+        default=0,
+        metavar="GB",
+        help="limit per process, against mistakes: a user's processes can start others; default: 0, none",
+    )
+    parser.add_argument(
+        "--granularity", type=int, default=2, metavar="MiB", help="allocations are whole multiples; default: 2"
     )
     parser.add_argument("--flush", action="store_true", help="make the page bank of a running service forget all pages")
-    parser.add_argument("--socket", metavar="PATH", help="default: $MTIER_SOCKET, else mtierd.sock in $XDG_RUNTIME_DIR")
-    parser.add_argument("--quota", type=float, default=0, metavar="GB", help="most that one process may have; 0: all")
     parser.add_argument(
         "--share",
         type=int,
@@ -52,55 +70,128 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most of a host bank that pages of one model get where its engines ask for less; lower it where several "
         "models share a bank; default: 100",
     )
-    parser.add_argument("--granularity", type=int, default=2, metavar="MiB", help="allocations are whole multiples")
     parser.add_argument(
         "--rest-after",
         type=float,
         default=5,
         metavar="SECONDS",
-        help="how long a bank's GPU keeps its CUDA context when no memory is out; default: 5",
+        help="how long a bank's GPU keeps its CUDA context after its last allocation is freed; default: 5",
+    )
+    parser.add_argument(
+        "--metrics", type=int, metavar="PORT", help="serve http://127.0.0.1:PORT/metrics for Prometheus; 0: any port"
+    )
+    parser.add_argument(
+        "--allow-reset",
+        action="store_true",
+        help="serve mTierResetAll, which empties the accounts of all clients though they go on using the memory",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does not return where the service starts: this process becomes it."""
+    """Does not return where the service starts: this process becomes it.
+
+    Raises:
+        ConfigError: an argument is wrong.
+    """
+    if args.json and not args.status:
+        raise ConfigError("--json goes with --status. Give both, or leave it out.")
+    where = ["--socket", args.socket] if args.socket else []
+    arguments = [] if args.status or args.flush else service_arguments(args)
     try:
-        asked = ["--status"] * args.status + ["--flush"] * args.flush
-        arguments = asked or service_arguments(args)
-        if args.socket:
-            arguments += ["--socket", args.socket]
-        directory = built()
-    except (ValueError, BuildError) as error:
-        print(f"sglang_xmem: {error}", file=sys.stderr)
+        directory = built(announce=lambda words: print(f"sglang-xmem: {words}", file=sys.stderr, flush=True))
+    except BuildError as error:
+        print(f"sglang-xmem: {error}", file=sys.stderr)
         return 1
-    if not asked:
-        print(f"MTIER_LIB_PATH={directory / LIBRARY}", flush=True)
     program = str(directory / DAEMON)
-    return os.execv(program, [program, *arguments])
+    if args.status:
+        return _show_status([program, "--status", *where], as_json=args.json)
+    if args.flush:
+        return os.execv(program, [program, "--flush", *where])
+    return os.execv(program, [program, *arguments, *where, "--library", str(directory / LIBRARY)])
+
+
+def _show_status(command: Sequence[str], *, as_json: bool) -> int:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 0:
+        print(done.stdout.rstrip() if as_json else status_text(json.loads(done.stdout)))
+    return done.returncode
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """A service's report for people: banks and the clients that hold memory, in GB (1e9 bytes)."""
+    quota = f"{status['quota'] / 1e9:.2f} GB" if status["quota"] else "none"
+    banks: list[Sequence[str]] = [("bank", "memory", "GB", "used", "free", "allocations")]
+    for bank in status["banks"]:
+        memory = "host" if bank["kind"] == "host" else f"GPU {bank['gpu']} ({bank['pci']})"
+        used = bank["total"] - bank["available"]
+        sizes = (f"{nbytes / 1e9:.2f}" for nbytes in (bank["total"], used, bank["available"]))
+        banks.append((str(bank["bank"]), memory, *sizes, str(bank["allocations"])))
+    clients: list[Sequence[str]] = [("process", "GB", "allocations", "state")]
+    for client in sorted(status["clients"], key=lambda client: -client["bytes"]):
+        state = "connected" if client["connected"] else "away"
+        name = str(client["pid"]) if client["pid"] else f"{client['process']} of another PID namespace"
+        state = "ended, its memory is in use" if client["ended"] else state
+        clients.append((name, f"{client['bytes'] / 1e9:.2f}", str(client["allocations"]), state))
+    tables = [_table(banks), _table(clients) if len(clients) > 1 else "no client holds memory"]
+    spaces = status.get("spaces", ())
+    if spaces:
+        tables.append(_table([_SPACE_TITLES, *map(_space_row, spaces)]))
+        sessions = [_session_row(space, session) for space in spaces for session in space["sessions"]]
+        tables.append(_table([_SESSION_TITLES, *sessions]) if sessions else "no engine uses the page bank")
+    return "\n\n".join([f"mtierd, process {status['pid']}, quota per process: {quota}", *tables])
+
+
+#: Columns about the page bank. GB are of frames: all, held by several engines, held by none, and empty.
+_SPACE_TITLES = ("pages of", "GB", "shared", "cached", "free", "pages", "published", "there already", "found")
+_SESSION_TITLES = ("engine", "process", "promised GB", "held", "published pages", "state")
+
+
+def _space_row(space: Mapping[str, Any]) -> Sequence[str]:
+    sizes = (f"{space[key] * space['frame_bytes'] / 1e9:.2f}" for key in ("frames", "shared", "cached", "free"))
+    return (space["label"], *sizes, *(str(space[key]) for key in ("pages", "published", "had", "found")))
+
+
+def _session_row(space: Mapping[str, Any], session: Mapping[str, Any]) -> Sequence[str]:
+    promised, held = (f"{session[key] * space['frame_bytes'] / 1e9:.2f}" for key in ("frames", "held"))
+    state = "connected" if session["connected"] else "away"
+    return (space["label"], str(session["pid"]), promised, held, str(session["published"]), state)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart; numbers to the right."""
+    columns = []
+    for title, *texts in zip(*rows, strict=True):
+        width = max(map(len, (title, *texts)))
+        numbers = all(re.fullmatch(r"[\d.]+", text) for text in texts)
+        columns.append([text.rjust(width) if numbers else text.ljust(width) for text in (title, *texts)])
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    return "\n".join(lines)
 
 
 def service_arguments(args: argparse.Namespace) -> list[str]:
     """mtierd's own arguments, in bytes.
 
     Raises:
-        ValueError: one sentence about an argument that is wrong.
+        ConfigError: an argument is wrong.
     """
-    memory = psutil.virtual_memory()
-    banks = [_parse_bank(text) for text in args.bank] or [_Bank("host", None, int(memory.available) // 2)]
+    banks = [_parse_bank(text) for text in args.bank] or [_Bank("host", None, machine.host_available_bytes() // 2)]
     in_host = sum(bank.nbytes or 0 for bank in banks if bank.gpu is None)
-    if in_host > memory.total:
-        raise ValueError(
-            f"--bank: banks of {in_host / 1e9:.2f} GB do not fit into this machine's {memory.total / 1e9:.2f} GB of "
-            "memory; give less."
-        )
+    most = int(psutil.virtual_memory().total)
+    headroom = machine.cgroup_headroom_bytes()
+    if in_host > min(most, most if headroom is None else headroom):
+        there = f"this machine's {most / 1e9:.2f} GB"
+        limit = there if headroom is None else f"the {headroom / 1e9:.2f} GB that this container has left"
+        raise ConfigError(f"--bank: banks of {in_host / 1e9:.2f} GB do not fit into {limit} of memory. Give less.")
     if not 0 <= args.quota < 1e9:
-        raise ValueError(f"--quota is {args.quota:g}; give GB a process, or 0 for no limit.")
+        raise ConfigError(f"--quota is {args.quota:g}. Give GB per process, or 0 for no limit.")
+    if args.metrics is not None and not 0 <= args.metrics <= 65535:
+        raise ConfigError(f"--metrics is {args.metrics}. Give a port from 1 to 65535, or 0 for any.")
     if not 1 <= args.granularity <= 1024 or args.granularity & (args.granularity - 1):
-        raise ValueError(f"--granularity is {args.granularity}; give a power of two from 1 to 1024 (MiB).")
+        raise ConfigError(f"--granularity is {args.granularity}. Give a power of two from 1 to 1024 (MiB).")
     if not 0 <= args.rest_after <= 3600:
-        raise ValueError(f"--rest-after is {args.rest_after:g}; give 0 to 3600 seconds.")
+        raise ConfigError(f"--rest-after is {args.rest_after:g}. Give 0 to 3600 seconds.")
     if not 1 <= args.share <= 100:
-        raise ValueError(f"--share is {args.share}; give percent of a bank, 1 to 100.")
+        raise ConfigError(f"--share is {args.share}. Give percent of a bank, 1 to 100.")
     named = [bank.gpu for bank in banks if bank.gpu is not None]
     arguments: list[str] = []
     for bank in banks:
@@ -108,15 +199,18 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
             place, nbytes = "host", bank.nbytes or 0
         else:
             if named.count(bank.gpu) > 1:
-                raise ValueError(f"--bank names GPU {bank.gpu} twice; give one bank a GPU.")
+                raise ConfigError(f"--bank names GPU {bank.gpu} twice. Give one bank per GPU.")
             place, nbytes = f"gpu:{bank.gpu}", _gpu_bytes(bank.text, bank.gpu, bank.nbytes)
         if nbytes < args.granularity << 20:
-            raise ValueError(
-                f"--bank {bank.text} is smaller than the --granularity of {args.granularity} MiB; give more."
+            raise ConfigError(
+                f"--bank {bank.text} is smaller than the --granularity of {args.granularity} MiB. Give more."
             )
         arguments += ["--bank", f"{place}:{nbytes}"]
     arguments += ["--quota", str(int(args.quota * 1e9)), "--granularity", str(args.granularity << 20)]
-    return [*arguments, "--share", str(args.share), "--rest-after", str(int(args.rest_after * 1e3))]
+    arguments += ["--share", str(args.share), "--rest-after", str(int(args.rest_after * 1e3))]
+    if args.metrics is not None:
+        arguments += ["--metrics", str(args.metrics)]
+    return [*arguments, "--allow-reset"] if args.allow_reset else arguments
 
 
 class _Bank(NamedTuple):
@@ -135,8 +229,8 @@ def _parse_bank(text: str) -> _Bank:
             return _Bank(text, gpu, None)
         if match[2] is not None and match[3] in _UNITS and float(match[2]) > 0:
             return _Bank(text, gpu, int(float(match[2]) * _UNITS[match[3]]))
-    raise ValueError(
-        f"--bank is {text!r}; give host:SIZE, gpu:ORDINAL or gpu:ORDINAL:SIZE, such as host:4GB or gpu:1:512MiB."
+    raise ConfigError(
+        f"--bank is {text!r}. Give host:SIZE, gpu:ORDINAL or gpu:ORDINAL:SIZE, such as host:4GB or gpu:1:512MiB."
     )
 
 
@@ -148,18 +242,18 @@ def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:
     try:
         visible = gpus.visible_gpus()
         if gpu not in visible:
-            raise ValueError(
-                f"--bank {text}: there is no GPU {gpu}; this process sees {len(visible)}, counted from 0, so name one "
+            raise ConfigError(
+                f"--bank {text}: there is no GPU {gpu}; this process sees {len(visible)}, counted from 0. Name one "
                 "of these or change CUDA_VISIBLE_DEVICES."
             )
         free, _ = gpus.memory_bytes(gpu)
-    except TierUnavailable as error:
-        raise ValueError(f"--bank {text}: {error}; give host:SIZE for a bank of host memory.") from None
+    except Unavailable as error:
+        raise ConfigError(f"--bank {text}: {error}. Give host:SIZE for a bank of host memory.") from None
     most = free - GPU_RESERVE_BYTES
     nbytes = most if wanted is None else wanted
     if nbytes <= 0 or nbytes > most:
-        raise ValueError(
+        raise ConfigError(
             f"--bank {text}: GPU {gpu} has {free / 1e9:.2f} GB free, of which {GPU_RESERVE_BYTES / 1e9:.2f} GB stay so "
-            "for the service's CUDA context; give less, or free memory there."
+            "for the service's CUDA context. Give less, or free memory there."
         )
     return nbytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,17 @@ class Service:
 
     def __init__(self, directory: Path) -> None:
         self.socket = directory / "mtierd.sock"
-        command = [sys.executable, "-m", "sglang_xmem.cli", "mtierd", "--bank", "host:64MiB", "--socket"]
+        command = [
+            sys.executable,
+            "-m",
+            "sglang_xmem.cli",
+            "mtierd",
+            "--bank",
+            "host:64MiB",
+            "--share",
+            "50",
+            "--socket",
+        ]
         self._command = [*command, str(self.socket)]
         self.start()
 
@@ -49,7 +60,7 @@ class Service:
         return [sys.executable, "-m", "sglang_xmem.cli", "mtierd", "--socket", str(self.socket)]
 
     def status(self) -> dict[str, Any]:
-        done = subprocess.run([*self._asking, "--status"], capture_output=True, text=True, check=True)
+        done = subprocess.run([*self._asking, "--status", "--json"], capture_output=True, text=True, check=True)
         return dict(json.loads(done.stdout))
 
     def flush(self) -> None:
@@ -114,11 +125,24 @@ def check_from_bank(answer: Answer, expected: Answer) -> None:
     assert answer.output_ids == expected.output_ids
 
 
+def change_weights(model: Path) -> None:
+    """Other embeddings in files of the same names and sizes."""
+    from safetensors.torch import load_file, save_file
+
+    (weights,) = model.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, model / "new", {"format": "pt"})
+    os.replace(model / "new", weights)  # engines may have the old one mapped
+
+
 def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
     def published() -> int:
         return sum(space["pages"] for space in service.status()["spaces"])
 
-    with engine(tiny_model, service, tmp_path / "first.log") as first, contextlib.ExitStack() as others:
+    with engine(model, service, tmp_path / "first.log") as first, contextlib.ExitStack() as others:
         cold = first.ask("A")
         assert places(cold) == {}
         hit = first.ask("A")
@@ -126,7 +150,7 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
         until(lambda: published() >= CACHEABLE // 16)
 
         # Another engine finds the pages; what it is asked later, the first one finds.
-        second = others.enter_context(engine(tiny_model, service, tmp_path / "second.log"))
+        second = others.enter_context(engine(model, service, tmp_path / "second.log"))
         shared = second.ask("A")
         check_from_bank(shared, cold)
         assert shared.logprobs == hit.logprobs  # the same computation on the same bytes
@@ -144,6 +168,13 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
         until(lambda: len(service.status()["spaces"][0]["sessions"]) == 1)
         until(lambda: second.client.flush_cache())
         check_from_bank(second.ask("B"), there)
+
+        # Other weights under the same name find nothing, though the bank has these very prompts.
+        change_weights(model)
+        with engine(model, service, tmp_path / "third.log") as third:
+            other = third.ask("B")
+            assert places(other) == {}
+            assert other.output_ids != there.output_ids
 
         service.flush()
         until(lambda: second.client.flush_cache())

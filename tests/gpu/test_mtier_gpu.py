@@ -102,7 +102,7 @@ def test_the_command_serves_all_that_is_free(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == f"MTIER_LIB_PATH={built() / 'libmtier.so'}\n"
         wait_until(lambda: path.exists() or process.poll() is not None, 30)
-        done = subprocess.run([*command, "--status"], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run([*command, "--status", "--json"], capture_output=True, text=True, timeout=60, check=True)
         bank = json.loads(done.stdout)["banks"][0]
         assert (bank["kind"], bank["gpu"]) == ("gpu", 1)
         assert abs(bank["total"] - (free - GIB)) < 2 * SLACK

@@ -15,7 +15,7 @@ StartDaemon = Callable[..., Daemon]
 
 @pytest.fixture(scope="session")
 def build() -> Path:
-    return built()
+    return built(testing=True)
 
 
 @pytest.fixture(scope="session")

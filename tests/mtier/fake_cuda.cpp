@@ -5,7 +5,10 @@
 // FAKE_CUDA_CONTEXT: ordinal of the GPU whose context is current in every thread at first; none without it.
 // FAKE_CUDA_CALLS: a file that receives a line, such as "retain 1", where a GPU's primary context is retained or released
 // and where a piece of its memory is created or destroyed. It outlives the process.
-// FAKE_CUDA_FAULT: a file; while it holds "CALL CODE", such as "cuMemMap 999", that call fails with that code.
+// FAKE_CUDA_FAULT: a file; while it holds "CALL CODE", such as "cuMemMap 999", that call fails with that code, or takes
+// so many milliseconds where the code is negative.
+//
+// New memory holds what a client before may have left there: bytes 0xA5.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -80,7 +83,8 @@ int fault(const char *call) {
     int code = kOk;
     bool hit = std::fscanf(file, "%63s %d", name, &code) == 2 && std::strcmp(name, call) == 0;
     std::fclose(file);
-    return hit ? code : kOk;
+    if (hit && code < 0) ::usleep(static_cast<useconds_t>(-code) * 1000);
+    return hit && code > 0 ? code : kOk;
 }
 
 void record(const char *what, int gpu) {
@@ -231,6 +235,10 @@ FAKE cuMemCreate(unsigned long long *handle, std::size_t size, const Properties 
     if (used > memory()) return kOutOfMemory;
     int fd = ::memfd_create("fake-gpu", MFD_CLOEXEC);
     if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(size)) != 0) return kOutOfMemory;
+    void *bytes = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (bytes == MAP_FAILED) return kOutOfMemory;
+    std::memset(bytes, 0xA5, size);
+    ::munmap(bytes, size);
     *handle = ++next_handle;
     memories[*handle] = {fd, size, p->location.id};
     record("create", p->location.id);
@@ -316,6 +324,15 @@ FAKE cuMemSetAccess(std::uint64_t address, std::size_t size, const Access *acces
     void *mapped = ::mmap(place, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, found->second.fd, 0);
     if (mapped == MAP_FAILED) return kOutOfMemory;
     ::madvise(place, size, MADV_DONTFORK);
+    return kOk;
+}
+
+FAKE cuMemsetD8_v2(std::uint64_t address, unsigned char value, std::size_t size) {
+    ENTER("cuMemsetD8");
+    auto found = mappings.find(address);
+    if (found == mappings.end() || found->second.size != size) return kInvalidValue;
+    if (contexts.empty() || contexts.back() == 0) return kInvalidContext;
+    std::memset(reinterpret_cast<void *>(address), value, size);
     return kOk;
 }
 

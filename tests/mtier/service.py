@@ -29,7 +29,7 @@ REQUEST = struct.Struct("=IHHQiIQQ")
 REPLY_HEAD = struct.Struct("=IHHQiI")
 REPLY_BYTES = 72
 MAGIC = 0x5249544D
-HELLO, STATUS, BANK_STATUS, MALLOC, FREE, LOGS, RESET_ALL, REPORT = range(1, 9)
+HELLO, STATUS, BANK_STATUS, MALLOC, FREE, LOGS, RESET_ALL, REPORT, KEEP = range(1, 10)
 
 
 class Daemon:
@@ -192,7 +192,7 @@ def build_fake_cuda(directory: Path) -> Path:
     return library
 
 
-def request(op: int, bank: int = 0, size: int = 0, allocation: int = 0, *, number: int = 1, version: int = 1) -> bytes:
+def request(op: int, bank: int = 0, size: int = 0, allocation: int = 0, *, number: int = 1, version: int = 2) -> bytes:
     return REQUEST.pack(MAGIC, version, op, number, bank, 0, size, allocation)
 
 

@@ -21,6 +21,7 @@ from service import INVALID_ARGUMENT, MIB, REPLY_BYTES, REPLY_HEAD, REPOSITORY, 
 from sglang_xmem.bank import HAVE, JOIN_REQUEST, NEW, STALE, BankSession
 from sglang_xmem.errors import Unavailable, sentence
 from sglang_xmem.mtier import client
+from sglang_xmem.mtier.daemon import status_text
 
 FRAME = 64 << 10
 MODEL, OTHER = b"m" * 32, b"o" * 32
@@ -107,7 +108,13 @@ def test_another_process_finds_pages_and_a_kill_leaves_them(daemon: Daemon) -> N
         assert other.ask("int(view(session, session.adopt([key(99)])[0])[7])") == 99
         # What nobody published goes with the process, and its pins.
         assert other.ask("session.claim(19).size") == 19
-        assert len(daemon.status()["spaces"][0]["sessions"]) == 2
+        (space,) = daemon.status()["spaces"]
+        held = {each["pid"]: each["held"] for each in space["sessions"]}
+        assert held == {os.getpid(): 22, other.process.pid: 40}
+        assert (space["shared"], space["cached"], space["free"]) == (21, 0, 128 - 41)
+        words = status_text(daemon.status())
+        assert f"{other.process.pid}" in words
+        assert "published pages" in words
         other.kill()
         wait_until(lambda: len(daemon.status()["spaces"][0]["sessions"]) == 1, 10)
         assert session.find(keys) == 20

@@ -21,11 +21,11 @@ import pytest
 from conftest import StartDaemon
 from service import (
     HELLO,
+    KEEP,
     MAGIC,
     MIB,
     REPLY_BYTES,
     REPLY_HEAD,
-    REPORT,
     REQUEST,
     RESET_ALL,
     SERVER_ERROR,
@@ -67,8 +67,8 @@ class Fuzzer:
         r = self._random
         whole = REQUEST.pack(
             MAGIC if r.random() < 0.95 else r.getrandbits(32),
-            1 if r.random() < 0.95 else r.getrandbits(16),
-            r.randint(HELLO, REPORT + 1) if r.random() < 0.95 else r.getrandbits(16),
+            2 if r.random() < 0.95 else r.getrandbits(16),
+            r.randint(HELLO, KEEP + 1) if r.random() < 0.95 else r.getrandbits(16),
             r.getrandbits(64),
             r.choice((0, 0, 1, 2, -1, 2**31 - 1, -(2**31))),
             0 if r.random() < 0.95 else r.getrandbits(32),
@@ -121,7 +121,7 @@ class Fuzzer:
         if not answer:
             raise OSError("hung up")
         magic, version, _, _, code, text_bytes = REPLY_HEAD.unpack_from(answer)
-        assert (magic, version) == (MAGIC, 1)
+        assert (magic, version) == (MAGIC, 2)
         assert -8 <= code <= 0
         assert len(answer) == REPLY_BYTES + text_bytes
         self.answered += 1
@@ -144,7 +144,15 @@ def test_service_survives_hostile_messages(
     sanitized: Path, fake_cuda: Path, start_daemon: StartDaemon, build: Path, tmp_path: Path, kinds: tuple[str, str]
 ) -> None:
     """Over GPU banks the driver fails now and then too."""
-    banks = ["--bank", f"{kinds[0]}:{64 * MIB}", "--bank", f"{kinds[1]}:{32 * MIB}", "--quota", str(80 * MIB)]
+    banks = [
+        "--bank",
+        f"{kinds[0]}:{64 * MIB}",
+        "--bank",
+        f"{kinds[1]}:{32 * MIB}",
+        "--quota",
+        str(80 * MIB),
+        "--allow-reset",
+    ]
     fault = tmp_path / "fault"
     driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_FAULT": str(fault), "FAKE_CUDA_CONTEXT": "0"}
     calls = tmp_path / "calls"
@@ -239,7 +247,8 @@ def test_library_under_sanitizers(
     sanitized: Path, fake_cuda: Path, start_daemon: StartDaemon, tmp_path: Path, bank: str, script: str
 ) -> None:
     driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_CONTEXT": "0"}
-    daemon = start_daemon("--bank", f"{bank}:{64 * MIB}", binaries=sanitized, environment=driver)
+    arguments = ("--bank", f"{bank}:{64 * MIB}", "--allow-reset")
+    daemon = start_daemon(*arguments, binaries=sanitized, environment=driver)
     environment = {**driver, "FAKE_CUDA_FAULT": str(tmp_path / "fault")}
     done = run_sanitized(sanitized, daemon.socket_path, script, environment)
     assert done.stdout == "done\n", done.stderr[-4000:]
@@ -297,7 +306,7 @@ def test_library_survives_a_lying_service(sanitized: Path, fake_cuda: Path, tmp_
         text = r.randbytes(r.choice((0, 0, 5, 3000)))
         claimed = len(text) if r.random() < 0.8 else r.getrandbits(32)
         code = 0 if r.random() < 0.8 else r.randint(-20, 20)
-        head = REPLY_HEAD.pack(MAGIC, 1, op, number if r.random() < 0.9 else r.getrandbits(64), code, claimed)
+        head = REPLY_HEAD.pack(MAGIC, 2, op, number if r.random() < 0.9 else r.getrandbits(64), code, claimed)
         values = struct.pack(
             "=iI5Q", r.randint(-2, 2), r.choice((0, 1, 1, 2, 2, 3)), *(r.choice(EDGES + LARGEST) for _ in range(5))
         )
@@ -309,7 +318,7 @@ def test_library_survives_a_lying_service(sanitized: Path, fake_cuda: Path, tmp_
             while message := client.recv(1000):
                 op, number = REQUEST.unpack(message)[2:4]
                 if op == HELLO and r.random() < 0.9:
-                    client.send(REPLY_HEAD.pack(MAGIC, 1, op, number, 0, 0) + bytes(REPLY_BYTES - REPLY_HEAD.size))
+                    client.send(REPLY_HEAD.pack(MAGIC, 2, op, number, 0, 0) + bytes(REPLY_BYTES - REPLY_HEAD.size))
                     continue
                 if r.random() < 0.02:
                     return
@@ -336,7 +345,7 @@ def test_library_survives_a_lying_service(sanitized: Path, fake_cuda: Path, tmp_
 
 
 def test_reset_by_one_client_between_another_s_calls(sanitized: Path, start_daemon: StartDaemon, build: Path) -> None:
-    daemon = start_daemon(binaries=sanitized)
+    daemon = start_daemon("--bank", f"host:{64 * MIB}", "--allow-reset", binaries=sanitized)
     with (
         ClientProcess(build, daemon.socket_path) as client,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other,

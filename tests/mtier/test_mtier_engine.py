@@ -31,7 +31,7 @@ def test_hit_from_a_bank(tiny_model: Path, build: Path, start_daemon: StartDaemo
     check_ended(result)
     assert result.tier == "mtier"
     assert "in host memory of mtier bank 1" in result.log
-    assert "bytes of bank 1" in daemon.log()
+    assert "MB of bank 1" in daemon.log()
     wait_until(lambda: daemon.available(1) == 512 * MIB, 1)
 
 

@@ -36,7 +36,7 @@ data = bytes(range(256)) * (5 * MIB // 256)
 ctypes.memmove(address, data, len(data))
 assert ctypes.string_at(address, len(data)) == data
 assert (xmem.memory_available(1), xmem.memory_allocated(1)) == (26 * MIB, 6 * MIB)
-assert "bytes of bank 1" in sdk.get_logs()
+assert "MB of bank 1" in sdk.get_logs()
 
 def raised(function, *arguments):
     try:
@@ -86,7 +86,7 @@ def run_sdk(script: str, build: Path, socket_path: Path, *arguments: str) -> str
 
 
 def test_thin_calls(build: Path, start_daemon: StartDaemon) -> None:
-    daemon = start_daemon("--bank", f"host:{64 * MIB}", "--bank", f"host:{32 * MIB}")
+    daemon = start_daemon("--bank", f"host:{64 * MIB}", "--bank", f"host:{32 * MIB}", "--allow-reset")
     assert run_sdk(THIN_CALLS, build, daemon.socket_path) == "done\n"
     assert daemon.available() == 64 * MIB
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
 
+from sglang_xmem import session
 from sglang_xmem.engines.sglang import sharing
 from sglang_xmem.errors import refuse
 
@@ -35,6 +36,8 @@ class BankStorage(HiCacheStorage):
     def __init__(self, storage_config: Any, kwargs: dict[str, Any]) -> None:
         spaces = sharing.bank_spaces()
         self._space = spaces[0] if spaces else None
+        if self._space:
+            self._space.bank.counts = session.current().counts
         _load_hash()
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:

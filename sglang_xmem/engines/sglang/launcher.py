@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -89,21 +89,7 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
     pool_bytes = int(cfg.hicache_size * 1e9) or None
     plan = make_plan(options, Ranks(gpus=gpus), pool_bytes, launcher_host_budget(len(gpus)))
     backend = cfg.hicache_storage_backend
-    if backend is not None:
-        plan = _without(
-            plan,
-            lambda tier: tier == BANK,
-            f"--hicache-storage-backend {backend} does not work with tier bank, which is one itself. Leave it out, or "
-            "use --hicache-xmem-tier dram.",
-            f"--hicache-storage-backend {backend} takes its place",
-        )
-    elif not versions.current().bank_hooks:
-        plan = _without(
-            plan,
-            lambda tier: tier == BANK,
-            f"tier bank needs SGLang {next(iter(versions.known()))}. Use --hicache-xmem-tier dram.",
-            f"it needs SGLang {next(iter(versions.known()))}",
-        )
+    plan = fit_bank(plan, cfg)
     if needs_addresses(backend, cfg.hicache_storage_backend_extra_config):
         option = f"--hicache-storage-backend {backend}"
         classes = tier_classes()
@@ -116,6 +102,32 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
             f"{option} cannot address it",
         )
     return plan
+
+
+def fit_bank(plan: Plan, cfg: Any) -> Plan:
+    """A plan without tier bank, where SGLang's settings do not go with it.
+
+    Raises:
+        ConfigError: no other tier is left.
+    """
+    for reason, fix in _unfit_for_bank(cfg):
+        plan = _without(plan, lambda tier: tier == BANK, f"Tier bank cannot serve: {reason}. {fix}.", reason)
+    return plan
+
+
+def _unfit_for_bank(cfg: Any) -> Iterator[tuple[str, str]]:
+    """(a clause, what to do) for each setting of SGLang that tier bank does not work with."""
+    other = "use --hicache-xmem-tier dram"
+    if cfg.hicache_storage_backend is not None:
+        yield (
+            f"it is a storage backend, and so is --hicache-storage-backend {cfg.hicache_storage_backend}",
+            f"Leave it out, or {other}",
+        )
+    if not cfg.enable_hierarchical_cache:
+        yield "nothing is cached without --enable-hierarchical-cache", f"Add that flag, or {other}"
+    if not versions.current().bank_hooks:
+        newest = next(iter(versions.known()))
+        yield f"it was made for SGLang {newest}", f"Run pip install sglang=={newest}, or {other}"
 
 
 def _without(plan: Plan, unfit: Callable[[str], bool], problem: str, reason: str) -> Plan:

@@ -1,4 +1,5 @@
-// Banks of memory that mtierd hands out. Each kind of memory is one class; the accounting is common to all.
+// Banks of memory that mtierd hands out, a class a kind of memory. A bank makes memory and takes it back; who has it, and
+// how much is left, is the ledger's. Each bank is used by one thread, its own (bank_thread.h).
 #pragma once
 
 #include <fcntl.h>
@@ -13,116 +14,123 @@
 #include <string>
 #include <unordered_map>
 
-#include "channel.h"
 #include "cuda_driver.h"
 #include "protocol.h"
+#include "text.h"
 
 namespace mtier {
 
 constexpr int kMaxRestAfterMs = 3600 * 1000;
 
 // What became of an allocation.
-struct Grant {
-    int fd = -1;           // for the client, to be closed once it is sent; -1: `why` says what is wrong
-    std::string why;       // a clause
-    bool may_pass = false; // the same call may succeed in a moment
-    std::string note;      // for the log, granted or not; mostly empty
+struct Made {
+    int fd = -1;            // for the client, to be closed once it is sent; -1: `why` says what is wrong
+    std::string why;        // a clause
+    bool may_pass = false;  // the same call may succeed in a moment
 };
 
 class Bank {
   public:
     // `total` is cut to whole granules; `granularity` is a power of two.
     Bank(std::uint64_t total, std::uint64_t granularity)
-        : total_(total / granularity * granularity), available_(total_), granularity_(granularity) {}
+        : total_(total / granularity * granularity), granularity_(granularity) {}
     virtual ~Bank() = default;
     Bank(const Bank &) = delete;
     Bank &operator=(const Bank &) = delete;
 
+    // These are constant, for any thread.
     virtual MemoryKind kind() const = 0;
     // What the memory is, for the log: "host memory".
     virtual std::string describe() const = 0;
+    // The same in a word, as labels and the ledger have it: "host".
+    virtual std::string label() const = 0;
     // The same as members of a JSON object: "\"kind\": \"host\"".
     virtual std::string json() const = 0;
-
     std::uint64_t total() const { return total_; }
-    std::uint64_t available() const { return available_; }
     std::uint64_t granularity() const { return granularity_; }
-    std::size_t allocations() const { return sizes_.size(); }
-
-    // Milliseconds until the bank wants a call of rest_if_due(); -1 where it does not.
-    virtual int rest_in_ms() const { return -1; }
-    virtual void rest_if_due() {}
-
     // `bytes` in whole granules; 0 where that many cannot be counted.
     std::uint64_t rounded(std::uint64_t bytes) const {
         return bytes > UINT64_MAX - (granularity_ - 1) ? 0 : (bytes + granularity_ - 1) & ~(granularity_ - 1);
     }
 
-    // Grants `bytes` (whole granules, no more than available()) under the name `id`.
-    Grant allocate(std::uint64_t bytes, std::uint64_t id) {
-        sizes_.emplace(id, bytes);
-        Grant grant;
-        try {
-            grant = create(bytes, id);
-        } catch (...) {
-            sizes_.erase(id);
-            destroy(id);
-            throw;
-        }
-        if (grant.fd >= 0) {
-            available_ -= bytes;
-        } else {
-            sizes_.erase(id);
-        }
-        return grant;
-    }
+    // Makes zeroed memory of `bytes`, whole granules, under the name `id`.
+    virtual Made create(std::uint64_t bytes, std::uint64_t id) = 0;
+    // Takes the memory of `id` back if no client has it. True where it is back, or is not this bank's.
+    // `given_up`: who had it says so, or has ended.
+    virtual bool settle(std::uint64_t id, bool given_up) = 0;
+    // Lets go of the memory of `id`, whoever has it.
+    virtual void forget(std::uint64_t id) = 0;
 
-    // Takes `id` back. Memory that a client still maps stays with it until it unmaps or ends, and counts as free here.
-    void release(std::uint64_t id) {
-        auto found = sizes_.find(id);
-        if (found == sizes_.end()) return;
-        available_ += found->second;
-        sizes_.erase(found);
-        destroy(id);
-    }
-
-  protected:
-    virtual Grant create(std::uint64_t bytes, std::uint64_t id) = 0;
-    // Also of what create() could not make, and of names that it does not know.
-    virtual void destroy(std::uint64_t id) = 0;
+    // Milliseconds until the bank wants a call of rest_if_due(); -1 where it does not.
+    virtual int rest_in_ms() const { return -1; }
+    virtual void rest_if_due() {}
 
   private:
     const std::uint64_t total_;
-    std::uint64_t available_;
     const std::uint64_t granularity_;
-    std::unordered_map<std::uint64_t, std::uint64_t> sizes_;
 };
 
-// Shared host memory, one anonymous file an allocation. The service keeps no descriptor, so the kernel has the pages
-// back when the client unmaps them or ends, and there are no holes between allocations that could fragment the bank.
+// Shared host memory, one anonymous file an allocation, so there are no holes between allocations that could fragment
+// the bank. The service keeps a descriptor of its own, by which it can tell whether anybody else has the file: a client
+// may say that it gave memory back, or end, while a descriptor or a mapping that it passed on lives.
 class HostBank : public Bank {
   public:
     using Bank::Bank;
 
-    MemoryKind kind() const override { return MemoryKind::kHostFile; }
-    std::string describe() const override { return "host memory"; }
-    std::string json() const override { return "\"kind\": \"host\""; }
-
-  protected:
-    Grant create(std::uint64_t bytes, std::uint64_t) override {
-        int fd = ::memfd_create("mtier", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        if (fd < 0) return {-1, words_of(errno), false, ""};
-        // Of fixed size: a client cannot take more than was granted, nor lose what it maps.
-        if (::ftruncate(fd, static_cast<off_t>(bytes)) != 0 ||
-            ::fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
-            int error = errno;
-            ::close(fd);
-            return {-1, words_of(error), false, ""};
-        }
-        return {fd, "", false, ""};
+    ~HostBank() override {
+        for (const auto &[id, fd] : files_) ::close(fd);
     }
 
-    void destroy(std::uint64_t) override {}
+    MemoryKind kind() const override { return MemoryKind::kHostFile; }
+    std::string describe() const override { return "host memory"; }
+    std::string label() const override { return "host"; }
+    std::string json() const override { return "\"kind\": \"host\""; }
+
+    Made create(std::uint64_t bytes, std::uint64_t id) override {
+        auto entry = files_.emplace(id, -1).first;  // reserved first, so that nothing can fail once there is a file
+        int fd = ::memfd_create("mtier", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        // Of fixed size: a client cannot take more than was granted, nor lose what it maps.
+        bool made = fd >= 0 && ::ftruncate(fd, static_cast<off_t>(bytes)) == 0 &&
+                    ::fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
+        // Two open files of it: what is sent is the client's own, and the kernel counts those that were opened.
+        int own = made ? reopened(fd) : -1;
+        int sent = own >= 0 ? reopened(fd) : -1;
+        Made result;
+        if (sent < 0) {
+            result.why = words_of(errno);
+            result.may_pass = errno == EMFILE || errno == ENFILE || errno == ENOMEM;
+            if (own >= 0) ::close(own);
+            files_.erase(entry);
+        } else {
+            entry->second = own;
+            result.fd = sent;
+        }
+        if (fd >= 0) ::close(fd);
+        return result;
+    }
+
+    bool settle(std::uint64_t id, bool given_up) override {
+        auto found = files_.find(id);
+        if (found == files_.end()) return given_up;
+        // The kernel leases a file for writing only to its one holder: to whom nobody else has it open or mapped.
+        if (::fcntl(found->second, F_SETLEASE, F_WRLCK) != 0 && !(errno == EINVAL && given_up)) return false;
+        forget(id);
+        return true;
+    }
+
+    void forget(std::uint64_t id) override {
+        auto found = files_.find(id);
+        if (found == files_.end()) return;
+        ::close(found->second);
+        files_.erase(found);
+    }
+
+  private:
+    static int reopened(int fd) {
+        return ::open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_RDWR | O_CLOEXEC);
+    }
+
+    std::unordered_map<std::uint64_t, int> files_;
 };
 
 // HBM of one GPU, one piece of CUDA virtual memory management's physical memory an allocation, handed out as a file
@@ -132,10 +140,11 @@ class HostBank : public Bank {
 // None of this needs a CUDA context, but a GPU on which no process has one rests and serves its memory to others at a
 // lower rate. So the bank holds the GPU's primary context while any of its memory is out, and for a moment longer, since
 // making one takes a while and a client may allocate and free over and over: a GPU whose bank is not used looks idle to
-// others. Nothing is done in the context, and it is current in no thread.
+// others. Nothing but the clearing of memory is done in the context.
 //
 // The driver has the memory back when the service has released it and no client maps it any more: a client that dies
-// loses its own mappings with its process, and the service releases when the connection ends.
+// loses its own mappings with its process. It does not say who maps it, so a client that says it gave memory back is
+// believed. It does not say either that memory is empty which it hands out again, so the bank clears it.
 class GpuBank : public Bank {
   public:
     // nullptr with a clause in `why` where the GPU cannot serve `bytes`.
@@ -209,8 +218,55 @@ class GpuBank : public Bank {
 
     MemoryKind kind() const override { return MemoryKind::kGpuMemory; }
     std::string describe() const override { return "memory of GPU " + std::to_string(gpu_) + " (" + pci_ + ")"; }
+    std::string label() const override { return "gpu:" + pci_; }
     std::string json() const override {
         return "\"kind\": \"gpu\", \"gpu\": " + std::to_string(gpu_) + ", \"pci\": \"" + pci_ + "\"";
+    }
+
+    Made create(std::uint64_t bytes, std::uint64_t id) override {
+        cuda::AllocationProperties wanted = cuda::properties(gpu_);
+        // Reserved first, so that nothing can fail once there is a handle or a context to lose.
+        auto entry = handles_.emplace(id, 0).first;
+        Made made;
+        // Before the memory, which could leave the context no room.
+        cuda::Result result = awake_ ? cuda::kOk : driver_.DevicePrimaryCtxRetain(&context_, device_);
+        const char *call = "cuDevicePrimaryCtxRetain";
+        awake_ = result == cuda::kOk;
+        cuda::Handle handle = 0;
+        if (result == cuda::kOk) {
+            call = "cuMemCreate";
+            result = driver_.MemCreate(&handle, bytes, &wanted, 0);
+        }
+        // The memory of a client that has just died is the driver's again a moment after its process has ended.
+        made.may_pass = result == cuda::kErrorOutOfMemory;
+        if (result == cuda::kOk) {
+            entry->second = handle;
+            result = clear(handle, bytes, &call);
+        }
+        if (result == cuda::kOk) {
+            call = "cuMemExportToShareableHandle";
+            result = driver_.MemExportToShareableHandle(&made.fd, handle, cuda::kFileDescriptor, 0);
+        }
+        if (result != cuda::kOk || made.fd < 0) {
+            made.fd = -1;
+            made.why = driver_.failed(call, result);
+            forget(id);
+        }
+        return made;
+    }
+
+    bool settle(std::uint64_t id, bool given_up) override {
+        if (given_up) forget(id);
+        return given_up;
+    }
+
+    void forget(std::uint64_t id) override {
+        auto found = handles_.find(id);
+        if (found == handles_.end()) return;
+        if (found->second != 0) driver_.MemRelease(found->second);
+        handles_.erase(found);
+        rests_at_ = Clock::now() + rest_after_;
+        rest_if_due();
     }
 
     int rest_in_ms() const override {
@@ -221,42 +277,6 @@ class GpuBank : public Bank {
 
     void rest_if_due() override {
         if (rest_in_ms() == 0) rest();
-    }
-
-  protected:
-    Grant create(std::uint64_t bytes, std::uint64_t id) override {
-        cuda::AllocationProperties wanted = cuda::properties(gpu_);
-        // Reserved first, so that nothing can fail once there is a handle or a context to lose.
-        auto entry = handles_.emplace(id, 0).first;
-        Grant grant;
-        // Before the memory, which could leave the context no room. Asked for once, not with each allocation: where it
-        // cannot be had, asking may take as long as making it.
-        if (handles_.size() == 1 && !awake_) grant.note = wake();
-        cuda::Handle handle = 0;
-        cuda::Result result = driver_.MemCreate(&handle, bytes, &wanted, 0);
-        if (result != cuda::kOk) {
-            // The memory of a client that has just died is the driver's again a moment after its connection ends.
-            grant.may_pass = result == cuda::kErrorOutOfMemory;
-            grant.why = driver_.failed("cuMemCreate", result);
-        } else {
-            entry->second = handle;
-            result = driver_.MemExportToShareableHandle(&grant.fd, handle, cuda::kFileDescriptor, 0);
-            if (result != cuda::kOk || grant.fd < 0) {
-                grant.fd = -1;
-                grant.why = driver_.failed("cuMemExportToShareableHandle", result);
-            }
-        }
-        if (grant.fd < 0) destroy(id);
-        return grant;
-    }
-
-    void destroy(std::uint64_t id) override {
-        auto found = handles_.find(id);
-        if (found == handles_.end()) return;
-        if (found->second != 0) driver_.MemRelease(found->second);
-        handles_.erase(found);
-        rests_at_ = Clock::now() + rest_after_;
-        rest_if_due();
     }
 
   private:
@@ -271,16 +291,28 @@ class GpuBank : public Bank {
           pci_(std::move(pci)),
           rest_after_(rest_after) {}
 
-    // Holds the GPU's primary context; the driver counts holders, such as another bank of this GPU. Returns words for
-    // the log where that fails for the first time: the memory is as good, only slower to reach.
-    std::string wake() {
-        cuda::Context context = nullptr;
-        cuda::Result result = driver_.DevicePrimaryCtxRetain(&context, device_);
-        awake_ = result == cuda::kOk;
-        if (awake_ || told_) return "";
-        told_ = true;
-        return "copies may be slower, since GPU " + std::to_string(gpu_) + " rests where no process has a CUDA " +
-               "context: " + driver_.failed("cuDevicePrimaryCtxRetain", result);
+    // Fills memory with zeros: the last client's may lie there. Leaves the name of the call that failed in `call`.
+    cuda::Result clear(cuda::Handle handle, std::uint64_t bytes, const char **call) {
+        cuda::Result result = cuda::kOk;
+        auto tried = [&](const char *name, cuda::Result status) {
+            *call = name;
+            result = status;
+            return status == cuda::kOk;
+        };
+        if (!tried("cuCtxPushCurrent", driver_.CtxPushCurrent(context_))) return result;
+        cuda::Address address = 0;
+        cuda::Access access{{cuda::kOnDevice, device_}, cuda::kReadWrite};
+        bool reserved = tried("cuMemAddressReserve", driver_.MemAddressReserve(&address, bytes, granularity(), 0, 0));
+        bool mapped = reserved && tried("cuMemMap", driver_.MemMap(address, bytes, 0, handle, 0));
+        if (mapped && tried("cuMemSetAccess", driver_.MemSetAccess(address, bytes, &access, 1)) &&
+            tried("cuMemsetD8", driver_.MemsetD8(address, 0, bytes))) {
+            tried("cuCtxSynchronize", driver_.CtxSynchronize());
+        }
+        if (mapped) driver_.MemUnmap(address, bytes);
+        if (reserved) driver_.MemAddressFree(address, bytes);
+        cuda::Context popped = nullptr;
+        driver_.CtxPopCurrent(&popped);
+        return result;
     }
 
     void rest() {
@@ -294,9 +326,9 @@ class GpuBank : public Bank {
     const std::string pci_;
     const std::chrono::milliseconds rest_after_;
     std::unordered_map<std::uint64_t, cuda::Handle> handles_;
+    cuda::Context context_ = nullptr;
     bool awake_ = false;          // the context is held
     Clock::time_point rests_at_;  // where no memory is out
-    bool told_ = false;
 };
 
 }  // namespace mtier

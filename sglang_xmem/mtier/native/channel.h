@@ -9,24 +9,15 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "protocol.h"
+#include "text.h"
 
 namespace mtier {
-
-// $MTIER_SOCKET, or mtierd.sock in $XDG_RUNTIME_DIR, or /tmp/mtierd-UID.sock.
-inline std::string socket_path() {
-    const char *chosen = std::getenv("MTIER_SOCKET");
-    if (chosen != nullptr && *chosen != '\0') return chosen;
-    const char *runtime = std::getenv("XDG_RUNTIME_DIR");
-    if (runtime != nullptr && *runtime != '\0') return std::string(runtime) + "/mtierd.sock";
-    return "/tmp/mtierd-" + std::to_string(geteuid()) + ".sock";
-}
 
 // False where the path is too long for a socket.
 inline bool fill_address(const std::string &path, sockaddr_un *address) {
@@ -35,11 +26,6 @@ inline bool fill_address(const std::string &path, sockaddr_un *address) {
     if (path.size() >= sizeof(address->sun_path)) return false;
     std::memcpy(address->sun_path, path.c_str(), path.size() + 1);
     return true;
-}
-
-inline std::string words_of(int error) {
-    char buffer[128];
-    return strerror_r(error, buffer, sizeof(buffer));
 }
 
 class Deadline {
@@ -111,8 +97,7 @@ class Channel {
         return kSuccess;
     }
 
-    // Sends `request` and waits for its reply. With any transport failure the channel is closed, which also makes the
-    // service take back what an unread reply granted.
+    // Sends `request` and waits for its reply. With any transport failure the channel is closed.
     //
     // Returns the reply's code, or that of a failure on the way. `text` gets the reply's text or a failure's words.
     // `received` gets the file descriptor that came along, or -1.
@@ -121,8 +106,11 @@ class Channel {
         request.magic = kMagic;
         request.version = kVersion;
         request.id = ++last_id_;
+        bool ended = false;  // it may have said why before it hung up
         while (::send(fd_, &request, sizeof(request), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(request))) {
             if (errno == EINTR) continue;
+            ended = errno == EPIPE || errno == ECONNRESET;
+            if (ended) break;
             if (errno != EAGAIN) return lost(text, words_of(errno));
             if (!wait(POLLOUT, deadline)) return silent(text);
         }
@@ -131,6 +119,10 @@ class Channel {
             if (!wait(POLLIN, deadline)) return silent(text);
             ssize_t n = receive(&buffer, received);
             if (n < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+            if (n < 0 && errno == ECONNRESET && !ended) {
+                ended = true;
+                continue;
+            }
             if (n == 0) return lost(text, "it closed the connection");
             if (n < 0) return lost(text, words_of(errno));
             if (!parse(request, buffer, static_cast<std::size_t>(n), reply)) {
@@ -141,6 +133,7 @@ class Channel {
                 return kServerError;
             }
             text->assign(buffer.data() + sizeof(Reply), reply->text_bytes);
+            if (reply->op != request.op) close();
             return static_cast<Code>(reply->code);
         }
     }
@@ -181,14 +174,15 @@ class Channel {
     static bool parse(const Request &request, const std::vector<char> &buffer, std::size_t n, Reply *reply) {
         if (n < sizeof(Reply)) return false;
         std::memcpy(reply, buffer.data(), sizeof(Reply));
-        return reply->magic == kMagic && reply->version == kVersion && reply->op == request.op &&
-               reply->id == request.id && reply->text_bytes == n - sizeof(Reply) && reply->code <= kSuccess &&
+        if (reply->magic != kMagic || reply->version != kVersion || reply->text_bytes != n - sizeof(Reply)) return false;
+        if (reply->op == static_cast<std::uint16_t>(Op::kRefused)) return reply->code == kServiceUnavailable;
+        return reply->op == request.op && reply->id == request.id && reply->code <= kSuccess &&
                reply->code >= kMallocError;
     }
 
     Code lost(std::string *text, const std::string &why) {
         close();
-        *text = "the connection to mtierd is lost (" + why + ") and what it granted with it; start the service again";
+        *text = "the connection to mtierd is lost (" + why + "); start the service again if it is gone";
         return kServiceUnavailable;
     }
 

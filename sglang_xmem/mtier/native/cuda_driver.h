@@ -64,7 +64,7 @@ inline AllocationProperties properties(Device device) {
 class Driver {
   public:
     // The driver of this process, loaded at the first call; nullptr with a clause in `why` where there is none.
-    // $MTIER_CUDA_LIBRARY names another library, for tests. Not for several threads at once.
+    // Tests build with MTIER_TESTING, and name another library in $MTIER_CUDA_LIBRARY. Not for several threads at once.
     static const Driver *get(std::string *why) {
         static Driver driver;
         if (driver.library_ == nullptr && !driver.load(why)) return nullptr;
@@ -102,13 +102,17 @@ class Driver {
     Result (*MemMap)(Address, std::size_t, std::size_t, Handle, unsigned long long) = nullptr;
     Result (*MemUnmap)(Address, std::size_t) = nullptr;
     Result (*MemSetAccess)(Address, std::size_t, const Access *, std::size_t) = nullptr;
+    Result (*MemsetD8)(Address, unsigned char, std::size_t) = nullptr;
 
   private:
     Driver() = default;
 
     bool load(std::string *why) {
+        std::string path = "libcuda.so.1";
+#ifdef MTIER_TESTING
         const char *chosen = std::getenv("MTIER_CUDA_LIBRARY");
-        std::string path = chosen != nullptr && *chosen != '\0' ? chosen : "libcuda.so.1";
+        if (chosen != nullptr && *chosen != '\0') path = chosen;
+#endif
         void *library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr) {
             *why = "this machine has no NVIDIA driver (" + std::string(::dlerror()) + ")";
@@ -144,6 +148,7 @@ class Driver {
         find(&MemMap, "cuMemMap");
         find(&MemUnmap, "cuMemUnmap");
         find(&MemSetAccess, "cuMemSetAccess");
+        find(&MemsetD8, "cuMemsetD8_v2");
         if (missing != nullptr) {
             *why = path + " has no " + missing + "; it needs a driver of CUDA 12 or newer";
             ::dlclose(library);

@@ -4,12 +4,16 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "channel.h"
 #include "mapping.h"
+#include "paths.h"
 #include "protocol.h"
 
 #define MTIER_API extern "C" __attribute__((visibility("default")))
@@ -54,7 +58,8 @@ Request request_of(Op op) {
     return request;
 }
 
-// This process's connection and what it has allocated over it.
+// This process's lease, and its connection. There is one only while the process has memory of the service's, or has
+// something to give back: whoever only asks, as a launcher does, is no client for the rest of its life.
 class Client {
   public:
     Code init() {
@@ -62,6 +67,7 @@ class Client {
         initialized_ = true;
         Code code = connected(Deadline(timeout_ms()));
         if (code != kSuccess) initialized_ = false;
+        close_if_unused();
         return code;
     }
 
@@ -71,6 +77,7 @@ class Client {
         Reply reply;
         Code code = call(request_of(Op::kStatus), &reply);
         if (code == kSuccess) *out = {0, reply.num_banks, reply.total};
+        close_if_unused();
         return code;
     }
 
@@ -82,6 +89,7 @@ class Client {
         Reply reply;
         Code code = call(request, &reply);
         if (code == kSuccess) *out = {bank, reply.total, reply.available};
+        close_if_unused();
         return code;
     }
 
@@ -89,6 +97,65 @@ class Client {
         std::lock_guard<std::mutex> guard(mutex_);
         if (out == nullptr) return fail(kInvalidArgument, "mTierMalloc: the result's address is null");
         *out = nullptr;
+        Code code = map_new(bank, bytes, out);
+        close_if_unused();
+        return code;
+    }
+
+    Code release(void *address) {
+        std::lock_guard<std::mutex> guard(mutex_);
+        if (!initialized_) return not_initialized();
+        auto found = allocations_.find(address);
+        if (found == allocations_.end()) {
+            return fail(kInvalidArgument, "mTierFree: the address is not one that mTierMalloc gave, or is free already");
+        }
+        Allocation allocation = found->second;
+        unmap(allocation.mapping);
+        allocations_.erase(found);
+        Code code = give_back(allocation.id, allocation.lease);
+        close_if_unused();
+        return code;
+    }
+
+    Code logs(char *buffer, std::size_t bytes, std::size_t *used) {
+        std::lock_guard<std::mutex> guard(mutex_);
+        if (buffer == nullptr || bytes == 0) return fail(kInvalidArgument, "mTierGetLogs: there is no buffer");
+        Request request = request_of(Op::kLogs);
+        request.size = std::min<std::size_t>(bytes - 1, kMaxTextBytes);
+        Reply reply;
+        std::string text;
+        Code code = call(request, &reply, &text);
+        close_if_unused();
+        if (code != kSuccess) return code;
+        std::size_t n = std::min(text.size(), bytes - 1);
+        std::memcpy(buffer, text.data(), n);
+        buffer[n] = '\0';
+        if (used != nullptr) *used = n;
+        return kSuccess;
+    }
+
+    Code reset_all() {
+        std::lock_guard<std::mutex> guard(mutex_);
+        Reply reply;
+        Code code = call(request_of(Op::kResetAll), &reply);
+        close_if_unused();
+        return code;
+    }
+
+    void close_in_child() { channel_.close_in_child(); }
+
+  private:
+    struct Allocation {
+        Mapping mapping;
+        std::uint64_t id;
+        std::uint64_t lease;
+    };
+
+    static Code not_initialized() {
+        return fail(kNotInitialized, "mTierInit has not succeeded in this process; a forked child calls it for itself");
+    }
+
+    Code map_new(int bank, std::size_t bytes, void **out) {
         Request request = request_of(Op::kMalloc);
         request.bank = bank;
         request.size = bytes;
@@ -101,92 +168,85 @@ class Client {
         try {
             code = map_grant(reply, bytes, fd, &mapping, &why);
             if (code == kSuccess) {
-                allocations_.emplace(mapping.address, Allocation{mapping, reply.allocation, session_});
+                allocations_.emplace(mapping.address, Allocation{mapping, reply.allocation, lease_});
             }
         } catch (const std::bad_alloc &) {
             if (mapping.address != nullptr) unmap(mapping);
             if (fd >= 0) ::close(fd);
-            give_back(reply.allocation);
+            give_back(reply.allocation, lease_);
             throw;
         }
         if (fd >= 0) ::close(fd);
         if (code != kSuccess) {
-            give_back(reply.allocation);
+            give_back(reply.allocation, lease_);
             return fail(code, "mapping " + std::to_string(reply.size) + " bytes of bank " + std::to_string(bank) +
                                   " failed: " + why);
+        }
+        // What is not known to be kept is not had: the service would count it as free one day.
+        code = keep(reply.allocation);
+        if (code != kSuccess) {
+            std::string words = last_error;
+            unmap(mapping);
+            allocations_.erase(mapping.address);
+            give_back(reply.allocation, lease_);
+            return fail(code, words);
         }
         *out = mapping.address;
         return kSuccess;
     }
 
-    Code release(void *address) {
-        std::lock_guard<std::mutex> guard(mutex_);
-        if (!initialized_) return not_initialized();
-        auto found = allocations_.find(address);
-        if (found == allocations_.end()) {
-            return fail(kInvalidArgument, "mTierFree: the address is not one that mTierMalloc gave, or is free already");
-        }
-        Allocation allocation = found->second;
-        allocations_.erase(found);
-        unmap(allocation.mapping);
-        Code code = connected(Deadline(timeout_ms()));
-        if (code != kSuccess) return code;
-        // What an ended connection had was taken back with it.
-        if (allocation.session != session_) return kSuccess;
-        code = give_back(allocation.id);
-        return code == kInvalidArgument ? kSuccess : code;  // somebody's mTierResetAll was first
-    }
-
-    Code logs(char *buffer, std::size_t bytes, std::size_t *used) {
-        std::lock_guard<std::mutex> guard(mutex_);
-        if (buffer == nullptr || bytes == 0) return fail(kInvalidArgument, "mTierGetLogs: there is no buffer");
-        Request request = request_of(Op::kLogs);
-        request.size = std::min<std::size_t>(bytes - 1, kMaxTextBytes);
+    Code keep(std::uint64_t id) {
+        if (!channel_.alive()) return fail(kServiceUnavailable, "the connection to mtierd is lost; ask again");
+        Request request = request_of(Op::kKeep);
+        request.allocation = id;
         Reply reply;
-        std::string text;
-        Code code = call(request, &reply, &text);
-        if (code != kSuccess) return code;
-        std::size_t n = std::min(text.size(), bytes - 1);
-        std::memcpy(buffer, text.data(), n);
-        buffer[n] = '\0';
-        if (used != nullptr) *used = n;
-        return kSuccess;
+        return call(request, &reply);
     }
 
-    Code reset_all() {
-        std::lock_guard<std::mutex> guard(mutex_);
-        Reply reply;
-        return call(request_of(Op::kResetAll), &reply);
-    }
-
-    void close_in_child() { channel_.close_in_child(); }
-
-  private:
-    struct Allocation {
-        Mapping mapping;
-        std::uint64_t id;
-        std::uint64_t session;
-    };
-
-    static Code not_initialized() {
-        return fail(kNotInitialized, "mTierInit has not succeeded in this process; a forked child calls it for itself");
-    }
-
-    // Connects if there is no live connection: at first, and after the service was started anew.
+    // Connects if there is no live connection: has the lease again, or a new one of a service that does not know it.
     Code connected(const Deadline &deadline) {
         if (!initialized_) return not_initialized();
         if (channel_.alive()) return kSuccess;
         std::string words;
         Code code = channel_.connect(socket_path(), deadline, &words);
         if (code == kSuccess) {
-            ++session_;
+            Request request = request_of(Op::kHello);
+            request.allocation = lease_;
             Reply reply;
             int fd = -1;
-            code = channel_.exchange(request_of(Op::kHello), deadline, &reply, &words, &fd);
+            code = channel_.exchange(request, deadline, &reply, &words, &fd);
             if (fd >= 0) ::close(fd);
-            if (code != kSuccess) channel_.close();
+            if (code == kSuccess) {
+                lease_ = reply.allocation;
+            } else {
+                channel_.close();
+            }
         }
-        return code == kSuccess ? kSuccess : fail(code, words);
+        if (code != kSuccess) return fail(code, words);
+        return pay(deadline);
+    }
+
+    // Gives back, over a live connection, what is owed.
+    Code pay(const Deadline &deadline) {
+        std::string words;
+        while (!owed_.empty()) {
+            auto [id, lease] = owed_.back();
+            Request request = request_of(Op::kFree);
+            request.allocation = id;
+            Reply reply;
+            int fd = -1;
+            // A service that does not know the lease has nothing of it to take back.
+            Code code = lease == lease_ ? channel_.exchange(request, deadline, &reply, &words, &fd) : kSuccess;
+            if (fd >= 0) ::close(fd);
+            // Given back already: the reply was lost, or somebody's mTierResetAll was first.
+            if (code != kSuccess && code != kInvalidArgument) return fail(code, words);
+            owed_.pop_back();
+        }
+        return kSuccess;
+    }
+
+    void close_if_unused() {
+        if (allocations_.empty() && owed_.empty()) channel_.close();
     }
 
     // A whole call. `text` and `fd` may be null: text then serves errors alone, and a descriptor is closed.
@@ -220,18 +280,19 @@ class Client {
         }
     }
 
-    Code give_back(std::uint64_t id) {
-        Request request = request_of(Op::kFree);
-        request.allocation = id;
-        Reply reply;
-        return call(request, &reply);
+    // Now, or when the service can be reached again.
+    Code give_back(std::uint64_t id, std::uint64_t lease) {
+        owed_.emplace_back(id, lease);
+        Deadline deadline(timeout_ms());
+        return channel_.alive() ? pay(deadline) : connected(deadline);
     }
 
     std::mutex mutex_;
     Channel channel_;
     bool initialized_ = false;
-    std::uint64_t session_ = 0;
+    std::uint64_t lease_ = 0;  // as the service knows this client
     std::unordered_map<void *, Allocation> allocations_;
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> owed_;  // allocations that are to be given back, and their leases
 };
 
 // Never destroyed: threads may call until the process ends, and its end gives everything back.

@@ -1,9 +1,11 @@
 // How a client maps what a bank grants, and unmaps it: one pair of functions a kind of memory.
 #pragma once
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <optional>
@@ -11,13 +13,18 @@
 
 #include "channel.h"
 #include "cuda_driver.h"
+#include "host_memory.h"
 #include "protocol.h"
+#include "text.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
 
 namespace mtier {
+
+constexpr std::uint64_t kPopulateStep = 256 << 20;
+constexpr std::uint64_t kSpare = 4 << 20;  // for page tables and the process's own work
 
 struct Mapping {
     MemoryKind kind = MemoryKind::kNone;
@@ -40,6 +47,12 @@ inline Code map_host_file(int fd, std::uint64_t bytes, std::uint64_t alignment, 
         *why = "the service granted a file that is smaller than it says";  // touching it would be a SIGBUS
         return kServerError;
     }
+    // Or its size could be another by tomorrow.
+    int seals = ::fcntl(fd, F_GET_SEALS);
+    if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+        *why = "the service granted a file that may shrink";
+        return kServerError;
+    }
     auto failed = [&](void *start, std::uint64_t size) {
         *why = words_of(errno) + "; free host memory or ask for less";
         if (start != MAP_FAILED) ::munmap(start, size);
@@ -57,8 +70,22 @@ inline Code map_host_file(int fd, std::uint64_t bytes, std::uint64_t alignment, 
     ::madvise(address, bytes, MADV_HUGEPAGE);  // a hint
     // A forked child would keep the memory after this process, whose it is, has ended.
     ::madvise(address, bytes, MADV_DONTFORK);
-    // Missing memory has to be this call's error and not a later SIGBUS. Kernels before 5.14 do not know the request.
-    if (::madvise(address, bytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) return failed(address, bytes);
+    // Missing memory has to be this call's error and not a later SIGBUS, nor the end of a process that takes more than its
+    // container has; others take memory meanwhile, so it is asked for step by step.
+    for (std::uint64_t done = 0; done < bytes; done += kPopulateStep) {
+        std::uint64_t available = HostMemory::available(), left = bytes - done;
+        if (available < left + left / 256 + kSpare) {
+            *why = "this process can have " + amount(available) + " more of host memory, and " + amount(left) +
+                   " are missing; free host memory, raise the container's limit, or ask for less";
+            ::munmap(address, bytes);
+            return kMallocError;
+        }
+        auto *from = static_cast<char *>(address) + done;
+        // Kernels before 5.14 do not know the request.
+        if (::madvise(from, std::min(left, kPopulateStep), MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
+            return failed(address, bytes);
+        }
+    }
     *out = {MemoryKind::kHostFile, address, bytes, nullptr};
     return kSuccess;
 }

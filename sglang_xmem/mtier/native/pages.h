@@ -150,6 +150,26 @@ class Ledger {
 
     // ---- for the service ----
 
+    struct Use {
+        std::uint64_t free = 0;
+        std::uint64_t cached = 0;  // valid, and nobody holds them
+        std::uint64_t shared = 0;  // held by several sessions
+        std::array<std::uint64_t, kSessions> held{};
+    };
+
+    Use use() const {
+        Use use;
+        for (std::uint64_t frame = 0; frame < count_; ++frame) {
+            std::uint64_t holders = pins(frame);
+            Phase phase = state(frame).phase;
+            use.free += phase == Phase::kFree ? 1 : 0;
+            use.cached += phase == Phase::kValid && holders == 0 ? 1 : 0;
+            use.shared += (holders & (holders - 1)) != 0 ? 1 : 0;
+            for (; holders != 0; holders &= holders - 1) ++use.held[static_cast<std::size_t>(__builtin_ctzll(holders))];
+        }
+        return use;
+    }
+
     void begin() { head_->free.store(static_cast<std::int64_t>(count_)); }
 
     bool is_valid(std::uint64_t frame, std::uint64_t generation) const {

@@ -31,8 +31,6 @@ enum class PagesOp : std::uint16_t {
     kForget = 38,
 };
 
-constexpr std::uint16_t kFirstPagesOp = 32;
-
 struct JoinRequest {
     std::uint32_t version;
     std::uint32_t is_private;  // 1: a space for this session alone, which goes with it; `space` is not looked at
@@ -48,7 +46,6 @@ struct Publication {
 };
 
 static_assert(sizeof(JoinRequest) == 120 && sizeof(Publication) == 48 && sizeof(Place) == 16);
-
-constexpr std::size_t kMaxRequestBytes = sizeof(Request) + kMaxPages * sizeof(Publication);
+static_assert(sizeof(Request) + kMaxPages * sizeof(Publication) <= kMaxRequestBytes);
 
 }  // namespace mtier::pages

@@ -1,12 +1,8 @@
 // The page bank: handlers of the messages in pages_protocol.h, for mtierd's one thread.
 #pragma once
 
-#include <sys/epoll.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-
 #include <fcntl.h>
-#include <sys/socket.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,13 +16,11 @@
 #include <utility>
 #include <vector>
 
-#include "answer.h"
+#include "connections.h"
 #include "pages.h"
 #include "pages_protocol.h"
-
-#ifndef SO_PEERPIDFD
-#define SO_PEERPIDFD 77  // Linux 6.5
-#endif
+#include "processes.h"
+#include "text.h"
 
 namespace mtier::pages {
 
@@ -57,53 +51,41 @@ class SlabSource {
     virtual std::uint64_t total() const = 0;
     virtual std::uint64_t available() const = 0;
     virtual std::uint64_t granularity() const = 0;
-    // A sealed memfd of `bytes`, whole granules, which are missing from available() then; -1 with a clause in `why`.
-    // `name` is one that give_back() takes, and no other allocation's.
-    virtual int make(std::uint64_t bytes, std::uint64_t name, std::string *why) = 0;
-    virtual void give_back(std::uint64_t name) = 0;
+    // Whole granules, no more than available(), which are missing from it until they are given back.
+    virtual void take(std::uint64_t bytes) = 0;
+    virtual void give_back(std::uint64_t bytes) = 0;
 };
 
-class PageService {
+class PageService : public Handler {
   public:
     using Note = std::function<void(const std::string &)>;
 
     // `share`: percent of a bank that one space gets where its engines ask for less.
-    PageService(std::vector<std::unique_ptr<SlabSource>> banks, unsigned share, Note note)
-        : banks_(std::move(banks)), share_(share), note_(std::move(note)), ended_(::epoll_create1(EPOLL_CLOEXEC)) {}
-
-    static bool serves(const Request &request) { return request.op >= kFirstPagesOp; }
-
-    // Readable when a process with a session has ended: call reap() then.
-    int watched() const { return ended_.get(); }
-
-    void reap() {
-        epoll_event events[16];
-        int n = ::epoll_wait(ended_.get(), events, 16, 0);
-        for (int i = 0; i < n; ++i) {
-            auto found = sessions_.find(events[i].data.u64);
-            if (found != sessions_.end()) end(found, "its process has ended");
-        }
+    PageService(Processes &processes, std::vector<std::unique_ptr<SlabSource>> banks, unsigned share, Note note)
+        : banks_(std::move(banks)), share_(share), note_(std::move(note)) {
+        processes.when_gone([this](const Process &process) {
+            for (auto it = sessions_.begin(); it != sessions_.end();) {
+                auto each = it++;
+                if (each->second.process->key() == process.key()) end(each, "its process has ended");
+            }
+        });
     }
 
-    // The connection is gone; its session is not, for the process may live and use what it has pinned.
-    void disconnected(int connection) { joined_.erase(connection); }
-
-    Answer serve(int connection, pid_t pid, const Request &request, std::string_view behind) {
+    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) override {
         switch (static_cast<PagesOp>(request.op)) {
             case PagesOp::kInfo:
                 return behind.empty() ? info() : not_so();
             case PagesOp::kJoin:
-                return behind.size() == sizeof(JoinRequest) ? join(connection, pid, behind) : not_so();
+                return behind.size() == sizeof(JoinRequest) ? join(peer, behind) : not_so();
             case PagesOp::kForget:
                 if (!behind.empty()) return not_so();
-                note_("process " + std::to_string(pid) + " makes the bank forget all pages");
+                note_(peer.process->name() + " makes the bank forget all pages");
                 for (auto &[key, space] : spaces_) space->index.forget();
-                return {};
+                return Answer{};
             default:
                 break;
         }
-        auto found = joined_.find(connection);
-        auto session = found == joined_.end() ? sessions_.end() : sessions_.find(found->second);
+        auto session = session_of(peer);
         if (session == sessions_.end()) return Answer::error(kInvalidArgument, "the connection has joined no space");
         Space &space = *session->second.space;
         switch (static_cast<PagesOp>(request.op)) {
@@ -122,13 +104,25 @@ class PageService {
                 return publish(session->second, request.size, behind);
             case PagesOp::kLeave:
                 if (!behind.empty()) return not_so();
-                joined_.erase(connection);
+                joined_.erase(peer.number);
                 end(session, "it leaves");
-                return {};
+                return Answer{};
             default:
                 return Answer::error(kInvalidArgument, "the request is of no known kind");
         }
     }
+
+    Answer not_sent(const Peer &peer, const Reply &, const std::string &why) override {
+        auto session = session_of(peer);
+        joined_.erase(peer.number);
+        if (session != sessions_.end()) end(session, "its memory could not be sent");
+        return Answer::error(kServerError, "the memory's descriptor cannot be sent now: " + why);
+    }
+
+    bool keeps(const Peer &peer) override { return session_of(peer) != sessions_.end(); }
+
+    // The session stays: the process may live, and use what it has pinned.
+    void closed(const Peer &peer) override { joined_.erase(peer.number); }
 
     // A member of the report's JSON object.
     std::string json() const {
@@ -139,6 +133,9 @@ class PageService {
                    space->is_private ? "true" : "false");
             append(&text, ", \"bank\": %zu, \"frames\": %" PRIu64 ", \"frame_bytes\": %" PRIu64, space->bank,
                    space->ledger.frames(), space->frame_bytes);
+            Ledger::Use use = space->ledger.use();
+            append(&text, ", \"free\": %" PRIu64 ", \"cached\": %" PRIu64 ", \"shared\": %" PRIu64, use.free, use.cached,
+                   use.shared);
             append(&text, ", \"pages\": %zu, \"published\": %" PRIu64 ", \"had\": %" PRIu64, space->index.size(),
                    space->verdicts[0], space->verdicts[1]);
             append(&text, ", \"stale\": %" PRIu64 ", \"found\": %" PRIu64 ", \"sessions\": [", space->verdicts[2],
@@ -146,8 +143,10 @@ class PageService {
             const char *comma = "";
             for (const auto &[id, session] : sessions_) {
                 if (session.space != space.get()) continue;
-                append(&text, "%s{\"pid\": %d, \"frames\": %" PRIu64 ", \"published\": %" PRIu64, comma,
-                       static_cast<int>(session.pid), session.quota, session.published);
+                append(&text, "%s{\"pid\": %d, \"frames\": %" PRIu64 ", \"held\": %" PRIu64, comma,
+                       static_cast<int>(session.process->pid()), session.quota,
+                       use.held[static_cast<std::size_t>(session.bit)]);
+                append(&text, ", \"published\": %" PRIu64, session.published);
                 append(&text, ", \"connected\": %s}", is_connected(id) ? "true" : "false");
                 comma = ", ";
             }
@@ -167,7 +166,6 @@ class PageService {
         std::string label;
         bool is_private = false;
         std::size_t bank = 0;
-        std::uint64_t allocation = 0;  // of the slab, in its bank
         std::uint64_t frame_bytes = 0;
         std::uint64_t slab_bytes = 0;
         Descriptor slab, control;
@@ -184,12 +182,16 @@ class PageService {
     struct Session {
         Space *space;
         int bit;
-        pid_t pid;
         std::uint64_t quota;
-        Descriptor process;
+        std::shared_ptr<Process> process;
         std::uint64_t published = 0;
     };
     using Sessions = std::unordered_map<std::uint64_t, Session>;
+
+    Sessions::iterator session_of(const Peer &peer) {
+        auto found = joined_.find(peer.number);
+        return found == joined_.end() ? sessions_.end() : sessions_.find(found->second);
+    }
 
     static Answer not_so() {
         return Answer::error(kInvalidArgument, "the message is not of the size that its kind has");
@@ -216,7 +218,7 @@ class PageService {
         return answer;
     }
 
-    Answer join(int connection, pid_t pid, std::string_view behind) {
+    Answer join(const Peer &peer, std::string_view behind) {
         JoinRequest asked;
         std::memcpy(&asked, behind.data(), sizeof(asked));
         if (asked.version != kPagesVersion) {
@@ -227,13 +229,12 @@ class PageService {
             asked.frames > (1ULL << 32) || asked.is_private > 1 || asked.label[sizeof(asked.label) - 1] != '\0') {
             return Answer::error(kInvalidArgument, "a session of a size that no bank has was asked for");
         }
-        if (joined_.count(connection) != 0) {
+        if (joined_.count(peer.number) != 0) {
             return Answer::error(kInvalidArgument, "the connection has joined a space already");
         }
-        Descriptor process = process_of(connection, pid);
-        if (process.get() < 0) {
+        if (peer.process->fd() < 0) {
             return Answer::error(kServerError, "the service cannot watch the client's process; let both see each other "
-                                               "(one PID namespace, Linux 5.3)");
+                                               "(one PID namespace, or Linux 6.5)");
         }
         if (asked.is_private == 1) asked.space = private_key();
         std::string why;
@@ -248,12 +249,8 @@ class PageService {
         int bit = 0;
         while ((space->bits >> bit & 1) != 0) ++bit;
         std::uint64_t id = ++last_id_;
-        epoll_event event{};
-        event.events = EPOLLIN;
-        event.data.u64 = id;
-        ::epoll_ctl(ended_.get(), EPOLL_CTL_ADD, process.get(), &event);
-        sessions_.emplace(id, Session{space, bit, pid, asked.frames, std::move(process)});
-        joined_[connection] = id;
+        sessions_.emplace(id, Session{space, bit, asked.frames, peer.process});
+        joined_[peer.number] = id;
         space->bits |= 1ULL << bit;
         space->promised += asked.frames;
         space->last_join = id;
@@ -262,23 +259,10 @@ class PageService {
         answer.fields.size = space->slab_bytes;
         answer.fields.kind = MemoryKind::kHostFile;
         std::string words;
-        append(&words, "process %d joins %s with %" PRIu64, static_cast<int>(pid), space->label.c_str(), asked.frames);
+        append(&words, "%s joins %s with %" PRIu64, peer.process->name().c_str(), space->label.c_str(), asked.frames);
         append(&words, " of %" PRIu64 " frames of %" PRIu64 " bytes", space->ledger.frames(), space->frame_bytes);
         note_(words);
         return answer;
-    }
-
-    // The client's process as a descriptor, by the connection itself where the kernel has that.
-    static Descriptor process_of(int connection, pid_t pid) {
-        int fd = -1;
-        socklen_t length = sizeof(fd);
-        if (::getsockopt(connection, SOL_SOCKET, SO_PEERPIDFD, &fd, &length) == 0) return Descriptor(fd);
-        if (pid <= 0) return Descriptor();
-        Descriptor opened(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
-        // Had the process ended before, and its number gone to another, its socket had ended too.
-        char byte;
-        if (::recv(connection, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0) return Descriptor();
-        return opened;
     }
 
     Key private_key() {
@@ -340,32 +324,23 @@ class PageService {
     }
 
     Space *open(const JoinRequest &asked, std::size_t bank, std::uint64_t bytes, std::string *why) {
-        std::uint64_t allocation = kOwnAllocations + ++last_allocation_;
-        std::string clause;
-        Descriptor slab(banks_[bank]->make(bytes, allocation, &clause));
-        if (slab.get() < 0) {
-            *why = "the bank could not make a slab: " + clause;
-            return nullptr;
-        }
+        Descriptor slab = sealed_file("mtier", bytes);
         std::uint64_t frames = bytes / asked.frame_bytes;
         std::uint64_t size = Ledger::bytes_for(frames);
-        Descriptor control(::memfd_create("mtier-pages", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+        Descriptor control = sealed_file("mtier-pages", size);
         void *memory = MAP_FAILED;
-        if (control.get() >= 0 && ::ftruncate(control.get(), static_cast<off_t>(size)) == 0 &&
-            ::fcntl(control.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
+        if (slab.get() >= 0 && control.get() >= 0) {
             memory = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, control.get(), 0);
         }
         if (memory == MAP_FAILED) {
-            char words[128];
-            *why = std::string("the service could not make a ledger: ") + ::strerror_r(errno, words, sizeof(words));
-            banks_[bank]->give_back(allocation);
+            *why = "the service could not make a slab: " + words_of(errno);
             return nullptr;
         }
+        banks_[bank]->take(bytes);
         auto space = std::make_unique<Space>(memory, frames);
         space->label = printable(asked.label);
         space->is_private = asked.is_private == 1;
         space->bank = bank;
-        space->allocation = allocation;
         space->frame_bytes = asked.frame_bytes;
         space->slab_bytes = bytes;
         space->slab = std::move(slab);
@@ -373,6 +348,14 @@ class PageService {
         space->memory = memory;
         space->ledger.begin();
         return (spaces_[asked.space] = std::move(space)).get();
+    }
+
+    // Of fixed size: a client cannot take more than that, nor lose what it maps.
+    static Descriptor sealed_file(const char *name, std::uint64_t bytes) {
+        Descriptor file(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+        bool made = file.get() >= 0 && ::ftruncate(file.get(), static_cast<off_t>(bytes)) == 0 &&
+                    ::fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
+        return made ? std::move(file) : Descriptor();
     }
 
     static std::string printable(const char *label) {
@@ -385,7 +368,7 @@ class PageService {
 
     void drop(const Key &key) {
         auto found = spaces_.find(key);
-        banks_[found->second->bank]->give_back(found->second->allocation);
+        banks_[found->second->bank]->give_back(found->second->slab_bytes);
         spaces_.erase(found);
     }
 
@@ -407,8 +390,7 @@ class PageService {
         space->ledger.fence(session->second.bit);
         space->bits &= ~(1ULL << session->second.bit);
         space->promised -= session->second.quota;
-        note_("process " + std::to_string(session->second.pid) + " is no session of " + space->label + " any more (" +
-              why + ")");
+        note_(session->second.process->name() + " is no session of " + space->label + " any more (" + why + ")");
         sessions_.erase(session);
         if (!space->is_private) return;
         for (auto it = spaces_.begin(); it != spaces_.end(); ++it) {
@@ -445,17 +427,13 @@ class PageService {
         return answer;
     }
 
-    // Apart from those of clients, which are counted from 1.
-    static constexpr std::uint64_t kOwnAllocations = 1ULL << 63;
-
     std::vector<std::unique_ptr<SlabSource>> banks_;
     const unsigned share_;
     Note note_;
-    Descriptor ended_;
     std::unordered_map<Key, std::unique_ptr<Space>, KeyHash> spaces_;
     Sessions sessions_;
-    std::unordered_map<int, std::uint64_t> joined_;  // connection -> session
-    std::uint64_t last_id_ = 0, last_private_ = 0, last_allocation_ = 0;
+    std::unordered_map<std::uint64_t, std::uint64_t> joined_;  // connection -> session
+    std::uint64_t last_id_ = 0, last_private_ = 0;
 };
 
 }  // namespace mtier::pages

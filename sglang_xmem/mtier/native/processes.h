@@ -1,0 +1,51 @@
+// The processes that hold memory or are connected: one object each, and word of their end.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "loop.h"
+#include "process.h"
+
+namespace mtier {
+
+class Processes {
+  public:
+    explicit Processes(Loop &loop) : loop_(loop) {}
+
+    // Calls `action` when a process has ended that somebody still has from shared().
+    void when_gone(std::function<void(const Process &)> action) { actions_.push_back(std::move(action)); }
+
+    // The object that all who know the process share.
+    std::shared_ptr<Process> shared(const std::shared_ptr<Process> &process) {
+        std::weak_ptr<Process> &known = known_[process->key()];
+        if (std::shared_ptr<Process> found = known.lock()) return found;
+        std::shared_ptr<Process> mine(process.get(), [this, process](Process *) {
+            if (process->fd() >= 0) loop_.forget(process->fd());
+            known_.erase(process->key());
+        });
+        known = mine;
+        if (process->fd() >= 0) {
+            loop_.watch(process->fd(), POLLIN, [this, key = process->key()](short) { ended(key); });
+        }
+        return mine;
+    }
+
+  private:
+    void ended(const std::string &key) {
+        std::shared_ptr<Process> process = known_[key].lock();
+        if (process == nullptr) return;
+        loop_.forget(process->fd());
+        for (const auto &action : actions_) action(*process);
+    }
+
+    Loop &loop_;
+    std::unordered_map<std::string, std::weak_ptr<Process>> known_;
+    std::vector<std::function<void(const Process &)>> actions_;
+};
+
+}  // namespace mtier
