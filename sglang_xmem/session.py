@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang_xmem.watch import Watch
@@ -33,7 +33,9 @@ class Session:
         self.pools: list[Any] = []
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
-        #: What pages depend on, for tiers that share them; None: they are shared with nobody.
+        #: Looks up what pages depend on, for tiers that share them; its value is None where that cannot be said.
+        self.look_up_facts: Callable[[], dict[str, Any] | None] = lambda: None
+        #: What it said before the weights were loaded; None: pages are shared with nobody.
         self.facts: dict[str, Any] | None = None
         #: The model's name, for people.
         self.label = ""

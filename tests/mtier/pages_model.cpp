@@ -163,6 +163,15 @@ void run_model(std::uint64_t operations, std::uint32_t seed) {
                 for (std::uint64_t i = 0; i < kFrames && half == kFrames; ++i, f = (f + 1) % kFrames) {
                     if (ledger.begin_evict(c, f)) half = f;
                 }
+                if (half < kFrames && below(2) == 0) {
+                    // Another one has pinned the frame and seen it valid, just before it was marked.
+                    std::uint64_t other = 1ULL << ((c + 1) % kClients);
+                    memory.bytes[half + 1].pins.fetch_or(other);
+                    CHECK(!ledger.finish_evict(c, half));
+                    CHECK(ledger.state(half).phase == Phase::kValid);
+                    memory.bytes[half + 1].pins.fetch_and(~other);
+                    CHECK(ledger.begin_evict(c, half));
+                }
                 while (!pages[c].empty()) let_go(c, pages[c].size() - 1);
                 if (half < kFrames) CHECK(ledger.state(half).phase == Phase::kEvicting);
                 ledger.fence(c);

@@ -165,6 +165,17 @@ def test_weights_without_files_are_not_identified(tmp_path: Path) -> None:
         sharing.weights_digest(str(tmp_path))
 
 
+def test_files_that_change_while_they_are_loaded_are_shared_with_nobody(model: Path) -> None:
+    def look_up() -> dict[str, Any]:
+        return {"weights": sharing.weights_digest(str(model))}
+
+    active: Any = SimpleNamespace(facts=look_up(), look_up_facts=look_up)
+    assert sharing.is_settled(active)
+    (model / "model.safetensors").write_bytes(b"new")
+    assert not sharing.is_settled(active)
+    assert active.facts is None
+
+
 def test_facts_name_what_a_page_depends_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing.versions, "installed", lambda: "0.5.23")
 

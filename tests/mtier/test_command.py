@@ -120,7 +120,7 @@ def test_status_for_people() -> None:
         "bank  memory                   GB  used   free  allocations\n"
         "   0  host                  64.00  1.10  62.90            2\n"
         "   1  GPU 3 (0000:1B:00.0)   0.00  0.00   0.00            0\n\n"
-        "process                       GB  allocations  state\n"
+        "process                        GB  allocations  state\n"
         "i6 of another PID namespace  1.00            1  connected\n"
         "12                           0.10            1  ended, its memory is in use"
     )
@@ -145,7 +145,7 @@ def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path
 
     def compile_(compiler: str, directory: Path, more: object) -> None:
         calls.append(directory)
-        for name in (builder.LIBRARY, builder.DAEMON):
+        for name, _, _ in builder._TARGETS:
             (directory / name).write_text("compiled")
 
     monkeypatch.setenv("SGLANG_XMEM_CACHE_DIR", str(tmp_path / "cache"))

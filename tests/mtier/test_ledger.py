@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -336,6 +337,32 @@ def test_clients_of_another_pid_namespace_have_quotas_of_their_own(build: Path, 
                 assert three.ask("lib.init()") == SUCCESS
                 wait_until(lambda: three.ask("lib.malloc(0, 1 << 20)[0]") == SUCCESS, 2)
                 assert three.ask(f"lib.malloc(0, {14 * MIB})[0]") == SUCCESS
+    finally:
+        service.kill()
+        service.wait(10)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of system calls are x86-64's")
+@pytest.mark.parametrize("refused", ["55:77", "55:77,434"], ids=["no SO_PEERPIDFD", "nor pidfd_open"])
+def test_kernels_without_pidfds(build: Path, tmp_path: Path, refused: str) -> None:
+    """The process is found by its id, or not at all: a dead client's memory comes back by the file's lease then."""
+    path = tmp_path / "mtierd.sock"
+    command = [sys.executable, str(Path(__file__).with_name("old_kernel.py")), refused, str(build / "mtierd")]
+    service = subprocess.Popen([*command, "--socket", str(path), "--bank", f"host:{64 * MIB}"])
+    try:
+        wait_until(path.exists, 10)
+        with ClientProcess(build, path, {"MTIER_TIMEOUT_MS": "500"}) as one, ClientProcess(build, path) as two:
+            for client in (one, two):
+                assert client.ask("lib.init()") == SUCCESS
+                assert client.ask(f"[setattr(lib, 'p', lib.malloc(0, {16 * MIB})), lib.p[0]][1]") == SUCCESS
+            service.send_signal(signal.SIGSTOP)
+            assert one.ask("lib.bank(0)[0]") == SERVER_ERROR
+            service.send_signal(signal.SIGCONT)
+            time.sleep(0.2)
+            assert two.ask("lib.bank(0)[1].available_memory") == 32 * MIB
+            wait_until(lambda: one.ask("lib.bank(0)[1].available_memory") == 32 * MIB, 10)
+            one.kill()
+            wait_until(lambda: two.ask("lib.bank(0)[1].available_memory") == 48 * MIB, 3)
     finally:
         service.kill()
         service.wait(10)

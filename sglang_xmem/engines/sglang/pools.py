@@ -171,7 +171,8 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
             active.placement.skip_shared(
                 Unavailable("it has no place for models with several index spaces", Remedy("use_tier", value="dram"))
             )
-        elif active.facts is not None:
+        elif sharing.is_settled(active):
+            assert active.facts is not None
             replicated = sharing.is_replicated(group.anchor_entry.device_pool)
             identity = sharing.identity(active.facts, placed, [*described, *later], replicated)
             active.placement.share_as(identity, active.label)

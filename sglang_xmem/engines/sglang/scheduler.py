@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -100,7 +101,8 @@ def _settle_sharing(table: versions.VersionTable, server_args: Any, plan: Plan) 
     )
     active = session.current()
     active.label = str(server_args.served_model_name or server_args.model_path)
-    active.facts = sharing.facts(server_args, plan.options.tiers[BANK].tag)
+    active.look_up_facts = functools.partial(sharing.facts, server_args, plan.options.tiers[BANK].tag)
+    active.facts = active.look_up_facts()
 
 
 def prepare_staging(original: Any, **kwargs: Any) -> None:

@@ -22,6 +22,7 @@ from sglang_xmem.engines.sglang.geometry import Description, Section
 
 if TYPE_CHECKING:
     from sglang_xmem.engines.sglang.pools import AdoptedPool
+    from sglang_xmem.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 #: Files that weights are in.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 #: ServerArgs that a page's bytes depend on, next to the model's own files.
 _SETTINGS = (
@@ -76,6 +77,14 @@ def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
         return None
     version = versions.installed()
     return {"schema": SCHEMA, "format": storage.FORMAT, "sglang": version, "tag": tag, "weights": weights, **settings}
+
+
+def is_settled(active: Session) -> bool:
+    """Whether pages can be shared: what they depend on is known, and did not change while the weights were loaded."""
+    if active.facts is not None and active.look_up_facts() != active.facts:
+        logger.warning("sglang_xmem: pages are not shared: files of the model changed while it was loaded. Restart.")
+        active.facts = None
+    return active.facts is not None
 
 
 def weights_digest(model: str, revision: str | None = None) -> str:

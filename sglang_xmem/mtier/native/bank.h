@@ -1,5 +1,5 @@
-// Banks of memory that mtierd hands out, a class a kind of memory. A bank makes memory and takes it back; who has it, and
-// how much is left, is the ledger's. Each bank is used by one thread, its own (bank_thread.h).
+// Banks of memory that mtierd hands out, one class per kind of memory. A bank makes memory and takes it back; who has
+// it, and how much is left, is the ledger's. Each bank is used by one thread, its own (bank_thread.h).
 #pragma once
 
 #include <fcntl.h>
@@ -137,10 +137,10 @@ class HostBank : public Bank {
 // descriptor. Physical memory is put together from granules, so there are no holes that could fragment the bank, and
 // one allocation is one descriptor however large it is.
 //
-// None of this needs a CUDA context, but a GPU on which no process has one rests and serves its memory to others at a
-// lower rate. So the bank holds the GPU's primary context while any of its memory is out, and for a moment longer, since
-// making one takes a while and a client may allocate and free over and over: a GPU whose bank is not used looks idle to
-// others. Nothing but the clearing of memory is done in the context.
+// Making memory needs no CUDA context, but a GPU on which no process has one rests and serves its memory to others at a
+// lower rate. So the bank holds the GPU's primary context while any of its memory is out, and for a moment longer,
+// since making one takes a while and a client may allocate and free over and over: a GPU whose bank is not used looks
+// idle to others. Nothing but the clearing of memory is done in the context.
 //
 // The driver has the memory back when the service has released it and no client maps it any more: a client that dies
 // loses its own mappings with its process. It does not say who maps it, so a client that says it gave memory back is

@@ -174,7 +174,8 @@ class Channel {
     static bool parse(const Request &request, const std::vector<char> &buffer, std::size_t n, Reply *reply) {
         if (n < sizeof(Reply)) return false;
         std::memcpy(reply, buffer.data(), sizeof(Reply));
-        if (reply->magic != kMagic || reply->version != kVersion || reply->text_bytes != n - sizeof(Reply)) return false;
+        if (reply->magic != kMagic || reply->version != kVersion) return false;
+        if (reply->text_bytes != n - sizeof(Reply)) return false;
         if (reply->op == static_cast<std::uint16_t>(Op::kRefused)) return reply->code == kServiceUnavailable;
         return reply->op == request.op && reply->id == request.id && reply->code <= kSuccess &&
                reply->code >= kMallocError;

@@ -142,7 +142,8 @@ class Connections {
         ucred peer{};
         socklen_t length = sizeof(peer);
         if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0 || peer.uid != ::geteuid()) {
-            log_.often(Often::kRefusedConnection, "refused process %d of user %u", static_cast<int>(peer.pid), peer.uid);
+            log_.often(Often::kRefusedConnection, "refused process %d of user %u", static_cast<int>(peer.pid),
+                       peer.uid);
             ::close(fd);
             return;
         }

@@ -55,8 +55,8 @@ class HostMemory {
         return bytes;
     }
 
-    static std::uint64_t left(const std::string &folder, const char *limit, const char *usage, const std::string &prefix,
-                              bool less_used) {
+    static std::uint64_t left(const std::string &folder, const char *limit, const char *usage,
+                              const std::string &prefix, bool less_used) {
         std::uint64_t most = 0;
         bool limited = false;
         lines(folder + limit, [&](const char *line) {

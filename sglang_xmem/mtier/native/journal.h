@@ -76,8 +76,8 @@ class Journal {
 
     static std::string line_of(const Record &r) {
         std::ostringstream line;
-        line << "+ " << r.id << ' ' << r.lease << ' ' << r.bank << ' ' << r.label << ' ' << r.size << ' ' << r.pid << ' '
-             << r.key << '\n';
+        line << "+ " << r.id << ' ' << r.lease << ' ' << r.bank << ' ' << r.label << ' ' << r.size << ' ' << r.pid
+             << ' ' << r.key << '\n';
         return line.str();
     }
 

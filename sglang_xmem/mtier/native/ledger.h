@@ -43,6 +43,7 @@ struct Lease {
     std::uint64_t connection = 0;  // its number; 0 without one
     Account account;
     std::set<std::uint64_t> grants;
+    std::uint64_t departures = 0;  // how often its connection has ended
 };
 
 class Ledger {
@@ -54,7 +55,7 @@ class Ledger {
         while (id == 0 || leases_.count(id) != 0) {
             if (::getrandom(&id, sizeof(id), 0) != sizeof(id)) id = leases_.size() + 1;
         }
-        return leases_.emplace(id, Lease{id, std::move(process), 0, {}, {}}).first->second;
+        return leases_.emplace(id, Lease{id, std::move(process), 0, {}, {}, 0}).first->second;
     }
 
     Lease *lease(std::uint64_t id) {
@@ -90,7 +91,8 @@ class Ledger {
     // Nothing is left to say of a client that has neither memory nor a connection.
     void drop_if_empty(std::uint64_t lease) {
         auto found = leases_.find(lease);
-        if (found != leases_.end() && found->second.grants.empty() && found->second.connection == 0) leases_.erase(found);
+        if (found == leases_.end()) return;
+        if (found->second.grants.empty() && found->second.connection == 0) leases_.erase(found);
     }
 
     const Account &of_bank(std::size_t bank) const { return banks_[bank]; }

@@ -107,7 +107,7 @@ class Client {
         if (!initialized_) return not_initialized();
         auto found = allocations_.find(address);
         if (found == allocations_.end()) {
-            return fail(kInvalidArgument, "mTierFree: the address is not one that mTierMalloc gave, or is free already");
+            return fail(kInvalidArgument, "mTierFree: the address is not of mTierMalloc, or is free already");
         }
         Allocation allocation = found->second;
         unmap(allocation.mapping);
@@ -292,7 +292,7 @@ class Client {
     bool initialized_ = false;
     std::uint64_t lease_ = 0;  // as the service knows this client
     std::unordered_map<void *, Allocation> allocations_;
-    std::vector<std::pair<std::uint64_t, std::uint64_t>> owed_;  // allocations that are to be given back, and their leases
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> owed_;  // allocations to give back, with their leases
 };
 
 // Never destroyed: threads may call until the process ends, and its end gives everything back.

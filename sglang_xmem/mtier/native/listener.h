@@ -52,7 +52,7 @@ class Listener {
                 return folder + " cannot be made (" + words_of(errno) + "); give another --socket";
             }
             if (!is_own_folder(folder)) {
-                return folder + " is another user's, or others may write there; give a --socket in a folder of your own";
+                return folder + " is another user's, or others may write there; give a --socket in another folder";
             }
             // Who cleans temporary folders leaves those alone that are locked.
             folder_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -104,7 +104,8 @@ class Listener {
 
     static bool answers(const sockaddr_un &address) {
         int fd = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        bool there = ::connect(fd, reinterpret_cast<const sockaddr *>(&address), sizeof(address)) == 0 || errno == EAGAIN;
+        int failed = ::connect(fd, reinterpret_cast<const sockaddr *>(&address), sizeof(address));
+        bool there = failed == 0 || errno == EAGAIN;  // or its queue of connections is full
         if (fd >= 0) ::close(fd);
         return there;
     }

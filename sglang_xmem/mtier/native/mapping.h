@@ -70,8 +70,8 @@ inline Code map_host_file(int fd, std::uint64_t bytes, std::uint64_t alignment, 
     ::madvise(address, bytes, MADV_HUGEPAGE);  // a hint
     // A forked child would keep the memory after this process, whose it is, has ended.
     ::madvise(address, bytes, MADV_DONTFORK);
-    // Missing memory has to be this call's error and not a later SIGBUS, nor the end of a process that takes more than its
-    // container has; others take memory meanwhile, so it is asked for step by step.
+    // Missing memory has to be this call's error and not a later SIGBUS, nor the end of a process that takes more than
+    // its container has; others take memory meanwhile, so it is asked for step by step.
     for (std::uint64_t done = 0; done < bytes; done += kPopulateStep) {
         std::uint64_t available = HostMemory::available(), left = bytes - done;
         if (available < left + left / 256 + kSpare) {

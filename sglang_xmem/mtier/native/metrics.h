@@ -1,5 +1,4 @@
-// GET /metrics over HTTP on the loopback address, for Prometheus. One short answer a connection; whoever is slow is hung
-// up on.
+// GET /metrics over HTTP on the loopback address, for Prometheus. One short answer per connection, and a time limit.
 #pragma once
 
 #include <arpa/inet.h>

@@ -1,8 +1,8 @@
 // mtierd: owns banks of memory and hands them out to processes of its own user over a Unix socket.
 //
-// One thread answers (loop.h, connections.h, service.h), and each bank has one of its own, since the driver may take its
-// time. What a client has is its process's and comes back when nobody has it any more. Nothing that a client sends or
-// leaves unread may stop the service or make it wait.
+// One thread answers (loop.h, connections.h, service.h), and each bank has one of its own, since the driver may take
+// its time. What a client has is its process's and comes back when nobody has it any more. Nothing that a client sends
+// or leaves unread may stop the service or make it wait.
 
 #include <sys/signalfd.h>
 
@@ -68,7 +68,8 @@ class SlabsOfBank : public pages::SlabSource {
 std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(Service &service) {
     std::vector<std::unique_ptr<pages::SlabSource>> sources;
     for (std::size_t i = 0; i < service.banks(); ++i) {
-        if (service.bank(i).kind() == MemoryKind::kHostFile) sources.push_back(std::make_unique<SlabsOfBank>(service, i));
+        if (service.bank(i).kind() != MemoryKind::kHostFile) continue;
+        sources.push_back(std::make_unique<SlabsOfBank>(service, i));
     }
     return sources;
 }

@@ -71,7 +71,9 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
         }
         options->rest_after_ms = number;
     } else if (name == "--share") {
-        if (!is_number || number < 1 || number > 100) return name + " is " + value + "; give percent of a bank, 1 to 100";
+        if (!is_number || number < 1 || number > 100) {
+            return name + " is " + value + "; give percent of a bank, 1 to 100";
+        }
         options->share = number;
     } else if (name == "--metrics") {
         if (!is_number || number > UINT16_MAX) return name + " is " + value + "; give a port, or 0 for any";
@@ -80,9 +82,9 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
         if (!is_number) return name + " is " + value + "; give a number of bytes";
         (name == "--quota" ? options->quota : options->granularity) = number;
     } else {
-        return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, --socket PATH, "
-               "--quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --metrics PORT, --library PATH, "
-               "--share PERCENT, --allow-reset, --status, --flush";
+        return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
+               "--socket PATH, --quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --metrics PORT, "
+               "--library PATH, --share PERCENT, --allow-reset, --status, --flush";
     }
     return std::nullopt;
 }

@@ -134,8 +134,8 @@ class PageService : public Handler {
             append(&text, ", \"bank\": %zu, \"frames\": %" PRIu64 ", \"frame_bytes\": %" PRIu64, space->bank,
                    space->ledger.frames(), space->frame_bytes);
             Ledger::Use use = space->ledger.use();
-            append(&text, ", \"free\": %" PRIu64 ", \"cached\": %" PRIu64 ", \"shared\": %" PRIu64, use.free, use.cached,
-                   use.shared);
+            append(&text, ", \"free\": %" PRIu64 ", \"cached\": %" PRIu64, use.free, use.cached);
+            append(&text, ", \"shared\": %" PRIu64, use.shared);
             append(&text, ", \"pages\": %zu, \"published\": %" PRIu64 ", \"had\": %" PRIu64, space->index.size(),
                    space->verdicts[0], space->verdicts[1]);
             append(&text, ", \"stale\": %" PRIu64 ", \"found\": %" PRIu64 ", \"sessions\": [", space->verdicts[2],
@@ -211,7 +211,8 @@ class PageService : public Handler {
             // What is not promised, whether pages of the past lie there or not.
             std::uint64_t open = bank.available();
             for (const auto &[key, space] : spaces_) {
-                if (space->bank == i && !space->is_private) open += space->slab_bytes - space->promised * space->frame_bytes;
+                if (space->bank != i || space->is_private) continue;
+                open += space->slab_bytes - space->promised * space->frame_bytes;
             }
             answer.fields.available = std::max(answer.fields.available, open);
         }

@@ -25,8 +25,8 @@ namespace mtier {
 
 class Process {
   public:
-    // The process at the other end of `socket`, whose id the kernel gives as `pid`: 0 where it is in a PID namespace that
-    // this one does not see.
+    // The process at the other end of `socket`, whose id the kernel gives as `pid`: 0 where it is in a PID namespace
+    // that this one does not see.
     static std::shared_ptr<Process> of_peer(int socket, pid_t pid) {
         int fd = -1;
         socklen_t length = sizeof(fd);

@@ -1,12 +1,12 @@
 // What libmtier.so and mtierd say to each other: one request and one reply a message over a SOCK_SEQPACKET Unix socket.
 // Both ends run on one machine and are built together, so the structures go over as they lie in memory. A message is a
-// whole structure (or one with a whole number of others behind it, see pages_protocol.h) or it is refused; nothing has to
-// be put together from parts.
+// whole structure (or one with a whole number of others behind it, see pages_protocol.h) or it is refused; nothing has
+// to be put together from parts.
 //
 // A client's allocations belong to its lease, and a lease to a process. A client that has lost its connection says
 // kHello with its lease's number on a new one and has its allocations again, also of a service that was started anew.
-// What kMalloc grants is the client's for good once it has said kKeep; what it has not said kKeep for when it comes back
-// with kHello it says it does not have.
+// What kMalloc grants is the client's for good once it has said kKeep. What it has not said kKeep for when it comes
+// back with kHello, it says that it does not have.
 #pragma once
 
 #include <cstddef>

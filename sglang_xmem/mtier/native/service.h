@@ -53,7 +53,7 @@ class Service : public Handler {
         rlimit files{};
         // The rest are connections, their processes and what the driver has.
         if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur != RLIM_INFINITY) {
-            most_grants_ = std::min<std::size_t>(most_grants_, files.rlim_cur - std::min<rlim_t>(600, files.rlim_cur / 2));
+            most_grants_ = std::min<rlim_t>(most_grants_, files.rlim_cur - std::min<rlim_t>(600, files.rlim_cur / 2));
         }
         processes_.when_gone([this](const Process &process) { give_up_all_of(process); });
         restore();
@@ -148,7 +148,8 @@ class Service : public Handler {
                 watch(grant);
             }
         }
-        if (!lease->grants.empty() && peer.process->fd() < 0) expire(lease->id);
+        ++lease->departures;
+        if (!lease->grants.empty() && peer.process->fd() < 0) expire(*lease);
         ledger_.drop_if_empty(lease->id);
     }
 
@@ -164,7 +165,7 @@ class Service : public Handler {
         };
         metric("bank_capacity_bytes", "gauge", "Bytes that the bank may hand out.",
                [&](std::size_t i) { return bank(i).total(); });
-        metric("bank_used_bytes", "gauge", "Bytes that clients have, or have not let go of, and those of the page bank.",
+        metric("bank_used_bytes", "gauge", "Bytes that clients have, or have not let go of, and the page bank's.",
                [&](std::size_t i) { return ledger_.of_bank(i).bytes + set_aside_[i]; });
         metric("bank_allocations", "gauge", "Allocations of clients in bank_used_bytes.",
                [&](std::size_t i) { return ledger_.of_bank(i).grants; });
@@ -175,8 +176,8 @@ class Service : public Handler {
                [&](std::size_t i) { return counts_[i].refused; });
         metric("failures_total", "counter", "Allocations that could not be made or sent.",
                [&](std::size_t i) { return counts_[i].failed; });
-        append(&text, "# HELP mtierd_clients Clients that hold memory.\n# TYPE mtierd_clients gauge\nmtierd_clients %zu\n",
-               holders());
+        append(&text, "# HELP mtierd_clients Clients that hold memory.\n# TYPE mtierd_clients gauge\n");
+        append(&text, "mtierd_clients %zu\n", holders());
         append(&text, "# HELP mtierd_connections Open connections.\n# TYPE mtierd_connections gauge\n");
         append(&text, "mtierd_connections %zu\n", connections_ == nullptr ? 0 : connections_->size());
         return text;
@@ -280,11 +281,12 @@ class Service : public Handler {
     }
 
     // A clause where an allocation of `size` bytes, as many as `asked` needs, is more than there is or may be.
-    std::optional<std::string> refuses(const Peer &peer, std::size_t index, std::uint64_t size, std::uint64_t asked) const {
+    std::optional<std::string> refuses(const Peer &peer, std::size_t index, std::uint64_t size,
+                                       std::uint64_t asked) const {
         std::string why;
         if (size == 0 || size > available(index)) {
-            append(&why, "bank %zu has %s of %s available and %s were asked for", index, amount(available(index)).c_str(),
-                   amount(bank(index).total()).c_str(), amount(asked).c_str());
+            append(&why, "bank %zu has %s of %s available and %s were asked for", index,
+                   amount(available(index)).c_str(), amount(bank(index).total()).c_str(), amount(asked).c_str());
             return why;
         }
         Account account = ledger_.of_process(*peer.process);
@@ -295,8 +297,8 @@ class Service : public Handler {
             return why;
         }
         if (account.grants >= most_grants_ / 2 || ledger_.grants() >= most_grants_) {
-            append(&why, "the service can make %zu allocations, half of them for one process; raise its limit of open files",
-                   most_grants_);
+            append(&why, "the service can make %zu allocations, half of them for one process; raise its limit of open "
+                         "files", most_grants_);
             return why;
         }
         return std::nullopt;
@@ -334,7 +336,8 @@ class Service : public Handler {
             return;
         }
         ++counts_[index].granted;
-        log_.often(Often::kGrant, "%s has %s of bank %zu", peer.process->name().c_str(), amount(grant->size).c_str(), index);
+        log_.often(Often::kGrant, "%s has %s of bank %zu", peer.process->name().c_str(), amount(grant->size).c_str(),
+                   index);
         grant->stage = Stage::kOffered;
         Answer answer;
         answer.fd = made.fd;
@@ -354,7 +357,9 @@ class Service : public Handler {
                   peer.process->name().c_str());
         std::vector<std::vector<std::uint64_t>> of_bank(banks_.size());
         std::vector<std::uint64_t> ids;
-        for (const auto &[id, lease] : ledger_.leases()) ids.insert(ids.end(), lease.grants.begin(), lease.grants.end());
+        for (const auto &[id, lease] : ledger_.leases()) {
+            ids.insert(ids.end(), lease.grants.begin(), lease.grants.end());
+        }
         for (std::uint64_t id : ids) {
             of_bank[ledger_.grant(id)->bank].push_back(id);
             remove(id);
@@ -429,10 +434,10 @@ class Service : public Handler {
         return its_own ? grant : nullptr;
     }
 
-    void expire(std::uint64_t id) {
-        loop_.after(kAway, [this, id] {
+    void expire(const Lease &away) {
+        loop_.after(kAway, [this, id = away.id, departures = away.departures] {
             Lease *lease = ledger_.lease(id);
-            if (lease == nullptr || lease->connection != 0) return;
+            if (lease == nullptr || lease->connection != 0 || lease->departures != departures) return;
             for (std::uint64_t grant : std::set<std::uint64_t>(lease->grants)) give_up(*ledger_.grant(grant));
         });
     }
@@ -453,7 +458,7 @@ class Service : public Handler {
         for (std::uint64_t id : ids) give_up(*ledger_.grant(id));
     }
 
-    // Who had it says that it does not, or has ended. `asked_by`: a connection that is answered when the bank has looked.
+    // Who had it says that it does not, or has ended. `asked_by`: a connection to answer when the bank has looked.
     void give_up(Grant &grant, std::uint64_t asked_by = 0) {
         grant.stage = Stage::kLeaving;
         watch(grant, asked_by);
@@ -513,7 +518,7 @@ class Service : public Handler {
             Lease *lease = ledger_.lease(record.lease);
             if (lease == nullptr) {
                 lease = &ledger_.open(processes_.shared(process), record.lease);
-                if (process->fd() < 0) expire(lease->id);
+                if (process->fd() < 0) expire(*lease);
             }
             ledger_.add(*lease, *index, record.size, id).stage = Stage::kHeld;
             bytes += record.size;
