@@ -75,7 +75,34 @@ class Space:
             for extent in region.extents
             if extent.nbytes >= spec.frame_bytes
         ]
-        self.table = _round_robin(self.slabs, spec.pages)
+        self.table = self._first_table()
+        #: The first so many pages are never freed: canaries' own.
+        self.kept = 0
+
+    def _first_table(self) -> torch.Tensor:
+        return _round_robin(self.slabs, self.spec.pages)
+
+    def look_up(self, pages: torch.Tensor, *, claim: bool) -> torch.Tensor:
+        """Addresses of pages' frames: int64 (n,), on the CPU.
+
+        Args:
+            claim: pages that have no frame get one; else all have.
+        """
+        return self.table[pages]
+
+    def free(self, pages: torch.Tensor) -> None:
+        """Hear that pages hold nothing any more: int64 (n,), on the CPU, each once."""
+
+    def clear(self) -> None:
+        """Hear that no page holds anything any more, but for those that are kept."""
+
+
+def _space(spec: SpaceSpec, region: Region) -> Space:
+    if region.bank is None:
+        return Space(spec, region)
+    from sglang_xmem.bank_space import BankSpace
+
+    return BankSpace(spec, region)
 
 
 def _round_robin(slabs: Sequence[Slab], pages: int) -> torch.Tensor:
@@ -158,7 +185,7 @@ class Arena:
         allocation = placement.allocate([(spec.pages * spec.frame_bytes, spec.frame_bytes) for spec in spaces])
         self._regions += allocation.regions
         for spec, region in zip(spaces, allocation.regions, strict=True):
-            space = self.spaces[spec.name] = Space(spec, region)
+            space = self.spaces[spec.name] = _space(spec, region)
             self._slabs += space.slabs
             self._views += [(slab.address, self._view(slab, allocation.tier)) for slab in space.slabs]
         if self.device.type == "cuda":
@@ -237,15 +264,16 @@ class Arena:
         assert self.copier is not None, "begin() comes first"
         return self.copier.make_counters(num_parts)
 
-    def frames(self, wanted: Sequence[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
+    def frames(self, wanted: Sequence[tuple[str, torch.Tensor]], *, claim: bool = True) -> list[torch.Tensor]:
         """Look up frames, and bring their addresses to the device by one copy on the current stream.
 
         Args:
             wanted: for each vector, its space and its pages: int64 (n,), on the CPU.
+            claim: pages that have no frame get one, as a store wants it; else all have.
 
         Returns: int64 (n,) each, on the device.
         """
-        return self.upload([self.spaces[space].table[pages] for space, pages in wanted])
+        return self.upload([self.spaces[space].look_up(pages, claim=claim) for space, pages in wanted])
 
     def upload(self, found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Bring vectors of int64 from the CPU to the device by one copy on the current stream."""

@@ -89,6 +89,14 @@ FAMILIES = (
         ("checked", "mismatch", "skipped"),
     ),
     Family("storage", "storage_pages_total", "Pages that storage backends moved.", "operation", ("read", "write")),
+    Family(
+        "bank",
+        "bank_pages_total",
+        "Pages of the page bank: adopted as they lie, published, there already, or not published.",
+        "result",
+        ("adopted", "published", "duplicate", "private"),
+    ),
+    Family("bank_questions", "bank_questions_total", "Questions to the page bank.", "result", ("unanswered",)),
 )
 
 

@@ -167,6 +167,17 @@ class Placement:
             for c in plan.candidates
         ]
 
+    def share_as(self, identity: bytes | None, label: str) -> None:
+        """Let tiers know what the next allocations hold, so that they are shared with whoever holds the same.
+
+        Args:
+            identity: as MemoryTier.share_as's; None: they are shared with nobody.
+            label: for people.
+        """
+        if identity is not None:
+            for tier in self._tiers:
+                tier.share_as(identity, label)
+
     def first_tier(self) -> MemoryTier:
         """The tier to size automatic pools for: the first that is still there and has free capacity.
 
@@ -243,6 +254,12 @@ class Placement:
             policy = common([decide(tier.traits, tier.settings, region, tier.gpu) for region in regions])
             undo.pop_all()
         return Allocation(tier, tuple(regions), policy)
+
+    def skip_shared(self, error: Unavailable) -> None:
+        """Use no tier whose pages are shared."""
+        for tier in [tier for tier in self._tiers if tier.traits.shared]:
+            self._tiers.remove(tier)
+            self.skipped.append(_skipped(tier.name, error))
 
     def _skip(self, error: Unavailable) -> None:
         self.skipped.append(_skipped(self._tiers.pop(0).name, error))

@@ -43,6 +43,12 @@ class Session:
         self.pools: list[Any] = []
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
+        #: Looks up what pages depend on, for tiers that share them; its value is None where that cannot be said.
+        self.look_up_facts: Callable[[], dict[str, Any] | None] = lambda: None
+        #: What it said before the weights were loaded; None: pages are shared with nobody.
+        self.facts: dict[str, Any] | None = None
+        #: The model's name, for people.
+        self.label = ""
         #: Why the tier is set aside: nothing is stored in it or loaded from it. Empty while it serves.
         self.trouble = ""
         #: Comparisons of loads that belong to no batch, until somebody settles them.

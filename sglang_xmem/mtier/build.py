@@ -21,6 +21,8 @@ from sglang_xmem.cache import CacheError, cache_dir, is_own, read_own
 
 LIBRARY = "libmtier.so"
 DAEMON = "mtierd"
+#: What an engine does with frames of the page bank.
+PAGES = "libpages.so"
 NATIVE = Path(__file__).with_name("native")
 PREBUILT_VARIABLE = "SGLANG_XMEM_MTIER_DIR"
 #: Lies beside both: the digests of the sources that they were made of, and of each of them.
@@ -34,6 +36,7 @@ _SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 _TARGETS = (
     (LIBRARY, "libmtier.cpp", ("-shared", "-fPIC", "-fvisibility=hidden")),
     (DAEMON, "mtierd.cpp", ()),
+    (PAGES, "pages_client.cpp", ("-shared", "-fPIC", "-fvisibility=hidden")),
 )
 
 
@@ -44,7 +47,7 @@ class BuildError(RuntimeError):
 def built(
     *, testing: bool = False, sanitize: bool = False, announce: Callable[[str], None] = lambda words: None
 ) -> Path:
-    """Directory with LIBRARY and DAEMON: SGLANG_XMEM_MTIER_DIR, or compiled now if the cache has none of these sources.
+    """Directory with LIBRARY, DAEMON and PAGES: SGLANG_XMEM_MTIER_DIR, or compiled now if the cache has none.
 
     Args:
         testing: such as tests need; always compiled here.
@@ -85,7 +88,7 @@ def built(
 
 
 def build_into(directory: Path) -> None:
-    """Put LIBRARY, DAEMON and STAMP into `directory`, each in one step as other processes see it.
+    """Put LIBRARY, DAEMON, PAGES and STAMP into `directory`, each in one step as other processes see it.
 
     Raises:
         BuildError: as `built`, or `directory` cannot be written.
@@ -93,7 +96,7 @@ def build_into(directory: Path) -> None:
     source = built()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (LIBRARY, DAEMON, STAMP):
+        for name in (LIBRARY, DAEMON, PAGES, STAMP):
             with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}-", delete=False) as file:
                 file.write((source / name).read_bytes())
             os.chmod(file.name, 0o755)
@@ -127,13 +130,13 @@ def _sources() -> str:
 
 def _stamp(directory: Path) -> str | None:
     """What STAMP of a whole build in `directory` says; None where a file is missing or others can write to it."""
-    contents = [read_own(directory / name) for name in (LIBRARY, DAEMON)]
+    contents = [read_own(directory / name) for name in (LIBRARY, DAEMON, PAGES)]
     digests = [hashlib.sha256(content).hexdigest() for content in contents if content is not None]
     return " ".join([_sources(), *digests]) if len(digests) == len(contents) else None
 
 
 def _write_stamp(directory: Path) -> None:
-    for name in (LIBRARY, DAEMON):
+    for name in (LIBRARY, DAEMON, PAGES):
         (directory / name).chmod(0o755)  # the umask may have given others more
     (directory / STAMP).write_text(_stamp(directory) or "")
     (directory / STAMP).chmod(0o644)

@@ -61,6 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--granularity", type=int, default=2, metavar="MiB", help="allocations are whole multiples; default: 2"
     )
+    parser.add_argument("--flush", action="store_true", help="make the page bank of a running service forget all pages")
+    parser.add_argument(
+        "--share",
+        type=int,
+        default=100,
+        metavar="PERCENT",
+        help="most of a host bank that pages of one model get where its engines ask for less; lower it where several "
+        "models share a bank; default: 100",
+    )
     parser.add_argument(
         "--rest-after",
         type=float,
@@ -87,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and not args.status:
         raise ConfigError("--json goes with --status. Give both, or leave it out.")
     where = ["--socket", args.socket] if args.socket else []
-    arguments = [] if args.status else service_arguments(args)
+    arguments = [] if args.status or args.flush else service_arguments(args)
     try:
         directory = built(announce=lambda words: print(f"sglang-xmem: {words}", file=sys.stderr, flush=True))
     except BuildError as error:
@@ -96,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     program = str(directory / DAEMON)
     if args.status:
         return _show_status([program, "--status", *where], as_json=args.json)
+    if args.flush:
+        return os.execv(program, [program, "--flush", *where])
     return os.execv(program, [program, *arguments, *where, "--library", str(directory / LIBRARY)])
 
 
@@ -122,7 +133,28 @@ def status_text(status: Mapping[str, Any]) -> str:
         state = "ended, its memory is in use" if client["ended"] else state
         clients.append((name, f"{client['bytes'] / 1e9:.2f}", str(client["allocations"]), state))
     tables = [_table(banks), _table(clients) if len(clients) > 1 else "no client holds memory"]
+    spaces = status.get("spaces", ())
+    if spaces:
+        tables.append(_table([_SPACE_TITLES, *map(_space_row, spaces)]))
+        sessions = [_session_row(space, session) for space in spaces for session in space["sessions"]]
+        tables.append(_table([_SESSION_TITLES, *sessions]) if sessions else "no engine uses the page bank")
     return "\n\n".join([f"mtierd, process {status['pid']}, quota per process: {quota}", *tables])
+
+
+#: Columns about the page bank. GB are of frames: all, held by several engines, held by none, and empty.
+_SPACE_TITLES = ("pages of", "GB", "shared", "cached", "free", "pages", "published", "there already", "found")
+_SESSION_TITLES = ("engine", "process", "promised GB", "held", "published pages", "state")
+
+
+def _space_row(space: Mapping[str, Any]) -> Sequence[str]:
+    sizes = (f"{space[key] * space['frame_bytes'] / 1e9:.2f}" for key in ("frames", "shared", "cached", "free"))
+    return (space["label"], *sizes, *(str(space[key]) for key in ("pages", "published", "had", "found")))
+
+
+def _session_row(space: Mapping[str, Any], session: Mapping[str, Any]) -> Sequence[str]:
+    promised, held = (f"{session[key] * space['frame_bytes'] / 1e9:.2f}" for key in ("frames", "held"))
+    state = "connected" if session["connected"] else "away"
+    return (space["label"], str(session["pid"]), promised, held, str(session["published"]), state)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -158,6 +190,8 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--granularity is {args.granularity}. Give a power of two from 1 to 1024 (MiB).")
     if not 0 <= args.rest_after <= 3600:
         raise ConfigError(f"--rest-after is {args.rest_after:g}. Give 0 to 3600 seconds.")
+    if not 1 <= args.share <= 100:
+        raise ConfigError(f"--share is {args.share}. Give percent of a bank, 1 to 100.")
     named = [bank.gpu for bank in banks if bank.gpu is not None]
     arguments: list[str] = []
     for bank in banks:
@@ -173,7 +207,7 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
             )
         arguments += ["--bank", f"{place}:{nbytes}"]
     arguments += ["--quota", str(int(args.quota * 1e9)), "--granularity", str(args.granularity << 20)]
-    arguments += ["--rest-after", str(int(args.rest_after * 1e3))]
+    arguments += ["--share", str(args.share), "--rest-after", str(int(args.rest_after * 1e3))]
     if args.metrics is not None:
         arguments += ["--metrics", str(args.metrics)]
     return [*arguments, "--allow-reset"] if args.allow_reset else arguments

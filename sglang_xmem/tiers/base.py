@@ -12,11 +12,14 @@ import logging
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
 from sglang_xmem.errors import LOWER_SIZE, Unavailable
+
+if TYPE_CHECKING:
+    from sglang_xmem.bank import BankSession
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,8 @@ class Region:
         owner: for each extent an object with the buffer protocol over its bytes: whoever views host memory through it
             keeps it mapped, past `release` if need be. None where nothing could: memory that the CPU does not address,
             or that goes with `release`.
+        bank: hands the region's granules out one by one, and knows which of them hold pages of other processes. None:
+            all of them are this allocation's alone.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Region:
         gpus: tuple[int, ...] = (),
         reachable_from: tuple[int, ...] = (),
         owner: tuple[Any, ...] | None = None,
+        bank: BankSession | None = None,
     ) -> None:
         assert owner is None or len(owner) == len(extents)
         self.extents = tuple(extents)
@@ -106,6 +112,7 @@ class Region:
         self.gpus = gpus
         self.reachable_from = reachable_from
         self.owner = owner
+        self.bank = bank
         self._release: Callable[[], None] | None = release
 
     @property
@@ -179,6 +186,14 @@ class MemoryTier(ABC):
 
         Raises:
             Unavailable: as `capacity_bytes`.
+        """
+
+    def share_as(self, identity: bytes, label: str) -> None:  # noqa: B027  most tiers share nothing
+        """Hear what the next allocations are to hold; for a tier whose memory is shared by those that hold the same.
+
+        Args:
+            identity: 32 bytes, equal for pages that are equal.
+            label: for people.
         """
 
     def allocate(self, nbytes: int, granule: int = 1) -> Region:

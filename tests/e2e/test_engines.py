@@ -192,6 +192,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     # name: arguments, what the message has to say
     "without HiCache": ([], ["--hicache-use-xmem", "--enable-hierarchical-cache"]),
     "peer without a GPU": (["--hicache-xmem-tier", "peer"], ["--hicache-xmem-tier", "peer", "GPU"]),
+    "bank without a service": (["--hicache-xmem-tier", "bank"], ["--hicache-xmem-tier", "bank", "sglang-xmem mtierd"]),
     "unknown tier": (["--hicache-xmem-tier", "floppy"], ["--hicache-xmem-tier", "floppy", "dram"]),
     "unknown key": (["--hicache-xmem-config", '{"drum": {}}'], ["--hicache-xmem-config", "drum", "dram"]),
     "bad JSON": (["--hicache-xmem-config", '{"dram": '], ["--hicache-xmem-config", "JSON"]),

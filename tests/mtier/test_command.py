@@ -37,7 +37,7 @@ def test_banks_of_hosts_and_gpus() -> None:
     words = arguments("--bank", "host:512MiB", "--bank", "gpu:3", "--bank", "gpu:2:0.5GB", "--quota", "1")
     assert words == [
         *("--bank", f"host:{512 * MIB}", "--bank", f"gpu:3:{2 * GIB}", "--bank", "gpu:2:500000000"),
-        *("--quota", "1000000000", "--granularity", str(2 * MIB), "--rest-after", "5000"),
+        *("--quota", "1000000000", "--granularity", str(2 * MIB), "--share", "100", "--rest-after", "5000"),
     ]
     assert arguments("--rest-after", "0.25")[-2:] == ["--rest-after", "250"]
     with pytest.raises(ValueError, match=r"--rest-after is 4000. Give 0 to 3600 seconds\.$"):
@@ -145,7 +145,7 @@ def quick_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path
 
     def compile_(compiler: str, directory: Path, more: object) -> None:
         calls.append(directory)
-        for name in (builder.LIBRARY, builder.DAEMON):
+        for name, _, _ in builder._TARGETS:
             (directory / name).write_text("compiled")
 
     monkeypatch.setenv("SGLANG_XMEM_CACHE_DIR", str(tmp_path / "cache"))

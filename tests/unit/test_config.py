@@ -23,7 +23,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_have_every_tier() -> None:
     options = parse_options("auto", None)
-    assert set(options.tiers) == {"mtier", "peer", "dram", "dax"}
+    assert set(options.tiers) == {"mtier", "peer", "bank", "dram", "dax"}
     assert options.copy.kernel == "auto"
     assert options.tiers["peer"].gpus is None
     assert options == parse_options() == parse_options(None, "")
@@ -124,8 +124,11 @@ OPTION = "--hicache-xmem-config"
     ("config", "sentence"),
     [
         ("[1]", f"{OPTION} is [1]. Give a JSON object with a key a tier."),
-        ('{"peers": {}}', f'{OPTION} has an unknown key "peers". Known keys: mtier, peer, dram, dax, copy, integrity.'),
-        ({1: {}}, f"{OPTION} has an unknown key 1. Known keys: mtier, peer, dram, dax, copy, integrity."),
+        (
+            '{"peers": {}}',
+            f'{OPTION} has an unknown key "peers". Known keys: mtier, peer, bank, dram, dax, copy, integrity.',
+        ),
+        ({1: {}}, f"{OPTION} has an unknown key 1. Known keys: mtier, peer, bank, dram, dax, copy, integrity."),
         ('{"peer": 1}', f"{OPTION} 'peer' is 1. Give a JSON object."),
         ('{"peer": null}', f"{OPTION} 'peer' is null. Give a JSON object."),
         ('{"mtier": {"bank": 1}}', f"{OPTION} has an unknown key \"bank\" in 'mtier'. Known keys: banks."),
@@ -180,7 +183,9 @@ def test_what_is_no_json_is_one_sentence(text: str) -> None:
 
 @pytest.mark.parametrize("tier", ["bogus", "", 5])
 def test_an_unknown_tier_is_refused_with_those_there_are(tier: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^--hicache-xmem-tier is .*\. Give one of auto, mtier, peer, dram, dax\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^--hicache-xmem-tier is .*\. Give one of auto, mtier, peer, bank, dram, dax\.$"
+    ):
         parse_options(tier)
 
 

@@ -436,7 +436,7 @@ def test_verdict(
     verdict = found["tiers"]
     assert status == (0 if taken else 1)
     assert verdict["takes"] == taken
-    assert [line["tier"] for line in verdict["found"]] == ["mtier", "peer", "dram"]
+    assert [line["tier"] for line in verdict["found"]] == ["mtier", "peer", "bank", "dram"]
     assert two.cuda.calls == [], "--no-bandwidth touches no GPU"
 
     def planned() -> Any:
@@ -462,7 +462,7 @@ def test_words_of_the_verdict(two: GpuMachine, capsys: pytest.CaptureFixture[str
 
     assert last_line("--hicache-size", "200") == (
         "auto uses dram for --hicache-size 200: the only tier that can hold it, 489.26 GB free for each rank; skipped: "
-        "mtier, peer (reasons above)."
+        "mtier, peer, bank (reasons above)."
     )
     assert last_line().startswith("auto uses peer: the fastest tier that can hold it, 98.93 GB free for each rank;")
     assert last_line("--hicache-size", "999") == "auto finds no tier for --hicache-size 999: see the reasons above."
@@ -486,7 +486,7 @@ def test_ranks_follow_the_servers_flags(two: GpuMachine, capsys: pytest.CaptureF
         (["--tp-size", "0"], "--tp-size is 0"),
         (["--hicache-size", "-1"], "--hicache-size is -1"),
         (["--hicache-size", "nan"], "--hicache-size is nan"),
-        (["--hicache-xmem-tier", "nvme"], "is 'nvme'. Give one of auto, mtier, peer, dram, dax"),
+        (["--hicache-xmem-tier", "nvme"], "is 'nvme'. Give one of auto, mtier, peer, bank, dram, dax"),
         (["--hicache-xmem-config", "{"], "is not JSON"),
         (["--hicache-xmem-config", '{"peer": {"gpus": [5]}}'], "names GPU 5"),
     ],
@@ -556,7 +556,7 @@ def test_an_sdk_that_hangs_is_a_line(cpu_machine: None, monkeypatch: pytest.Monk
     assert verdict["stuck"] == ["mtier"]
     assert verdict["found"][0]["reason"] == "it did not answer within 6 s"
     assert "needs GPUs" in verdict["found"][1]["reason"]
-    assert verdict["found"][2]["tier"] == "dram"
+    assert [line["tier"] for line in verdict["found"][2:]] == ["bank", "dram"]
     assert "A server asks mtier too" in str(screen.verdict(verdict))
 
 
@@ -584,6 +584,7 @@ def test_an_error_of_another_kind_is_a_line_and_the_next_tier_is_asked(monkeypat
         lines: dict[str, dict[str, Any]] = {
             "banks": {"banks": []},
             "mtier": {"tier": "mtier", "room_bytes": 5, "reason": None},
+            "bank": {"tier": "bank", "room_bytes": 5, "reason": None},
             "dram": {"tier": "dram", "room_bytes": 6, "reason": None},
         }
         answered: list[dict[str, Any]] = []
@@ -596,8 +597,8 @@ def test_an_error_of_another_kind_is_a_line_and_the_next_tier_is_asked(monkeypat
     monkeypatch.setattr(tiers, "run_task", run_task)
     verdict, banks = tiers.verdict("auto", None, [None], 1)
     assert banks == {"banks": []}
-    assert asked == [["banks", "mtier", "peer", "dram"], ["dram"]]
-    assert [line["reason"] for line in verdict["found"]] == [None, "RuntimeError: no cgroup", None]
+    assert asked == [["banks", "mtier", "peer", "bank", "dram"], ["bank", "dram"]]
+    assert [line["reason"] for line in verdict["found"]] == [None, "RuntimeError: no cgroup", None, None]
     assert (verdict["takes"], verdict["stuck"]) == ("mtier", ["peer"])
 
 

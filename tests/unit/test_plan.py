@@ -69,7 +69,7 @@ def tier_of(where: Placement, *wanted: tuple[int, int]) -> MemoryTier:
 
 
 def test_every_tier_file_is_found_fastest_first() -> None:
-    assert list(tier_classes()) == ["mtier", "peer", "dram", "dax"]
+    assert list(tier_classes()) == ["mtier", "peer", "bank", "dram", "dax"]
 
 
 def test_auto_takes_the_fastest() -> None:

@@ -69,7 +69,8 @@ def add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
         "--hicache-xmem-tier",
         default=None,
         metavar="{" + ",".join([AUTO, *tier_classes()]) + "}",
-        help="Which memory: mtier is X-Mem's banks, peer is HBM of other GPUs, dram is NUMA-placed pinned host memory, "
+        help="Which memory: mtier is X-Mem's banks, peer is HBM of other GPUs, bank is host memory that engines share, "
+        "dram is NUMA-placed pinned host memory, "
         "dax is a CXL device; auto (default) uses the fastest that this machine has and that can hold the pool. "
         "Environment: SGLANG_XMEM_TIER.",
     )

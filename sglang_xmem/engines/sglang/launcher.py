@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,6 +29,9 @@ FLAT_BACKENDS = ("file",)
 #: Storage backends that take addresses of host memory.
 ADDRESS_BACKENDS = ("mooncake", "nixl", "hf3fs")
 BACKENDS = (*FLAT_BACKENDS, "dynamic", *ADDRESS_BACKENDS)
+
+#: The tier that is a storage backend too.
+BANK = "bank"
 
 #: Whether the engine that this process is starting has the flag on.
 _launching_with_tier = False
@@ -86,28 +90,72 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
     pool_bytes = int(cfg.hicache_size * 1e9) or None
     plan = make_plan(options, Ranks(gpus=gpus), pool_bytes, launcher_host_budget(len(gpus)))
     backend = cfg.hicache_storage_backend
+    plan = fit_bank(plan, cfg)
     if needs_addresses(backend, cfg.hicache_storage_backend_extra_config):
         plan = _with_addresses(plan, f"--hicache-storage-backend {backend}")
     return plan
 
 
 def _with_addresses(plan: Plan, option: str) -> Plan:
-    """A plan without the tiers whose memory the CPU does not address.
+    """A plan without tiers that the CPU does not address, which `option` needs.
 
     Raises:
         ConfigError: none is left.
     """
     classes = tier_classes()
-    kept = tuple(c for c in plan.candidates if classes[c.tier].traits.cpu_addressable)
-    if not kept:
-        names = ", ".join(c.tier for c in plan.candidates)
-        raise ConfigError(
-            f"{option} needs memory that the CPU can address, and tier {names} is GPU memory. Use --hicache-xmem-tier "
-            "dram, or --hicache-storage-backend file."
+    names = ", ".join(candidate.tier for candidate in plan.candidates)
+    return _without(
+        plan,
+        lambda tier: not classes[tier].traits.cpu_addressable,
+        f"{option} needs memory that the CPU can address, and tier {names} is GPU memory. Use --hicache-xmem-tier "
+        "dram, or --hicache-storage-backend file.",
+        f"{option} cannot address it",
+    )
+
+
+def fit_bank(plan: Plan, cfg: Any) -> Plan:
+    """A plan without tier bank, where SGLang's settings do not go with it.
+
+    Raises:
+        ConfigError: no other tier is left.
+    """
+    for reason, fix in _unfit_for_bank(cfg):
+        plan = _without(plan, lambda tier: tier == BANK, f"Tier bank cannot serve: {reason}. {fix}.", reason)
+    return plan
+
+
+def _unfit_for_bank(cfg: Any) -> Iterator[tuple[str, str]]:
+    """(a clause, what to do) for each setting of SGLang that tier bank does not work with."""
+    other = "use --hicache-xmem-tier dram"
+    if cfg.hicache_storage_backend is not None:
+        yield (
+            f"it is a storage backend, and so is --hicache-storage-backend {cfg.hicache_storage_backend}",
+            f"Leave it out, or {other}",
         )
+    if not cfg.enable_hierarchical_cache:
+        yield "nothing is cached without --enable-hierarchical-cache", f"Add that flag, or {other}"
+    if not versions.current().bank_hooks:
+        newest = next(iter(versions.known()))
+        yield f"it was made for SGLang {newest}", f"Run pip install sglang=={newest}, or {other}"
+
+
+def _without(plan: Plan, unfit: Callable[[str], bool], problem: str, reason: str) -> Plan:
+    """A plan without tiers that do not fit SGLang's settings.
+
+    Args:
+        unfit: whether a tier of that name is left out.
+        problem: the error where no tier is left.
+        reason: a clause, for each that is left out.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    kept = tuple(c for c in plan.candidates if not unfit(c.tier))
+    if not kept:
+        raise ConfigError(problem)
     if len(kept) == len(plan.candidates):
         return plan
-    gone = tuple(Skipped(c.tier, f"{option} cannot address it", ()) for c in plan.candidates if c not in kept)
+    gone = tuple(Skipped(c.tier, reason, ()) for c in plan.candidates if c not in kept)
     return msgspec.structs.replace(plan, candidates=kept, skipped=plan.skipped + gone)
 
 

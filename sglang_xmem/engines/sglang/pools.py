@@ -21,7 +21,7 @@ from sglang_xmem.arena import Arena, SpaceSpec, bytes_at
 from sglang_xmem.canary import Perch
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
-from sglang_xmem.engines.sglang import storage
+from sglang_xmem.engines.sglang import sharing, storage
 from sglang_xmem.engines.sglang.geometry import (
     KV,
     MAMBA,
@@ -34,7 +34,7 @@ from sglang_xmem.engines.sglang.geometry import (
     space_of,
 )
 from sglang_xmem.engines.sglang.transfer import ADOPTED
-from sglang_xmem.errors import ConfigError, CopyError, refuse, sentence
+from sglang_xmem.errors import ConfigError, CopyError, Remedy, Unavailable, refuse, sentence
 
 if TYPE_CHECKING:
     from sglang_xmem.session import Session
@@ -176,6 +176,15 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
                 space = space_of(name)
                 pages[space] = max(pages.get(space, 0), -(-int(pool.size) // description.slots))
         device = next(d.device for _, _, d in described if d is not None)
+        if len(frames) > 1:
+            active.placement.skip_shared(
+                Unavailable("it has no place for models with several index spaces", Remedy("use_tier", value="dram"))
+            )
+        elif sharing.is_settled(active):
+            assert active.facts is not None
+            replicated = sharing.is_replicated(group.anchor_entry.device_pool)
+            identity = sharing.identity(active.facts, placed, [*described, *later], replicated)
+            active.placement.share_as(identity, active.label)
         arena = Arena(
             active.placement,
             [SpaceSpec(space, pages[space], nbytes) for space, nbytes in frames.items()],
@@ -187,7 +196,8 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
         refuse(_sentence(error))
     active.arenas.append(arena)
     for name, pool, description in described:
-        _attach(active, arena, pool, description, placed.get(name, Section(space_of(name), 0, 0)))
+        section = placed.get(name, Section(space_of(name), 0, 0))
+        _attach(active, arena, pool, description, section, group.anchor_entry.host_pool)
     try:
         arena.begin(_all_planes(active, arena))
     except CopyError as error:
@@ -209,6 +219,8 @@ def adopt_another(active: Session, entry: Any) -> None:
             section = placed[name]
             if section.space in arena.spaces:
                 raise Unsupported(f"pool {name} joins the index space {section.space} after its frames were made")
+            if arena.tier.traits.shared:
+                raise Unsupported(f"pool {name} has an index space of its own, for which tier bank has no place")
             pages = -(-int(entry.host_pool.size) // description.slots)
             arena.extend(SpaceSpec(section.space, pages, frames[section.space]))
         _attach(active, arena, entry.host_pool, description, section)
@@ -237,7 +249,14 @@ def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
     _attach(active, active.arenas[-1], pool, description, section)
 
 
-def _attach(active: Session, arena: Arena, pool: Any, description: Description | None, section: Section | None) -> None:
+def _attach(
+    active: Session,
+    arena: Arena,
+    pool: Any,
+    description: Description | None,
+    section: Section | None,
+    anchor: Any = None,
+) -> None:
     view = AdoptedPool(
         pool, len(active.pools) + 1, arena, description, section or Section(space="", offset=0, nbytes=0)
     )
@@ -248,6 +267,8 @@ def _attach(active: Session, arena: Arena, pool: Any, description: Description |
     pool.prepare_transfer_indices = _as_they_are
     if description is not None:
         storage.attach(view)
+        if pool is anchor:
+            sharing.attach(view)
     if hasattr(pool, "alloc"):
         _forget_what_is_allocated(active, view)
 
@@ -291,6 +312,9 @@ def keep_pages(active: Session) -> list[Perch]:
         if not torch.equal(pool.alloc(count), torch.arange(count)):
             return []
         _keep_when_cleared(pool, count)
+    for view in views:
+        space = view.arena.spaces[view.section.space]
+        space.kept = max(space.kept, -(-indices // view.slots) if view.section.space != MAMBA else 1)
     return [
         Perch(
             type(view.pool).__name__,
@@ -349,7 +373,8 @@ def self_test(active: Session) -> None:
         arrays = [bytes_at(p.device_address + unit * p.device_stride, p.unit_bytes, arena.device) for p in planes]
         before = [array.clone() for array in arrays]
         slots = torch.tensor([unit * view.slots], dtype=torch.int64, device=arena.device)
-        (frames,) = arena.frames([(view.section.space, torch.zeros(1, dtype=torch.int64))])
+        page = torch.zeros(1, dtype=torch.int64)
+        (frames,) = arena.frames([(view.section.space, page)])
         program = arena.compile([Step(plane, 0, 0) for plane in planes], 1)
         random = [torch.randint(0, 256, array.shape, dtype=torch.uint8, device=array.device) for array in arrays]
         for array, data in zip(arrays, random, strict=True):
@@ -361,6 +386,7 @@ def self_test(active: Session) -> None:
         wrong = sum(not torch.equal(array, data) for array, data in zip(arrays, random, strict=True))
         for array, data in zip(arrays, before, strict=True):
             array.copy_(data)
+        arena.spaces[view.section.space].free(page)
         if wrong:
             raise CopyError(
                 f"{wrong} of {len(planes)} arrays of {type(view.pool).__name__} came back from tier {arena.tier.name} "

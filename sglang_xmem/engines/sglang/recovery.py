@@ -12,12 +12,13 @@ something must not decide for itself: it ends, and its supervisor starts the eng
 from __future__ import annotations
 
 import logging
+import os
 import time
 from http import HTTPStatus
 from typing import Any
 
 from sglang_xmem import session
-from sglang_xmem.engines.sglang import checks
+from sglang_xmem.engines.sglang import checks, sharing
 from sglang_xmem.engines.sglang.transfer import ADOPTED, CHECK
 from sglang_xmem.watch import end_rank
 
@@ -78,6 +79,7 @@ def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
         end_rank(f"{wrong}, so this rank ends and its supervisor can start it again. Test the memory of the tier.")
     logger.error("sglang_xmem: %s; all requests end with an error and the caches are emptied", wrong)
     active.set_aside(wrong)
+    _share_nothing_old()
     message = _APOLOGY.format(tiers=", ".join(active.tier_names()))
     reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE)
     # Those that wait end as well, for the caches are emptied under what they have fetched from storage.
@@ -90,6 +92,12 @@ def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
             req.discard_output_reason = reason
             req.skip_radix_cache_insert = True
     _doubted_since = time.monotonic()
+
+
+def _share_nothing_old() -> None:
+    """Find nothing in a page bank that lay there until now: a page that was found wrong may lie there too."""
+    for space in sharing.bank_spaces():
+        space.weights_changed(os.urandom(32))
 
 
 def plan_prefill(original: Any, self: Any, running_batch: Any) -> Any:
@@ -132,6 +140,7 @@ def load(original: Any, self: Any, host_indices: Any, *args: Any, **kwargs: Any)
         if not alone():
             end_rank(f"{wrong} pages in the tier are damaged, so this rank ends. Test the memory of the tier.")
         logger.error("sglang_xmem: %d pages in the tier are damaged; their request computes them", wrong)
+        _share_nothing_old()
         return None
     return original(self, host_indices, *args, **kwargs)
 

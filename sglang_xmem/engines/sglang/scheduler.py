@@ -7,9 +7,9 @@ import logging
 from typing import Any
 
 from sglang_xmem import gpus, session
-from sglang_xmem.engines.sglang import flags, launcher, pools, storage, versions
+from sglang_xmem.engines.sglang import flags, launcher, pools, sharing, storage, versions
 from sglang_xmem.engines.sglang.hooks import place
-from sglang_xmem.engines.sglang.launcher import INFO_KEY
+from sglang_xmem.engines.sglang.launcher import BANK, INFO_KEY
 from sglang_xmem.errors import ConfigError, CopyError, UnsupportedSGLang, refuse
 from sglang_xmem.plan import Placement, Plan
 from sglang_xmem.session import Session
@@ -42,6 +42,8 @@ def publish(result: Any, server_args: Any, *, role: str, hf_config: Any = None, 
     if role == "scheduler":
         _begin(plan, ranks)
         _settle_layout()
+        if plan.candidates[0].tier == BANK:
+            _settle_sharing(table, server_args, plan)
 
 
 def _begin(plan: Plan, ranks: Any) -> None:
@@ -78,6 +80,29 @@ def _settle_layout() -> None:
             f"--hicache-mem-layout {given[0]} and --hicache-io-backend {given[1]} have no effect: the tier keeps a "
             "page's bytes side by side and copies them itself"
         )
+
+
+def _settle_sharing(table: versions.VersionTable, server_args: Any, plan: Plan) -> None:
+    """Let SGLang ask the page bank as its storage backend; the launcher has seen that there is no other."""
+    import json
+
+    from sglang.srt.runtime_context import get_context
+
+    from sglang_xmem.engines.sglang.bank_storage import EXTRA_CONFIG
+
+    try:
+        place(table.bank_hooks)
+    except UnsupportedSGLang as error:
+        refuse(str(error))
+    get_context().override(
+        "sglang_xmem",
+        hicache_storage_backend="dynamic",
+        hicache_storage_backend_extra_config=json.dumps(EXTRA_CONFIG),
+    )
+    active = session.current()
+    active.label = str(server_args.served_model_name or server_args.model_path)
+    active.look_up_facts = functools.partial(sharing.facts, server_args, plan.options.tiers[BANK].tag)
+    active.facts = active.look_up_facts()
 
 
 def prepare_staging(original: Any, **kwargs: Any) -> None:

@@ -93,7 +93,7 @@ def _load(
     counters = None
     if moves:
         arena = adopted(moves[0]).arena
-        vectors = _vectors(arena, moves)
+        vectors = _vectors(arena, moves, claim=False)
         pages = vectors.pages
         counters = _counters_of(event, arena, num_parts)
         key = ("load", num_parts, *_identity(moves))
@@ -150,7 +150,7 @@ def _store(moves: Sequence[Any]) -> None:
     prepared = arena.programs.get(key)
     if prepared is None:
         prepared = arena.programs[key] = Prepared.of(arena, moves, _store_steps(moves), 1)
-    vectors = _vectors(arena, moves)
+    vectors = _vectors(arena, moves, claim=True)
     pages = vectors.pages
     try:
         arena.store(prepared.program, pages)
@@ -246,7 +246,7 @@ def _make_counters(event: Any, arena: Any, num_layers: int) -> Any:
     return made
 
 
-def _vectors(arena: Any, moves: Sequence[Any]) -> Vectors:
+def _vectors(arena: Any, moves: Sequence[Any], *, claim: bool) -> Vectors:
     """One vector per pool; pools that ride on another's numbers share the tensor of its frames' addresses."""
     wanted: list[tuple[str, torch.Tensor]] = []
     known: dict[tuple[int, str, int], int] = {}
@@ -261,7 +261,7 @@ def _vectors(arena: Any, moves: Sequence[Any]) -> Vectors:
             wanted.append((pool.section.space, _on_cpu(host)[:: pool.slots] // pool.slots))
         numbers.append(number)
         slots.append(device[:: pool.slots])
-    frames = arena.frames(wanted)
+    frames = arena.frames(wanted, claim=claim)
     pages = [Pages(frames[number], slot) for number, slot in zip(numbers, slots, strict=True)]
     return Vectors(pages, [wanted[number][1] for number in numbers])
 

@@ -18,6 +18,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "log.h"
@@ -52,7 +53,8 @@ class Handler {
   public:
     virtual ~Handler() = default;
     // Nothing where the answer comes later, by Connections::answer().
-    virtual std::optional<Answer> handle(const Peer &peer, const Request &request) = 0;
+    // `behind`: what stood behind the request; empty below kFirstPagesOp.
+    virtual std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) = 0;
     // The kernel does not let the service send a descriptor now. What to answer in its place, without one.
     virtual Answer not_sent(const Peer &peer, const Reply &reply, const std::string &why) = 0;
     // Whether a connection is to stay though nothing is asked on it.
@@ -228,7 +230,7 @@ class Connections {
             return;
         }
         connection.granted = false;
-        alignas(Request) char buffer[256];
+        alignas(Request) char buffer[kMaxRequestBytes];
         iovec part{buffer, sizeof(buffer)};
         msghdr message{};  // without space for descriptors: the kernel closes any that a client sends
         message.msg_iov = &part;
@@ -247,7 +249,9 @@ class Connections {
         request = {};
         std::memcpy(&request, buffer, std::min(got, sizeof(request)));
         std::optional<Answer> answer;
-        if (truncated || got != sizeof(request) || request.magic != kMagic || request.reserved != 0) {
+        std::string_view behind(buffer + sizeof(request), got < sizeof(request) ? 0 : got - sizeof(request));
+        if (truncated || got < sizeof(request) || (!behind.empty() && request.op < kFirstPagesOp) ||
+            request.magic != kMagic || request.reserved != 0) {
             answer = Answer::error(kInvalidArgument, "the message is not a request of mtierd's protocol");
         } else if (request.version != kVersion) {
             answer = Answer::error(kServerError, "the message is of another protocol version; build libmtier.so and "
@@ -255,7 +259,7 @@ class Connections {
         } else {
             try {
                 connection.busy = true;
-                answer = handler_.handle(connection.peer, request);
+                answer = handler_.handle(connection.peer, request, behind);
             } catch (const std::bad_alloc &) {
                 answer = Answer::error(kServerError, "the service is out of memory of its own");
             }

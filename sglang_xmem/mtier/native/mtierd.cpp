@@ -17,6 +17,7 @@
 #include "metrics.h"
 #include "notify.h"
 #include "options.h"
+#include "pages_service.h"
 #include "service.h"
 
 namespace {
@@ -32,11 +33,12 @@ int complain(const std::string &sentence, int status = kFailed) {
     return status;
 }
 
-int show_status(const std::string &path) {
+// Asks a running service for one thing, and prints the text of its answer if there is one.
+int ask(const std::string &path, std::uint16_t op) {
     Channel channel;
     Deadline deadline(kStatusTimeoutMs);
     Request request{};
-    request.op = static_cast<std::uint16_t>(Op::kReport);
+    request.op = op;
     Reply reply;
     std::string text;
     int fd = -1;
@@ -44,9 +46,61 @@ int show_status(const std::string &path) {
     if (code == kSuccess) code = channel.exchange(request, deadline, &reply, &text, &fd);
     if (fd >= 0) ::close(fd);
     if (code != kSuccess) return complain(text);
-    std::printf("%s\n", text.c_str());
+    if (!text.empty()) std::printf("%s\n", text.c_str());
     return 0;
 }
+
+// Slabs of the page bank in the account of a bank of host memory, which grants to clients too.
+class SlabsOfBank : public pages::SlabSource {
+  public:
+    SlabsOfBank(Service &service, std::size_t bank) : service_(service), bank_(bank) {}
+    std::uint64_t total() const override { return service_.bank(bank_).total(); }
+    std::uint64_t available() const override { return service_.available(bank_); }
+    std::uint64_t granularity() const override { return service_.bank(bank_).granularity(); }
+    void take(std::uint64_t bytes) override { service_.set_aside(bank_, bytes); }
+    void give_back(std::uint64_t bytes) override { service_.give_back(bank_, bytes); }
+
+  private:
+    Service &service_;
+    const std::size_t bank_;
+};
+
+std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(Service &service) {
+    std::vector<std::unique_ptr<pages::SlabSource>> sources;
+    for (std::size_t i = 0; i < service.banks(); ++i) {
+        if (service.bank(i).kind() != MemoryKind::kHostFile) continue;
+        sources.push_back(std::make_unique<SlabsOfBank>(service, i));
+    }
+    return sources;
+}
+
+// Grants and pages over the same connections.
+class Both : public Handler {
+  public:
+    Both(Service &service, pages::PageService &pages) : service_(service), pages_(pages) {}
+
+    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) override {
+        if (request.op >= kFirstPagesOp) return pages_.handle(peer, request, behind);
+        std::optional<Answer> answer = service_.handle(peer, request, behind);
+        if (answer && request.op == static_cast<std::uint16_t>(Op::kReport)) {
+            answer->text.back() = ',';
+            answer->text += " " + pages_.json() + "}";
+        }
+        return answer;
+    }
+    Answer not_sent(const Peer &peer, const Reply &reply, const std::string &why) override {
+        return reply.op >= kFirstPagesOp ? pages_.not_sent(peer, reply, why) : service_.not_sent(peer, reply, why);
+    }
+    bool keeps(const Peer &peer) override { return service_.keeps(peer) || pages_.keeps(peer); }
+    void closed(const Peer &peer) override {
+        pages_.closed(peer);
+        service_.closed(peer);
+    }
+
+  private:
+    Service &service_;
+    pages::PageService &pages_;
+};
 
 // SIGTERM and SIGINT end the loop; nothing else may end the process. Blocked before the first thread and the socket are
 // there, so that none can be hit and leave the socket behind.
@@ -121,7 +175,10 @@ int serve(const Options &options) {
     }
     bool in_time = true;
     {
-        Connections connections(loop, log, processes, service);
+        pages::PageService pages(processes, slab_sources(service), static_cast<unsigned>(options.share),
+                                 [&log](const std::string &words) { log.line("%s", words.c_str()); });
+        Both both(service, pages);
+        Connections connections(loop, log, processes, both);
         service.answer_over(connections);
         connections.listen(listener.fd());
         loop.watch(signals, POLLIN, [&](short) {
@@ -155,7 +212,8 @@ int run(int argc, char **argv) {
     Options options;
     if (auto wrong = parse(argc, argv, &options)) return complain(*wrong, kWrongOptions);
     if (options.socket.empty()) options.socket = socket_path();
-    if (options.status) return show_status(options.socket);
+    if (options.status) return ask(options.socket, static_cast<std::uint16_t>(Op::kReport));
+    if (options.flush) return ask(options.socket, static_cast<std::uint16_t>(pages::PagesOp::kForget));
     if (options.banks.empty()) return complain("there is no bank to serve; give --bank host:BYTES", kWrongOptions);
     return serve(options);
 }

@@ -26,7 +26,9 @@ struct Options {
     std::uint64_t rest_after_ms = 5000;
     std::optional<std::uint16_t> metrics;  // a port
     bool allow_reset = false;
+    std::uint64_t share = 100;  // percent of a host bank
     bool status = false;
+    bool flush = false;
 };
 
 inline bool parse_number(const std::string &text, std::uint64_t *value) {
@@ -68,6 +70,11 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
             return name + " is " + value + "; give milliseconds, at most an hour";
         }
         options->rest_after_ms = number;
+    } else if (name == "--share") {
+        if (!is_number || number < 1 || number > 100) {
+            return name + " is " + value + "; give percent of a bank, 1 to 100";
+        }
+        options->share = number;
     } else if (name == "--metrics") {
         if (!is_number || number > UINT16_MAX) return name + " is " + value + "; give a port, or 0 for any";
         options->metrics = static_cast<std::uint16_t>(number);
@@ -77,7 +84,7 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
     } else {
         return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
                "--socket PATH, --quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --metrics PORT, "
-               "--library PATH, --allow-reset, --status";
+               "--library PATH, --share PERCENT, --allow-reset, --status, --flush";
     }
     return std::nullopt;
 }
@@ -88,6 +95,8 @@ inline std::optional<std::string> parse(int argc, char **argv, Options *options)
         std::string name = argv[i];
         if (name == "--status") {
             options->status = true;
+        } else if (name == "--flush") {
+            options->flush = true;
         } else if (name == "--allow-reset") {
             options->allow_reset = true;
         } else {

@@ -1,6 +1,7 @@
 // What libmtier.so and mtierd say to each other: one request and one reply a message over a SOCK_SEQPACKET Unix socket.
 // Both ends run on one machine and are built together, so the structures go over as they lie in memory. A message is a
-// whole structure or it is refused; nothing has to be put together from parts.
+// whole structure (or one with a whole number of others behind it, see pages_protocol.h) or it is refused; nothing has
+// to be put together from parts.
 //
 // A client's allocations belong to its lease, and a lease to a process. A client that has lost its connection says
 // kHello with its lease's number on a new one and has its allocations again, also of a service that was started anew.
@@ -32,6 +33,10 @@ enum class Op : std::uint16_t {
     kReport = 8,
     kKeep = 9,
 };
+
+// What is asked with this and above is in pages_protocol.h, and has more behind the request.
+constexpr std::uint16_t kFirstPagesOp = 32;
+constexpr std::size_t kMaxRequestBytes = 16 << 10;
 
 // The C interface's return codes; replies carry them too.
 enum Code : std::int32_t {

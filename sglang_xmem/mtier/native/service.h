@@ -10,6 +10,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -42,7 +43,8 @@ class Service : public Handler {
           rules_(rules),
           mailbox_(loop),
           ledger_(banks.size()),
-          counts_(banks.size()) {
+          counts_(banks.size()),
+          set_aside_(banks.size()) {
         for (auto &bank : banks) {
             log_.line("bank %zu: %s, %s in granules of %" PRIu64 " KiB", banks_.size(), bank->describe().c_str(),
                       amount(bank->total()).c_str(), bank->granularity() >> 10);
@@ -60,12 +62,22 @@ class Service : public Handler {
     // Where connections are, for answers that come later.
     void answer_over(Connections &connections) { connections_ = &connections; }
 
+    // Takes bytes of a bank of host memory for the page bank, which makes and keeps the memory itself.
+    void set_aside(std::size_t index, std::uint64_t bytes) { set_aside_[index] += bytes; }
+    void give_back(std::size_t index, std::uint64_t bytes) { set_aside_[index] -= bytes; }
+    std::size_t banks() const { return banks_.size(); }
+    const Bank &bank(std::size_t index) const { return banks_[index]->bank(); }
+    std::uint64_t available(std::size_t index) const {
+        std::uint64_t used = ledger_.of_bank(index).bytes + set_aside_[index], total = bank(index).total();
+        return total - std::min(total, used);  // an earlier service may have had a larger bank
+    }
+
     // Whether the banks have done what was asked of them, within a time each.
     bool idle_within(std::chrono::milliseconds time) {
         return std::all_of(banks_.begin(), banks_.end(), [&](auto &bank) { return bank->idle_within(time); });
     }
 
-    std::optional<Answer> handle(const Peer &peer, const Request &request) override {
+    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view) override {
         switch (static_cast<Op>(request.op)) {
             case Op::kHello:
                 return hello(peer, request.allocation);
@@ -153,9 +165,9 @@ class Service : public Handler {
         };
         metric("bank_capacity_bytes", "gauge", "Bytes that the bank may hand out.",
                [&](std::size_t i) { return bank(i).total(); });
-        metric("bank_used_bytes", "gauge", "Bytes that clients have, or have not let go of.",
-               [&](std::size_t i) { return ledger_.of_bank(i).bytes; });
-        metric("bank_allocations", "gauge", "Allocations in bank_used_bytes.",
+        metric("bank_used_bytes", "gauge", "Bytes that clients have, or have not let go of, and the page bank's.",
+               [&](std::size_t i) { return ledger_.of_bank(i).bytes + set_aside_[i]; });
+        metric("bank_allocations", "gauge", "Allocations of clients in bank_used_bytes.",
                [&](std::size_t i) { return ledger_.of_bank(i).grants; });
         metric("bank_busy_milliseconds", "gauge", "How long the bank's present call has been running.",
                [&](std::size_t i) { return banks_[i]->busy().count(); });
@@ -206,12 +218,7 @@ class Service : public Handler {
     // How long a client whose process the kernel does not show may be away before it counts as ended.
     static constexpr std::chrono::milliseconds kAway{60'000};
 
-    const Bank &bank(std::size_t index) const { return banks_[index]->bank(); }
     std::string label(std::size_t index) const { return bank(index).label(); }
-    std::uint64_t available(std::size_t index) const {
-        std::uint64_t used = ledger_.of_bank(index).bytes, total = bank(index).total();
-        return total - std::min(total, used);  // an earlier service may have had a larger bank
-    }
     std::size_t holders() const {
         auto holds = [](const auto &entry) { return !entry.second.grants.empty(); };
         return static_cast<std::size_t>(std::count_if(ledger_.leases().begin(), ledger_.leases().end(), holds));
@@ -541,6 +548,7 @@ class Service : public Handler {
     Mailbox mailbox_;
     Ledger ledger_;
     std::vector<Counts> counts_;
+    std::vector<std::uint64_t> set_aside_;
     std::size_t most_grants_ = kMaxGrants;
     std::unordered_map<std::uint64_t, std::uint64_t> leases_;  // by the connection's number
     std::set<std::uint64_t> watched_;                          // grants that may come back

@@ -25,6 +25,7 @@ class VersionTable:
         launcher_hooks: placed in a launcher with the flag on.
         controller_hooks: placed in a data-parallel controller with the flag on.
         scheduler_hooks: placed in a scheduler with the flag on.
+        bank_hooks: placed in a scheduler whose pool is in the page bank; none where that is not supported.
         members: dotted names of SGLang that are read besides the hooks' targets.
         reads: class of SGLang -> members of its instances that are read or replaced, separated by spaces. Only
             `scripts/check_versions.py` can look, in SGLang's sources.
@@ -39,6 +40,7 @@ class VersionTable:
     members: tuple[str, ...]
     reads: Mapping[str, str]
     controller_reports: bool = True
+    bank_hooks: tuple[Hook, ...] = ()
 
 
 def with_parameters(hooks: Iterable[Hook], parameters: Mapping[str, tuple[str, ...]]) -> tuple[Hook, ...]:

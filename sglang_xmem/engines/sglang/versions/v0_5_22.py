@@ -14,6 +14,7 @@ TABLE = replace(
     version="0.5.22",
     reads=reads.V0_5_22,
     scheduler_hooks=with_parameters(v0_5_23.TABLE.scheduler_hooks, _PARAMETERS),
+    bank_hooks=(),
     # The controller sends its parent a fixed set of facts.
     controller_hooks=(),
     controller_reports=False,

@@ -16,6 +16,7 @@ _HICACHE = f"{_CONTROLLER}.HiCacheController"
 _DATA_PARALLEL = f"{_SRT}.managers.data_parallel_controller.DataParallelController"
 _HYBRID = f"{_CACHE}.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _BATCH = f"{_SRT}.managers.schedule_batch"
+_WEIGHTS = f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _SCHEDULER = f"{_SRT}.managers.scheduler.Scheduler"
 
 FLAG_HOOKS = hooks_in(f"""
@@ -83,6 +84,16 @@ SCHEDULER_HOOKS = hooks_in(f"""
 {_SCHEDULER}.get_internal_state(self, recv_req)
     after scheduler:internal_state: show the tier in server information
 """)
+BANK_HOOKS = hooks_in(f"""
+{_WEIGHTS}.update_weights_from_disk(self, recv_req)
+    around sharing:weights_from_disk: keep pages of other weights apart
+{_WEIGHTS}.update_weights_from_distributed(self, recv_req)
+    around sharing:weights_from_elsewhere: keep pages of other weights apart
+{_WEIGHTS}.update_weights_from_tensor(self, recv_req)
+    around sharing:weights_from_elsewhere: keep pages of other weights apart
+{_WEIGHTS}.update_weights_from_ipc(self, recv_req)
+    around sharing:weights_from_elsewhere: keep pages of other weights apart
+""")
 MEMBERS = (
     f"{_SRT}.arg_groups.overrides.resolving_view",
     f"{_SRT}.environ.envs.SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS",
@@ -112,6 +123,7 @@ TABLE = VersionTable(
     launcher_hooks=LAUNCHER_HOOKS,
     controller_hooks=CONTROLLER_HOOKS,
     scheduler_hooks=SCHEDULER_HOOKS,
+    bank_hooks=BANK_HOOKS,
     members=MEMBERS,
     reads=reads.V0_5_23,
 )

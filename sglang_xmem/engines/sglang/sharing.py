@@ -1,0 +1,223 @@
+"""What makes pages of two engines equal, and when they stop being so: names for the page bank's spaces and keys.
+
+SGLang's own keys of pages name tokens alone. Everything else that a page's bytes depend on goes into the identity of
+the space that an engine joins; whoever differs in any of it finds nothing. Where the weights cannot be identified, the
+engine shares with nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_xmem import session
+from sglang_xmem.bank_space import BankSpace
+from sglang_xmem.engines.sglang import storage, versions
+from sglang_xmem.engines.sglang.geometry import Description, Section
+
+if TYPE_CHECKING:
+    from sglang_xmem.engines.sglang.pools import AdoptedPool
+    from sglang_xmem.session import Session
+
+logger = logging.getLogger(__name__)
+
+#: Counts changes of what an identity is made of.
+SCHEMA = 1
+#: Files that weights are in.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+#: ServerArgs that a page's bytes depend on, next to the model's own files.
+_SETTINGS = (
+    "revision",
+    "load_format",
+    "quantization",
+    "quantization_param_path",
+    "dtype",
+    "kv_cache_dtype",
+    "json_model_override_args",
+    "context_length",
+    "page_size",
+    "speculative_algorithm",
+    "speculative_draft_model_path",
+    "speculative_draft_model_revision",
+    "speculative_draft_model_quantization",
+)
+
+
+class Unidentified(Exception):
+    """Weights that look like others'; the message is a clause."""
+
+
+def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
+    """What the pages of a model depend on, before its pools are known; None where that cannot be said.
+
+    Args:
+        server_args: SGLang's record.
+        tag: the user's.
+    """
+    settings = {name: str(getattr(server_args, name, None)) for name in _SETTINGS}
+    if server_args.load_format == "dummy":
+        settings["random_seed"] = str(server_args.random_seed)
+    draft = getattr(server_args, "speculative_draft_model_path", None)
+    try:
+        weights = weights_digest(server_args.model_path, server_args.revision)
+        if draft:
+            settings["draft"] = weights_digest(draft, getattr(server_args, "speculative_draft_model_revision", None))
+        scales = getattr(server_args, "quantization_param_path", None)
+        if scales:
+            settings["scales"] = _digest_of(Path(scales).read_bytes())
+    except (Unidentified, OSError) as error:
+        session.current().notes.append(f"pages are not shared with other engines: {error}")
+        return None
+    version = versions.installed()
+    return {"schema": SCHEMA, "format": storage.FORMAT, "sglang": version, "tag": tag, "weights": weights, **settings}
+
+
+def is_settled(active: Session) -> bool:
+    """Whether pages can be shared: what they depend on is known, and did not change while the weights were loaded."""
+    if active.facts is not None and active.look_up_facts() != active.facts:
+        logger.warning("sglang_xmem: pages are not shared: files of the model changed while it was loaded. Restart.")
+        active.facts = None
+    return active.facts is not None
+
+
+def weights_digest(model: str, revision: str | None = None) -> str:
+    """A digest of a model's files: names, sizes, times, samples of the weights, and the whole of what is small.
+
+    Raises:
+        Unidentified: they are not on this machine.
+    """
+    path = Path(model)
+    if not path.exists():
+        path = _downloaded(model, revision)
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if _counts(file))
+    if not any(file.suffix in _WEIGHTS for file in files):
+        raise Unidentified(f"{path} has no files of weights")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            status = os.fstat(content.fileno())
+            digest.update(repr((file.name, status.st_size)).encode())
+            if file.suffix == ".json":
+                digest.update(content.read())
+                continue
+            digest.update(repr(status.st_mtime_ns).encode())
+            for number in range(_SAMPLES):
+                content.seek(max(0, status.st_size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _counts(file: Path) -> bool:
+    return file.suffix in _WEIGHTS or (file.suffix == ".json" and not file.name.startswith("tokenizer"))
+
+
+def _downloaded(model: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except Exception as error:  # of many kinds, also where it names no repository
+        raise Unidentified(f"the files of {model} are not found ({type(error).__name__})") from None
+
+
+def _digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def identity(
+    known: Mapping[str, Any],
+    placed: Mapping[str, Section],
+    described: Sequence[tuple[str, Any, Description | None]],
+    replicated: bool,
+) -> bytes:
+    """32 bytes that are equal for two ranks exactly where a page of one is a page of the other.
+
+    Args:
+        known: `facts`.
+        placed, described: pools of the rank and their places in a frame.
+        replicated: all ranks of tensor parallelism hold the same bytes.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    ranks = {
+        "tp": [0 if replicated else parallel.attn_tp_rank, parallel.attn_tp_size],
+        "pp": [parallel.pp_rank, parallel.pp_size],
+        "cp": [parallel.attn_cp_rank, parallel.attn_cp_size],
+    }
+    pools = {
+        name: {
+            "class": type(pool).__name__,
+            "dtype": str(pool.dtype),
+            "section": list(placed[name]),
+            "slots": description.slots,
+            "units": [[(layer, unit.unit_bytes) for layer, unit in part] for part in description.components],
+        }
+        for name, pool, description in described
+        if description is not None
+    }
+    text = json.dumps({**known, "ranks": ranks, "pools": pools}, sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def is_replicated(device_pool: Any) -> bool:
+    """Whether all ranks of tensor parallelism hold the same bytes, of which SGLang publishes those of one rank."""
+    from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    return isinstance(device_pool, MLATokenToKVPool | DeepSeekV4TokenToKVPool)
+
+
+def bank_spaces() -> list[BankSpace]:
+    """Spaces of this rank that lie in the page bank."""
+    arenas = session.current().arenas
+    return [space for arena in arenas for space in arena.spaces.values() if isinstance(space, BankSpace)]
+
+
+def attach(view: AdoptedPool) -> None:
+    """Have a pool that hands out a bank space's pages say which of them it frees."""
+    space = view.arena.spaces[view.section.space]
+    if not isinstance(space, BankSpace):
+        return
+    pool, slots, free, clear = view.pool, view.slots, view.pool.free, view.pool.clear
+
+    def free_pages(indices: Any) -> int:
+        numbers = indices.cpu()
+        freed = int(free(numbers))
+        space.free(numbers[::slots] // slots)
+        return freed
+
+    def clear_pages() -> None:
+        clear()
+        space.clear()
+
+    pool.free, pool.clear = free_pages, clear_pages
+
+
+def weights_from_disk(original: Any, self: Any, recv_req: Any) -> Any:
+    """Share with engines that have the new weights, from the flush on that follows (hook)."""
+    known = session.current().facts
+    try:
+        name = weights_digest(recv_req.model_path)
+    except (Unidentified, OSError):
+        return weights_from_elsewhere(original, self, recv_req)
+    _change(b"" if known is not None and known["weights"] == name else name.encode())
+    return original(self, recv_req)
+
+
+def weights_from_elsewhere(original: Any, self: Any, recv_req: Any) -> Any:
+    """Share with nobody who has other weights than these, which nothing names (hook)."""
+    _change(os.urandom(32))
+    return original(self, recv_req)
+
+
+def _change(name: bytes) -> None:
+    for space in bank_spaces():
+        space.weights_changed(name)

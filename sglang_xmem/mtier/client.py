@@ -1,0 +1,199 @@
+"""A client's end of mtierd's socket, for the messages of the page bank. Imports the standard library alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+import threading
+import time
+from typing import NamedTuple
+
+from sglang_xmem.errors import Remedy, Unavailable
+
+#: Seconds within which the service has to answer: SGLang ends a process whose storage threads take ten.
+DEADLINE_S = 2.0
+#: Seconds without questions after one that was not answered; doubled with each, up to the second number.
+PAUSE_S, MOST_PAUSE_S = 1.0, 30.0
+
+# native/protocol.h and native/pages_protocol.h
+_MAGIC = 0x5249544D
+_PROTOCOL_VERSION = 2
+_REQUEST = struct.Struct("=IHHQiIQQ")
+_REPLY = struct.Struct("=IHHQiIiIQQQQQ")
+_MAX_REPLY_BYTES = _REPLY.size + (64 << 10)
+_REFUSED = 0
+INFO, JOIN, SLAB, FIND, PUBLISH, LEAVE = range(32, 38)
+
+_OUT_OF_MEMORY = -3
+
+
+def socket_path() -> str:
+    """Where the service listens: as native/paths.h has it."""
+    user = os.geteuid()
+    folders = [os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{user}"]
+    usual = next((folder for folder in folders if folder and _is_own(folder)), f"/tmp/mtierd-{user}")
+    return os.environ.get("MTIER_SOCKET") or f"{usual}/mtierd.sock"
+
+
+def _is_own(folder: str) -> bool:
+    """Whether a folder is this user's, and nobody else may write there."""
+    try:
+        status = os.lstat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+class Refused(Exception):
+    """The service understood and said no."""
+
+    def __init__(self, code: int, words: str) -> None:
+        super().__init__(words)
+        self.code = code
+        self.words = words
+
+
+class Silent(Exception):
+    """No answer: the service is gone, or did not answer in time; the message is a clause."""
+
+
+class Reply(NamedTuple):
+    """Fields as in native/protocol.h. `fd`: came along, -1 where none did; whoever gets it closes it."""
+
+    num_banks: int
+    total: int
+    available: int
+    size: int
+    text: bytes
+    fd: int
+
+
+class Connection:
+    """A connection to the service: one question at a time, each answered within a time limit.
+
+    Raises:
+        Silent: nobody answers at `path`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._number = 0
+        self._failures = 0
+        self._quiet_until = 0.0
+        self._socket: socket.socket | None = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.settimeout(DEADLINE_S)
+            self._socket.connect(path)
+            peer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError as error:
+            self.close()
+            raise Silent(f"no mtierd answers at {path} ({error.strerror or 'in time'})") from None
+        owner = struct.unpack("3i", peer)[1]
+        if owner != os.geteuid():  # anybody can put a socket at a path in /tmp
+            self.close()
+            raise Silent(f"the mtierd at {path} runs as user {owner} and not as user {os.geteuid()}")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the service had not hung up when it was last asked."""
+        return self._socket is not None
+
+    def ask(self, op: int, count: int = 0, behind: bytes = b"") -> Reply:
+        """Send a request and wait for its reply.
+
+        Raises:
+            Refused: the service refuses.
+            Silent: it does not answer, or did not a moment ago.
+        """
+        with self._lock:
+            if self._socket is None:
+                raise Silent(f"the mtierd at {self._path} has hung up")
+            if time.monotonic() < self._quiet_until:
+                raise Silent(f"the mtierd at {self._path} did not answer a moment ago")
+            self._number += 1
+            try:
+                reply = self._exchange(self._socket, op, count, behind)
+            except TimeoutError:
+                pause = min(PAUSE_S * 2**self._failures, MOST_PAUSE_S)
+                self._failures += 1
+                self._quiet_until = time.monotonic() + pause
+                raise Silent(f"the mtierd at {self._path} did not answer within {DEADLINE_S:g} s") from None
+            except OSError as error:
+                self.close()
+                raise Silent(f"the mtierd at {self._path} has hung up ({error.strerror or error})") from None
+            self._failures = 0
+            return reply
+
+    def _exchange(self, connection: socket.socket, op: int, count: int, behind: bytes) -> Reply:
+        end = time.monotonic() + DEADLINE_S
+        connection.settimeout(DEADLINE_S)
+        connection.send(_REQUEST.pack(_MAGIC, _PROTOCOL_VERSION, op, self._number, 0, 0, count, 0) + behind)
+        while True:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            connection.settimeout(left)
+            message, descriptors, _, _ = socket.recv_fds(connection, _MAX_REPLY_BYTES, 1)
+            fd = descriptors[0] if descriptors else -1
+            try:
+                if len(message) < _REPLY.size:
+                    raise ConnectionError("it ended")
+                head = _REPLY.unpack_from(message)
+                magic, version, its_op, number, code, text_bytes, num_banks, _, total, available, size, _, _ = head
+                text = message[_REPLY.size :]
+                if magic != _MAGIC or len(text) != text_bytes:
+                    raise ConnectionError("it does not speak mtierd's protocol")
+                if its_op == _REFUSED:
+                    raise Refused(code, text.decode(errors="replace"))
+                if number != self._number:
+                    continue  # the late answer to a question that was given up
+                if code == 0 and (version != _PROTOCOL_VERSION or its_op != op):
+                    raise ConnectionError("it speaks another version of mtierd's protocol")
+                if code != 0:
+                    raise Refused(code, text.decode(errors="replace"))
+                fd, kept = -1, fd
+                return Reply(num_banks, total, available, size, text, kept)
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+
+    def close(self) -> None:
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
+
+
+class BankInfo(NamedTuple):
+    """What the service has: banks of host memory, their bytes, and bytes that one more session may ask for."""
+
+    banks: int
+    total: int
+    available: int
+
+
+def bank_info() -> BankInfo:
+    """Ask the service for its banks.
+
+    Raises:
+        Unavailable: none answers.
+    """
+    try:
+        connection = Connection(socket_path())
+        try:
+            reply = connection.ask(INFO)
+        finally:
+            connection.close()
+    except (Refused, Silent) as error:
+        raise unavailable(error) from None
+    return BankInfo(reply.num_banks, reply.total, reply.available)
+
+
+def unavailable(error: Exception) -> Unavailable:
+    if isinstance(error, Refused):
+        fix = "stop other engines, or give the service a larger --bank host:SIZE"
+        lower = [Remedy("lower_size")] if error.code == _OUT_OF_MEMORY else []
+        return Unavailable(error.words, *lower, Remedy("do", value=fix))
+    return Unavailable(str(error), Remedy("start_service", value="`sglang-xmem mtierd --bank host:SIZE`"))

@@ -1,0 +1,373 @@
+// Page frames that engines share: who holds which, and what lies in them. No I/O, so that it is tested alone.
+//
+// A *space* has frames of one size. Its *ledger* lies in memory that the service and every engine of the space map:
+// engines claim, pin and release frames there by atomic operations and so need no answer of the service, not even a
+// living one. The *index* says which page lies where; it is the service's own, with one thread that writes it.
+//
+// A frame is free, owned by the session that fills it, or valid: then its bytes and key do not change until a session
+// that finds it unpinned takes it. Each time that a frame becomes somebody's its generation grows, so that an entry
+// made before is known to be old.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace mtier::pages {
+
+constexpr int kSessions = 64;  // of a space: a bit of a frame's pins each
+
+struct Key {
+    std::array<std::uint8_t, 32> bytes;
+    bool operator==(const Key &other) const { return bytes == other.bytes; }
+};
+
+// Keys are SHA-256 sums: any part of one is as good as another.
+struct KeyHash {
+    std::size_t operator()(const Key &key) const {
+        std::size_t part;
+        std::memcpy(&part, key.bytes.data(), sizeof(part));
+        return part;
+    }
+};
+
+enum class Phase : std::uint64_t { kFree = 0, kOwned = 1, kValid = 2, kEvicting = 3 };
+
+// What a frame's state word says.
+struct State {
+    Phase phase;
+    int session;               // of kOwned and kEvicting, 0 else
+    std::uint64_t generation;  // 48 bits
+
+    static State of(std::uint64_t word) {
+        return {static_cast<Phase>(word & 3), static_cast<int>((word >> 2) & 63), word >> 16};
+    }
+    std::uint64_t word() const {
+        return static_cast<std::uint64_t>(phase) | static_cast<std::uint64_t>(session) << 2 | generation << 16;
+    }
+};
+
+struct alignas(64) Frame {
+    std::atomic<std::uint64_t> state;
+    std::atomic<std::uint64_t> pins;  // bit s: session s holds it
+    std::atomic<std::uint64_t> used;  // when, by the ledger's clock
+    std::uint64_t reserved;
+    Key key;  // of a valid frame; written by the service before it is valid
+};
+
+struct alignas(64) LedgerHead {
+    std::atomic<std::uint64_t> clock;
+    std::atomic<std::int64_t> free;  // frames that are free, about: a killed session may leave it wrong
+};
+
+static_assert(sizeof(Frame) == 64 && sizeof(LedgerHead) == 64);
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+
+// A view of a ledger in memory that somebody else keeps. Zeros are a ledger whose frames are all free, but for the
+// count of them.
+class Ledger {
+  public:
+    Ledger(void *memory, std::uint64_t frames)
+        : head_(static_cast<LedgerHead *>(memory)), frames_(reinterpret_cast<Frame *>(head_ + 1)), count_(frames) {}
+
+    static std::uint64_t bytes_for(std::uint64_t frames) { return sizeof(LedgerHead) + frames * sizeof(Frame); }
+
+    std::uint64_t frames() const { return count_; }
+    State state(std::uint64_t frame) const { return State::of(frames_[frame].state.load()); }
+    std::uint64_t pins(std::uint64_t frame) const { return frames_[frame].pins.load(); }
+    std::uint64_t used(std::uint64_t frame) const { return frames_[frame].used.load(); }
+
+    // ---- for sessions ----
+
+    // Takes up to `n` frames for `session`: free ones, then the least recently used of the unpinned valid ones that a
+    // look at some finds. `*hand` is where the caller looks next.
+    std::uint64_t claim(int session, std::uint64_t n, std::uint64_t *out, std::uint64_t *hand) {
+        std::uint64_t got = 0;
+        // A frame may be on its way to another session, or be put back by it, while this one looks.
+        for (int pass = 0; pass < kPasses && got < n; ++pass) got += sweep(session, n - got, out + got, hand);
+        return got;
+    }
+
+    // Pins a frame if it is still the valid one of that generation and key.
+    bool pin(int session, std::uint64_t frame, std::uint64_t generation, const Key &key) {
+        Frame &it = frames_[frame];
+        it.pins.fetch_or(bit(session));
+        if (is_valid(frame, generation) && it.key == key) return true;
+        it.pins.fetch_and(~bit(session));
+        return false;
+    }
+
+    // Whether a frame that the session has pinned holds this.
+    bool holds(std::uint64_t frame, std::uint64_t generation, const Key &key) const {
+        return is_valid(frame, generation) && frames_[frame].key == key;
+    }
+
+    // Gives up a frame: a valid one stays for others, one of the session's own is free.
+    void drop(int session, std::uint64_t frame) {
+        Frame &it = frames_[frame];
+        std::uint64_t word = it.state.load();
+        it.pins.fetch_and(~bit(session));
+        free_owned(session, frame, word);
+    }
+
+    // Notes that frames are used now, the first of them last: a page is of no use without those before it.
+    void touch(std::uint64_t n, const std::uint64_t *frames) {
+        std::uint64_t latest = head_->clock.fetch_add(n) + n;
+        for (std::uint64_t i = 0; i < n; ++i) frames_[frames[i]].used.store(latest - i, std::memory_order_relaxed);
+    }
+
+    // The two halves of taking an unpinned valid frame. A session that ends between them leaves the frame kEvicting,
+    // and nothing was written to it.
+    bool begin_evict(int session, std::uint64_t frame) {
+        Frame &it = frames_[frame];
+        std::uint64_t word = it.state.load();
+        State state = State::of(word);
+        if (state.phase != Phase::kValid || it.pins.load() != 0) return false;
+        return it.state.compare_exchange_strong(word, State{Phase::kEvicting, session, state.generation}.word());
+    }
+
+    bool finish_evict(int session, std::uint64_t frame) {
+        Frame &it = frames_[frame];
+        std::uint64_t generation = state(frame).generation;
+        // Whoever pins sets its bit and then looks at the state; this set the state and then looks at the bits. So one
+        // of the two sees the other.
+        if (it.pins.load() != 0) {
+            it.state.store(State{Phase::kValid, 0, generation}.word());
+            return false;
+        }
+        it.pins.fetch_or(bit(session));
+        it.state.store(State{Phase::kOwned, session, generation + 1}.word());
+        return true;
+    }
+
+    // ---- for the service ----
+
+    struct Use {
+        std::uint64_t free = 0;
+        std::uint64_t cached = 0;  // valid, and nobody holds them
+        std::uint64_t shared = 0;  // held by several sessions
+        std::array<std::uint64_t, kSessions> held{};
+    };
+
+    Use use() const {
+        Use use;
+        for (std::uint64_t frame = 0; frame < count_; ++frame) {
+            std::uint64_t holders = pins(frame);
+            Phase phase = state(frame).phase;
+            use.free += phase == Phase::kFree ? 1 : 0;
+            use.cached += phase == Phase::kValid && holders == 0 ? 1 : 0;
+            use.shared += (holders & (holders - 1)) != 0 ? 1 : 0;
+            for (; holders != 0; holders &= holders - 1) ++use.held[static_cast<std::size_t>(__builtin_ctzll(holders))];
+        }
+        return use;
+    }
+
+    void begin() { head_->free.store(static_cast<std::int64_t>(count_)); }
+
+    bool is_valid(std::uint64_t frame, std::uint64_t generation) const {
+        State now = state(frame);
+        return now.phase == Phase::kValid && now.generation == generation;
+    }
+
+    // Makes a session's own frame valid. False where it is not its own any more.
+    bool publish(int session, std::uint64_t frame, std::uint64_t generation, const Key &key) {
+        std::uint64_t word = State{Phase::kOwned, session, generation}.word();
+        if (frames_[frame].state.load() != word) return false;
+        // Should the session let go of the frame now, the key means nothing: only this function makes a frame valid.
+        frames_[frame].key = key;
+        return frames_[frame].state.compare_exchange_strong(word, State{Phase::kValid, 0, generation}.word());
+    }
+
+    // Takes back everything of a session whose process has ended.
+    void fence(int session) {
+        std::int64_t free = 0;
+        for (std::uint64_t frame = 0; frame < count_; ++frame) {
+            Frame &it = frames_[frame];
+            it.pins.fetch_and(~bit(session));
+            std::uint64_t word = it.state.load();
+            State state = State::of(word);
+            if (state.phase == Phase::kEvicting && state.session == session) {
+                it.state.store(State{Phase::kValid, 0, state.generation}.word());
+            }
+            free_owned(session, frame, word);
+            free += this->state(frame).phase == Phase::kFree ? 1 : 0;
+        }
+        head_->free.store(free);
+    }
+
+  private:
+    static constexpr int kPasses = 64;
+
+    static std::uint64_t bit(int session) { return 1ULL << session; }
+
+    void free_owned(int session, std::uint64_t frame, std::uint64_t word) {
+        State state = State::of(word);
+        if (state.phase != Phase::kOwned || state.session != session) return;
+        // The service may be publishing it, as late as a message can be: then it is valid, and nobody's.
+        std::uint64_t freed = State{Phase::kFree, 0, state.generation + 1}.word();
+        if (frames_[frame].state.compare_exchange_strong(word, freed)) head_->free.fetch_add(1);
+    }
+
+    bool take_free(int session, std::uint64_t frame) {
+        Frame &it = frames_[frame];
+        std::uint64_t word = it.state.load();
+        State state = State::of(word);
+        if (state.phase != Phase::kFree) return false;
+        std::uint64_t owned = State{Phase::kOwned, session, state.generation + 1}.word();
+        if (!it.state.compare_exchange_strong(word, owned)) return false;
+        it.pins.fetch_or(bit(session));
+        head_->free.fetch_sub(1);
+        return true;
+    }
+
+    std::uint64_t sweep(int session, std::uint64_t n, std::uint64_t *out, std::uint64_t *hand) {
+        std::uint64_t got = 0;
+        const std::uint64_t enough = 4 * n + 64;
+        std::vector<std::pair<std::uint64_t, std::uint64_t>> candidates;  // when used, frame
+        for (std::uint64_t looked = 0; looked < count_ && got < n; ++looked) {
+            if (candidates.size() >= enough && head_->free.load() <= 0) break;
+            std::uint64_t frame = *hand;
+            *hand = frame + 1 < count_ ? frame + 1 : 0;
+            if (take_free(session, frame)) {
+                out[got++] = frame;
+            } else if (state(frame).phase == Phase::kValid && pins(frame) == 0) {
+                candidates.emplace_back(used(frame), frame);
+            }
+        }
+        if (got == n) return got;
+        std::sort(candidates.begin(), candidates.end());
+        for (auto each = candidates.begin(); each != candidates.end() && got < n; ++each) {
+            if (begin_evict(session, each->second) && finish_evict(session, each->second)) out[got++] = each->second;
+        }
+        return got;
+    }
+
+    LedgerHead *head_;
+    Frame *frames_;
+    std::uint64_t count_;
+};
+
+// What one session holds, for a process with several threads: a frame may be held by several pages, so its pin goes
+// with the last of them.
+class Holding {
+  public:
+    Holding(Ledger ledger, int session)
+        : ledger_(ledger), session_(session), held_(ledger.frames()),
+          hand_(ledger.frames() * static_cast<std::uint64_t>(session) / kSessions) {}
+
+    // Takes `n` empty frames, or none. True if it could.
+    bool claim(std::uint64_t n, std::uint64_t *out) {
+        std::lock_guard<std::mutex> turn(lock_);
+        std::uint64_t got = ledger_.claim(session_, n, out, &hand_);
+        for (std::uint64_t i = 0; i < got; ++i) ++held_[out[i]];
+        count_ += got;
+        if (got == n) return true;
+        for (std::uint64_t i = 0; i < got; ++i) let_go(out[i]);
+        return false;
+    }
+
+    // Takes a frame that the service named, if it still holds that page.
+    bool adopt(std::uint64_t frame, std::uint64_t generation, const Key &key) {
+        if (frame >= ledger_.frames()) return false;
+        std::lock_guard<std::mutex> turn(lock_);
+        bool there = held_[frame] > 0 ? ledger_.holds(frame, generation, key)
+                                      : ledger_.pin(session_, frame, generation, key);
+        if (!there) return false;
+        ++held_[frame];
+        ++count_;
+        return true;
+    }
+
+    void release(std::uint64_t n, const std::uint64_t *frames) {
+        std::lock_guard<std::mutex> turn(lock_);
+        for (std::uint64_t i = 0; i < n; ++i) let_go(frames[i]);
+    }
+
+    void touch(std::uint64_t n, const std::uint64_t *frames) { ledger_.touch(n, frames); }
+
+    // Whether nobody else can have found the frame, so that it may be written.
+    bool owns(std::uint64_t frame) const {
+        State state = ledger_.state(frame);
+        return state.phase == Phase::kOwned && state.session == session_;
+    }
+
+    std::uint64_t generation(std::uint64_t frame) const { return ledger_.state(frame).generation; }
+
+    // Pages that hold a frame.
+    std::uint64_t count() const {
+        std::lock_guard<std::mutex> turn(lock_);
+        return count_;
+    }
+
+  private:
+    void let_go(std::uint64_t frame) {
+        if (frame >= ledger_.frames() || held_[frame] == 0) return;
+        --count_;
+        if (--held_[frame] == 0) ledger_.drop(session_, frame);
+    }
+
+    Ledger ledger_;
+    const int session_;
+    mutable std::mutex lock_;
+    std::vector<std::uint32_t> held_;
+    std::uint64_t count_ = 0;
+    std::uint64_t hand_;
+};
+
+enum class Verdict : std::uint8_t {
+    kNew = 0,    // others find the page from now on
+    kHave = 1,   // it was there already; the session keeps its own copy for itself
+    kStale = 2,  // the frame is not the session's
+};
+
+struct Place {
+    std::uint64_t frame;
+    std::uint64_t generation;
+};
+
+// Which page lies in which frame of one space. An entry whose frame has a new owner is found out by its generation.
+class Index {
+  public:
+    explicit Index(std::uint64_t frames) : key_of_(frames) {}
+
+    std::optional<Place> find(const Ledger &ledger, const Key &key) {
+        auto found = places_.find(key);
+        if (found == places_.end()) return std::nullopt;
+        if (ledger.is_valid(found->second.frame, found->second.generation)) return found->second;
+        places_.erase(found);
+        return std::nullopt;
+    }
+
+    Verdict publish(Ledger *ledger, int session, const Key &key, Place place) {
+        if (place.frame >= ledger->frames()) return Verdict::kStale;
+        if (find(*ledger, key)) return Verdict::kHave;
+        std::optional<Key> &before = key_of_[place.frame];
+        if (before) {
+            auto old = places_.find(*before);
+            if (old != places_.end() && old->second.frame == place.frame && !find(*ledger, *before)) before.reset();
+        }
+        if (!ledger->publish(session, place.frame, place.generation, key)) return Verdict::kStale;
+        places_[key] = place;
+        before = key;
+        return Verdict::kNew;
+    }
+
+    // No page is found any more; frames that are pinned stay with those who hold them.
+    void forget() { places_.clear(); }
+
+    std::size_t size() const { return places_.size(); }
+
+  private:
+    std::unordered_map<Key, Place, KeyHash> places_;
+    std::vector<std::optional<Key>> key_of_;
+};
+
+}  // namespace mtier::pages

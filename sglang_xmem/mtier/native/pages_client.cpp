@@ -1,0 +1,76 @@
+// libpages.so: what an engine does with the frames of its session, for Python. None of it asks the service or waits.
+
+#include <sys/mman.h>
+
+#include <memory>
+#include <new>
+
+#include "pages.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace mtier::pages;
+
+struct Session {
+    Session(void *ledger, std::uint64_t frames, int number)
+        : memory(ledger), nbytes(Ledger::bytes_for(frames)), holding(Ledger(ledger, frames), number) {}
+    ~Session() { ::munmap(memory, nbytes); }
+
+    void *memory;
+    std::size_t nbytes;
+    Holding holding;
+};
+
+}  // namespace
+
+// `fd` stays the caller's. nullptr where the ledger cannot be mapped.
+EXPORT Session *pages_open(int fd, std::uint64_t frames, int number) {
+    std::size_t nbytes = Ledger::bytes_for(frames);
+    void *memory = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    try {
+        return new Session(memory, frames, number);
+    } catch (const std::bad_alloc &) {
+        ::munmap(memory, nbytes);
+        return nullptr;
+    }
+}
+
+EXPORT void pages_close(Session *session) { delete session; }
+
+// 1 if all of `n` frames could be claimed, 0 if none was.
+EXPORT int pages_claim(Session *session, std::uint64_t n, std::uint64_t *out) {
+    return session->holding.claim(n, out) ? 1 : 0;
+}
+
+// How many of the first `n` places are adopted; their frames go to `out`.
+EXPORT std::uint64_t pages_adopt(Session *session, std::uint64_t n, const Place *places, const Key *keys,
+                                 std::uint64_t *out) {
+    std::uint64_t i = 0;
+    for (; i < n && session->holding.adopt(places[i].frame, places[i].generation, keys[i]); ++i) {
+        out[i] = places[i].frame;
+    }
+    session->holding.touch(i, out);
+    return i;
+}
+
+EXPORT void pages_release(Session *session, std::uint64_t n, const std::uint64_t *frames) {
+    session->holding.release(n, frames);
+}
+
+EXPORT void pages_touch(Session *session, std::uint64_t n, const std::uint64_t *frames) {
+    session->holding.touch(n, frames);
+}
+
+// 1 for each frame that the session may write to, 0 for the others.
+EXPORT void pages_owned(Session *session, std::uint64_t n, const std::uint64_t *frames, std::uint8_t *out) {
+    for (std::uint64_t i = 0; i < n; ++i) out[i] = session->holding.owns(frames[i]) ? 1 : 0;
+}
+
+EXPORT void pages_generations(Session *session, std::uint64_t n, const std::uint64_t *frames, std::uint64_t *out) {
+    for (std::uint64_t i = 0; i < n; ++i) out[i] = session->holding.generation(frames[i]);
+}
+
+EXPORT std::uint64_t pages_held(Session *session) { return session->holding.count(); }

@@ -1,0 +1,99 @@
+"""Tier `bank`: page frames in host memory of mtierd, which all engines of this user on this machine share.
+
+Engines whose pages are equal (`share_as`) find each other's pages, and those that an engine before them left. A rank
+maps the slab of its space as a whole, and pins it for its GPU; which frames are its own changes page by page.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+
+from sglang_xmem.errors import LOWER_SIZE, Remedy, Unavailable
+from sglang_xmem.mtier.build import BuildError, built
+from sglang_xmem.mtier.client import bank_info
+from sglang_xmem.tiers import hostmem
+from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
+
+#: What the service makes slabs in whole multiples of, as it starts.
+GRANULE_BYTES = 2 << 20
+#: A frame takes 64 bytes of the ledger too.
+LEAST_FRAME_BYTES = 4096
+
+
+class BankSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Keys of `bank` in --hicache-xmem-config.
+
+    Attributes:
+        tag: engines with different tags do not share pages.
+    """
+
+    tag: str = ""
+
+
+class BankRankPlan(msgspec.Struct, frozen=True):
+    """The bytes that one rank may take."""
+
+    share_bytes: int
+
+
+class BankTier(MemoryTier):
+    name = "bank"
+    nominal_gbps = 56.0  # dram's memory, and a hit of another engine's page costs no prefill
+    traits = Traits(cpu_addressable=True, counts_as_host_ram=False, link="pcie", shared=True)
+    Settings = BankSettings
+
+    settings: BankSettings
+    rank_plan: BankRankPlan
+
+    def __init__(self, settings: Any, rank_plan: Any, gpu: int | None) -> None:
+        super().__init__(settings, rank_plan, gpu)
+        self._identity: bytes | None = None
+        self._label = ""
+        if gpu is None:
+            self.traits = msgspec.structs.replace(type(self).traits, link="none")
+
+    @classmethod
+    def plan_ranks(cls, settings: BankSettings, ranks: Ranks) -> tuple[BankRankPlan, ...]:
+        info = bank_info()
+        if info.banks == 0:
+            raise Unavailable("the service has no bank of host memory", Remedy("do", value="give it --bank host:SIZE"))
+        try:
+            built()
+        except BuildError as error:
+            raise Unavailable(str(error).rstrip(".")) from None
+        return (BankRankPlan(info.available // len(ranks.gpus)),) * len(ranks.gpus)
+
+    def capacity_bytes(self) -> int:
+        return min(self.rank_plan.share_bytes, bank_info().available)
+
+    def waste_bytes(self, granule: int) -> int:
+        return granule + GRANULE_BYTES
+
+    def share_as(self, identity: bytes, label: str) -> None:
+        self._identity, self._label = identity, label
+
+    def _allocate(self, nbytes: int, granule: int) -> Region:
+        from sglang_xmem.bank import BankSession
+
+        if nbytes > self.capacity_bytes():
+            raise Unavailable(f"the pool needs {nbytes / 1e9:.2f} GB, which the bank does not have", LOWER_SIZE)
+        with ExitStack() as undo:
+            frame = granule * -(-LEAST_FRAME_BYTES // granule)
+            session = BankSession(self._identity, frame, -(-nbytes // frame), self._label)
+            undo.callback(session.close)
+            slab = session.slab
+            if self.gpu is not None:
+                hostmem.keep_from_children(slab.address, slab.nbytes)
+                hostmem.pin(slab.address, slab.nbytes, self.gpu, undo)
+            keep = undo.pop_all()
+        return Region(
+            [Extent(slab.address, slab.nbytes)],
+            "pinned host memory of mtierd's page bank" if self.gpu is not None else "mtierd's page bank",
+            keep.close,
+            granule=granule,
+            owner=(slab.owner,),
+            bank=session,
+        )

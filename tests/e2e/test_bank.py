@@ -1,0 +1,195 @@
+"""Engines that share mtierd's page bank, on the CPU engine: one finds what another stored, and what a dead one left.
+
+Each server start takes most of a minute, so one test takes a bank through its life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from harness import BASE_OPTIONS, OUTPUT_TOKENS, PROMPT_TOKENS, ServerClient, prompt
+from sglang_server import Answer, Server, launch_server_command, tier_in
+
+pytestmark = pytest.mark.cpu_engine
+
+#: Whole pages, and one token is computed.
+CACHEABLE = (PROMPT_TOKENS - 1) // 16 * 16
+BANK: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "bank", "log_level": "info"}
+
+
+class Service:
+    """mtierd, as a user starts it, with a bank of 64 MiB."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "mtierd.sock"
+        command = [
+            sys.executable,
+            "-m",
+            "sglang_xmem.cli",
+            "mtierd",
+            "--bank",
+            "host:64MiB",
+            "--share",
+            "50",
+            "--socket",
+        ]
+        self._command = [*command, str(self.socket)]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while subprocess.run([*self._asking, "--status"], capture_output=True, check=False).returncode != 0:
+            assert time.monotonic() < deadline, "mtierd does not answer"
+            time.sleep(0.2)
+
+    @property
+    def _asking(self) -> list[str]:
+        return [sys.executable, "-m", "sglang_xmem.cli", "mtierd", "--socket", str(self.socket)]
+
+    def status(self) -> dict[str, Any]:
+        done = subprocess.run([*self._asking, "--status", "--json"], capture_output=True, text=True, check=True)
+        return dict(json.loads(done.stdout))
+
+    def flush(self) -> None:
+        subprocess.run([*self._asking, "--flush"], check=True)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(20)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    service = Service(tmp_path)
+    yield service
+    service.kill()
+
+
+Start = Callable[[Path], "contextlib.AbstractContextManager[Engine]"]
+
+
+class Engine:
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.client = ServerClient(server)
+
+    def ask(self, name: str) -> Answer:
+        return self.client.generate(prompt(name), OUTPUT_TOKENS, logprobs=True)
+
+    def kill(self) -> None:
+        os.killpg(self.server.process.pid, signal.SIGKILL)
+        self.server.process.wait(20)
+
+
+@contextlib.contextmanager
+def engine(model: Path, service: Service, log: Path, options: Mapping[str, Any] = {}) -> Iterator[Engine]:
+    environment = {"MTIER_SOCKET": str(service.socket)}
+    everything = {**BASE_OPTIONS, **BANK, "model_path": str(model), **options}
+    with Server(launch_server_command(), everything, log, environment) as server:
+        try:
+            server.wait_ready(2 * harness.START_TIMEOUT_S)
+            yield Engine(server)
+        except Exception as error:
+            raise AssertionError(f"{error!r}; the log ends:\n{server.log()[-6000:]}") from error
+        assert tier_in(server.log()) == "bank"
+        assert "Traceback" not in server.log()
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def places(answer: Answer) -> dict[str, int]:
+    """Cached tokens by where they were, without the places that had none."""
+    return {place: tokens for place, tokens in answer.cached.items() if tokens}
+
+
+def check_from_bank(answer: Answer, expected: Answer) -> None:
+    assert places(answer) == {"storage": CACHEABLE}
+    assert answer.output_ids == expected.output_ids
+
+
+def change_weights(model: Path) -> None:
+    """Other embeddings in files of the same names and sizes."""
+    from safetensors.torch import load_file, save_file
+
+    (weights,) = model.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, model / "new", {"format": "pt"})
+    os.replace(model / "new", weights)  # engines may have the old one mapped
+
+
+def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+    def published() -> int:
+        return sum(space["pages"] for space in service.status()["spaces"])
+
+    with engine(model, service, tmp_path / "first.log") as first, contextlib.ExitStack() as others:
+        cold = first.ask("A")
+        assert places(cold) == {}
+        hit = first.ask("A")
+        assert places(hit) == {"device": CACHEABLE}
+        until(lambda: published() >= CACHEABLE // 16)
+
+        # Another engine finds the pages; what it is asked later, the first one finds.
+        second = others.enter_context(engine(model, service, tmp_path / "second.log"))
+        shared = second.ask("A")
+        check_from_bank(shared, cold)
+        assert shared.logprobs == hit.logprobs  # the same computation on the same bytes
+        assert second.ask("A with another prefix").output_ids != cold.output_ids
+        before = published()
+        there = second.ask("B")
+        until(lambda: published() >= before + CACHEABLE // 16)
+        check_from_bank(first.ask("B"), there)
+        # flush_cache empties the engine and not the bank.
+        until(lambda: second.client.flush_cache())
+        check_from_bank(second.ask("A"), cold)
+
+        # A killed engine's pages outlive it.
+        first.kill()
+        until(lambda: len(service.status()["spaces"][0]["sessions"]) == 1)
+        until(lambda: second.client.flush_cache())
+        check_from_bank(second.ask("B"), there)
+
+        # Other weights under the same name find nothing, though the bank has these very prompts.
+        change_weights(model)
+        with engine(model, service, tmp_path / "third.log") as third:
+            other = third.ask("B")
+            assert places(other) == {}
+            assert other.output_ids != there.output_ids
+
+        service.flush()
+        until(lambda: second.client.flush_cache())
+        assert places(second.ask("A")) == {}
+
+        # Without the service nothing is found, nothing hangs, and what is stored comes back from the engine's own pool.
+        service.kill()
+        begun = time.monotonic()
+        alone = second.ask("C")
+        assert places(alone) == {}
+        for number in range(4):
+            second.ask(f"flood {number}")
+        again = second.ask("C")
+        assert time.monotonic() - begun < 60
+        assert places(again) == {"host": CACHEABLE}
+        assert again.output_ids == alone.output_ids
+        service.start()
+        assert places(second.ask("D")) == {}

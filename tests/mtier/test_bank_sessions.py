@@ -1,0 +1,284 @@
+"""Sessions of the page bank in several processes: who finds what, what the dead leave, what bad messages do."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import StartDaemon
+from service import INVALID_ARGUMENT, MIB, REPLY_BYTES, REPLY_HEAD, REPOSITORY, Daemon, request, wait_until
+
+from sglang_xmem.bank import HAVE, JOIN_REQUEST, NEW, STALE, BankSession
+from sglang_xmem.errors import Unavailable, sentence
+from sglang_xmem.mtier import client
+from sglang_xmem.mtier.daemon import status_text
+
+FRAME = 64 << 10
+MODEL, OTHER = b"m" * 32, b"o" * 32
+
+
+def key(number: int) -> bytes:
+    """Ends with a zero, as one key of 256 does."""
+    return number.to_bytes(31, "big") + b"\0"
+
+
+@pytest.fixture
+def daemon(start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> Daemon:
+    daemon = start_daemon("--bank", f"host:{8 * MIB}")
+    monkeypatch.setenv("MTIER_SOCKET", str(daemon.socket_path))
+    return daemon
+
+
+def fill(session: BankSession, numbers: list[int]) -> Any:
+    """Store and publish a page each, filled with its number; returns the frames' addresses."""
+    addresses = session.claim(len(numbers))
+    for number, address in zip(numbers, addresses, strict=True):
+        view(session, address)[:] = number
+    assert session.publish([key(number) for number in numbers], addresses) == [NEW] * len(numbers)
+    return addresses
+
+
+def view(session: BankSession, address: int) -> Any:
+    start = int(address) - session.slab.address
+    return np.frombuffer(session.slab.owner, np.uint8)[start : start + session.frame_bytes]
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_bank_sessions import *
+session = BankSession(MODEL, FRAME, {frames}, "other")
+print("ready", flush=True)
+for line in sys.stdin:
+    print(json.dumps(eval(line)), flush=True)
+"""
+
+
+class Other:
+    """A session of MODEL in another process, which evaluates what it is asked."""
+
+    def __init__(self, frames: int) -> None:
+        script = SCRIPT.format(tests=str(Path(__file__).parent), frames=frames)
+        variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests/mtier")])}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
+        )
+        assert self._line() == "ready\n"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def ask(self, expression: str) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(expression + "\n")
+        self.process.stdin.flush()
+        return json.loads(self._line())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(20)
+
+
+def test_another_process_finds_pages_and_a_kill_leaves_them(daemon: Daemon) -> None:
+    other = Other(40)
+    try:
+        assert other.ask("len(fill(session, list(range(20))))") == 20
+        session = BankSession(MODEL, FRAME, 40)
+        keys = [key(number) for number in range(25)]
+        assert session.find(keys) == 20
+        assert session.find(keys[1:]) == 19
+        assert session.find([key(99), *keys]) == 0
+        adopted = session.adopt(keys)
+        assert [view(session, address)[-1] for address in adopted] == list(range(20))
+        # Mine are theirs too, and what is there already stays.
+        mine = session.claim(2)
+        view(session, mine[1])[:] = 99
+        assert session.publish([key(3), key(99)], mine) == [HAVE, NEW]
+        assert other.ask("int(view(session, session.adopt([key(99)])[0])[7])") == 99
+        # What nobody published goes with the process, and its pins.
+        assert other.ask("session.claim(19).size") == 19
+        (space,) = daemon.status()["spaces"]
+        held = {each["pid"]: each["held"] for each in space["sessions"]}
+        assert held == {os.getpid(): 22, other.process.pid: 40}
+        assert (space["shared"], space["cached"], space["free"]) == (21, 0, 128 - 41)
+        words = status_text(daemon.status())
+        assert f"{other.process.pid}" in words
+        assert "published pages" in words
+        other.kill()
+        wait_until(lambda: len(daemon.status()["spaces"][0]["sessions"]) == 1, 10)
+        assert session.find(keys) == 20
+        assert session.held() == 22
+        session.close()
+    finally:
+        other.kill()
+
+
+def test_a_frame_that_two_pages_hold_stays_until_both_are_freed(daemon: Daemon) -> None:
+    """With one bit per session a second session would get the frame when the first of the pages is freed."""
+    first, second = BankSession(MODEL, FRAME, 64), BankSession(MODEL, FRAME, 63)
+    ((address,), (again,)) = fill(first, [7]), first.adopt([key(7)])
+    assert address == again
+    first.release(np.array([address]))
+    claimed = second.claim(63)
+    second.release(claimed[:1])
+    got = [view(second, each).__setitem__(slice(None), 255) for each in second.claim(1)]
+    assert len(got) == 1
+    assert view(first, address)[0] == 7
+    assert first.find([key(7)]) == 1
+    first.release(np.array([address]))
+    second.claim(0)
+    for session in (first, second):
+        session.close()
+
+
+def test_least_recently_used_pages_go_first_and_those_in_use_never(daemon: Daemon) -> None:
+    session = BankSession(MODEL, FRAME, 128)
+    addresses = fill(session, list(range(128)))
+    session.touch(addresses[:3])
+    session.release(addresses[3:])
+    session.claim(60)
+    assert session.find([key(number) for number in range(3)]) == 3
+    kept = [number for number in range(3, 128) if session.find([key(number)])]
+    assert len(kept) == 65
+    session.release(addresses[:3])
+    session.close()
+
+
+def test_other_identities_share_nothing_and_frames_of_another_size_are_refused(daemon: Daemon) -> None:
+    session = BankSession(MODEL, FRAME, 8)
+    fill(session, [1])
+    with pytest.raises(Unavailable) as caught:
+        BankSession(MODEL, 2 * FRAME, 8)
+    assert f"{2 * FRAME}" in sentence(caught.value)
+    # The bank is the first model's; the second one's engine hears so.
+    with pytest.raises(Unavailable, match="the bank has 0.00 GB"):
+        BankSession(OTHER, FRAME, 8)
+    session.close()
+    other = BankSession(OTHER, FRAME, 8)  # nobody is there any more: its pages make place
+    assert other.find([key(1)]) == 0
+    other.close()
+
+
+def test_a_share_leaves_memory_for_other_models(start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = start_daemon("--bank", f"host:{8 * MIB}", "--share", "50")
+    monkeypatch.setenv("MTIER_SOCKET", str(daemon.socket_path))
+    first, second = BankSession(MODEL, FRAME, 8), BankSession(OTHER, FRAME, 8)
+    fill(first, [1])
+    assert second.find([key(1)]) == 0
+    assert [space["frames"] for space in daemon.status()["spaces"]] == [64, 64]
+    first.close()
+    second.close()
+
+
+def test_promises_are_kept_and_no_more_are_made(daemon: Daemon) -> None:
+    first, second = BankSession(MODEL, FRAME, 100), BankSession(MODEL, FRAME, 28)
+    with pytest.raises(Unavailable) as caught:
+        BankSession(MODEL, FRAME, 1)
+    assert "0.00 GB of the 0.01 GB" in sentence(caught.value)
+    fill(first, list(range(100)))
+    assert second.claim(28).size == 28
+    with pytest.raises(RuntimeError, match="no 1 frames left"):
+        second.claim(1)
+    second.close()
+    third = BankSession(MODEL, FRAME, 28)
+    assert third.find([key(0)]) == 1
+    first.close()
+    third.close()
+
+
+def test_a_service_that_is_killed_or_stopped_is_a_miss_in_time(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(client, "PAUSE_S", 0.2)
+    session = BankSession(MODEL, FRAME, 8)
+    addresses = fill(session, [1, 2])
+    daemon.process.send_signal(19)  # SIGSTOP
+    begun = time.monotonic()
+    assert session.find([key(1)]) == 0
+    assert session.find([key(1)]) == 0  # not asked
+    assert session.publish([key(3)], session.claim(1)) == [STALE]
+    assert time.monotonic() - begun < 1
+    daemon.process.send_signal(18)  # SIGCONT
+    wait_until(lambda: session.find([key(1)]) == 1, 5)  # the late answers are thrown away
+    assert session.alive
+    daemon.stop(9)
+    assert session.find([key(1)]) == 0
+    session.release(addresses)
+    assert session.claim(5).size == 5
+    session.close()
+    with pytest.raises(Unavailable, match="no mtierd answers"):
+        BankSession(MODEL, FRAME, 8)
+
+
+def test_a_flush_hides_all_pages_and_takes_none(daemon: Daemon) -> None:
+    session = BankSession(MODEL, FRAME, 8)
+    addresses = fill(session, [1])
+    assert subprocess.run([daemon._program, "--flush", "--socket", str(daemon.socket_path)], check=True).returncode == 0
+    assert session.find([key(1)]) == 0
+    assert view(session, addresses[0])[5] == 1
+    assert session.publish([key(1)], addresses) == [STALE]
+    assert session.publish([key(1)], session.claim(1)) == [NEW]
+    session.close()
+
+
+def exchange(connection: socket.socket, message: bytes) -> int:
+    connection.send(message)
+    reply, descriptors, _, _ = socket.recv_fds(connection, 70000, 4)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert len(reply) >= REPLY_BYTES
+    return int(REPLY_HEAD.unpack_from(reply)[4])
+
+
+def test_messages_that_are_not_so_are_refused(daemon: Daemon) -> None:
+    session = BankSession(MODEL, FRAME, 8)
+    fill(session, [1])
+    join, find, publish = 33, 35, 36
+    good = JOIN_REQUEST.pack(1, 0, FRAME, 8, MODEL, b"x")
+    cases: list[Callable[[], bytes]] = [
+        lambda: request(find),  # before it has joined
+        lambda: request(join) + good[:-1],
+        lambda: request(join) + good + b"\0",
+        lambda: request(join) + JOIN_REQUEST.pack(1, 0, 0, 8, MODEL, b"x"),
+        lambda: request(join) + JOIN_REQUEST.pack(1, 0, FRAME, 2**63, MODEL, b"x"),
+        lambda: request(join) + JOIN_REQUEST.pack(1, 2, FRAME, 8, MODEL, b"x"),
+        lambda: request(join) + JOIN_REQUEST.pack(1, 0, FRAME, 8, MODEL, b"x" * 64),
+        lambda: request(99),
+        lambda: request(1) + b"\0",
+    ]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(str(daemon.socket_path))
+        for case in cases:
+            assert exchange(connection, case()) == INVALID_ARGUMENT
+        assert exchange(connection, request(join) + good) == 0
+        for message in (
+            request(join) + good,
+            request(find, size=2) + key(1),
+            request(find, size=2**60) + key(1),
+            request(find, size=257) + key(1) * 257,
+            request(publish, size=1) + key(1),
+        ):
+            assert exchange(connection, message) == INVALID_ARGUMENT
+        # Frames that are not the session's, or are none: stale, and nothing happens.
+        for frame in (0, 127, 128, 2**64 - 1):
+            assert exchange(connection, request(publish, size=1) + key(5) + frame.to_bytes(8, "little") + bytes(8)) == 0
+        generator = random.Random(1)
+        for _ in range(2000):
+            op, count = generator.choice((find, publish, 32, 34)), generator.randrange(0, 300)
+            message = request(op, size=count) + generator.randbytes(generator.choice((0, 1, 32 * count, 48 * count)))
+            if len(message) <= 40 + 256 * 48:
+                exchange(connection, message)
+    assert session.find([key(1)]) == 1
+    assert session.find([key(5)]) == 0
+    session.close()
+    wait_until(lambda: len(daemon.status()["spaces"][0]["sessions"]) == 1, 5)  # this process's other one

@@ -1,0 +1,199 @@
+"""Pages of an engine in the page bank: the page table, weights that change, and what makes two engines' pages equal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import StartDaemon
+from service import MIB
+
+from sglang_xmem.arena import SpaceSpec
+from sglang_xmem.bank_space import BankSpace
+from sglang_xmem.engines.sglang import sharing
+from sglang_xmem.tiers.bank import BankRankPlan, BankSettings, BankTier
+
+FRAME = 64 << 10
+KEYS = [bytes([number]) * 31 + b"\0" for number in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def service(start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTIER_SOCKET", str(start_daemon("--bank", f"host:{8 * MIB}").socket_path))
+
+
+@pytest.fixture
+def spaces() -> Iterator[list[BankSpace]]:
+    """Those of two engines with the same model."""
+    made = []
+    for _ in range(2):
+        tier = BankTier(BankSettings(), BankRankPlan(8 * MIB), None)
+        tier.share_as(b"m" * 32, "model")
+        made.append(BankSpace(SpaceSpec("KV", 32, FRAME), tier.allocate(32 * FRAME, FRAME)))
+    yield made
+    for space in made:
+        space.region.release()
+
+
+def pages(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def content(space: BankSpace, page: int) -> Any:
+    start = offset(space, page)
+    return np.frombuffer(space.bank.slab.owner, np.uint8)[start : start + FRAME]
+
+
+def offset(space: BankSpace, page: int) -> int:
+    """Of a page's frame in the slab, which each engine maps elsewhere."""
+    return int(space.table[page]) - space.bank.slab.address
+
+
+def store(space: BankSpace, *numbers: int) -> None:
+    space.look_up(pages(*numbers), claim=True)
+    for number in numbers:
+        content(space, number)[:] = number
+
+
+def test_a_page_that_another_engine_stored_is_adopted_without_a_copy(spaces: list[BankSpace]) -> None:
+    first, second = spaces
+    store(first, 1, 2, 3)
+    assert first.publish(KEYS[1:4], pages(1, 2, 3)) == 3
+    assert second.find(KEYS[1:]) == 3
+    assert second.adopt(KEYS[1:6], pages(10, 11, 12, 13, 14)) == 3
+    assert [int(content(second, page)[-1]) for page in (10, 11, 12)] == [1, 2, 3]
+    content(first, 2)[:] = 77  # it is one memory
+    assert int(content(second, 11)[0]) == 77
+    second.look_up(pages(10, 12), claim=False)
+    with pytest.raises(RuntimeError, match="without a frame"):
+        second.look_up(pages(12, 13), claim=False)
+    second.free(pages(10, 11, 12, 13))
+    assert second.bank.held() == 0
+    assert second.find(KEYS[1:]) == 3
+
+
+def test_a_store_never_writes_to_what_others_may_read(spaces: list[BankSpace]) -> None:
+    first, second = spaces
+    store(first, 1)
+    first.publish(KEYS[:1], pages(1))
+    before = offset(first, 1)
+    # Pools that ride on a page's number ask again for the frame that its anchor got.
+    (own,) = second.look_up(pages(5), claim=True).tolist()
+    assert second.look_up(pages(5, 6), claim=True).tolist()[0] == own
+    store(first, 1)
+    assert offset(first, 1) != before
+    second.adopt(KEYS[:1], pages(7))
+    assert offset(second, 7) == before
+
+
+def test_weights_that_change_share_nothing_until_the_flush_and_then_other_pages(spaces: list[BankSpace]) -> None:
+    first, second = spaces
+    store(first, 1, 2)
+    assert first.publish(KEYS[:1], pages(1)) == 1
+    old = offset(first, 1)
+    for space in spaces:
+        space.weights_changed(b"new")
+        assert space.find(KEYS) == 0
+    assert first.publish(KEYS[1:2], pages(2)) == 0  # of the weights before
+    assert first.adopt(KEYS[:1], pages(3)) == 0
+    first.clear()
+    second.clear()
+    assert first.bank.held() == 0
+    store(first, 1)
+    assert first.find(KEYS[:1]) == 0
+    assert first.publish(KEYS[:1], pages(1)) == 1
+    assert second.find(KEYS[:1]) == 1
+    second.weights_changed(b"")
+    second.clear()
+    store(second, 4)
+    assert second.find(KEYS[:1]) == 1
+    assert second.adopt(KEYS[:1], pages(5)) == 1
+    assert offset(second, 5) == old
+
+
+# ---- what makes pages equal ----
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text('{"rope_theta": 1e6}')
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 4096)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_digest_of_weights_sees_every_change(model: Path) -> None:
+    weights = model / "model.safetensors"
+    times = weights.stat()
+    seen = {sharing.weights_digest(str(model))}
+    (model / "tokenizer.json").write_text('{"other": 1}')
+    (model / "README.md").write_text("words")
+    assert sharing.weights_digest(str(model)) in seen
+    assert sharing.weights_digest(str(weights)) not in seen
+
+    def changed() -> None:
+        digest = sharing.weights_digest(str(model))
+        assert digest not in seen
+        seen.add(digest)
+
+    (model / "config.json").write_text('{"rope_theta": 2e6}')
+    changed()
+    weights.write_bytes(bytes(reversed(range(256))) * 4096)  # as many bytes, and as old
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed()
+    os.utime(weights)
+    changed()
+    (model / "model-2.safetensors").write_bytes(b"more")
+    changed()
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "no-such-owner/no-such-model", "s3://bucket/model"])
+def test_weights_that_are_not_here_are_not_identified(name: str) -> None:
+    with pytest.raises(sharing.Unidentified):
+        sharing.weights_digest(name)
+
+
+def test_weights_without_files_are_not_identified(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(sharing.Unidentified, match="no files of weights"):
+        sharing.weights_digest(str(tmp_path))
+
+
+def test_files_that_change_while_they_are_loaded_are_shared_with_nobody(model: Path) -> None:
+    def look_up() -> dict[str, Any]:
+        return {"weights": sharing.weights_digest(str(model))}
+
+    active: Any = SimpleNamespace(facts=look_up(), look_up_facts=look_up)
+    assert sharing.is_settled(active)
+    (model / "model.safetensors").write_bytes(b"new")
+    assert not sharing.is_settled(active)
+    assert active.facts is None
+
+
+def test_facts_name_what_a_page_depends_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing.versions, "installed", lambda: "0.5.23")
+
+    def facts(tag: str = "", **changes: Any) -> Any:
+        settings = dict.fromkeys(sharing._SETTINGS, None)
+        record = {**settings, "model_path": str(model), "load_format": "auto", "random_seed": 1, **changes}
+        return sharing.facts(SimpleNamespace(**record), tag)
+
+    assert facts() == facts(random_seed=2, served_model_name="another")
+    for other in (
+        {"dtype": "float16"},
+        {"kv_cache_dtype": "fp8_e4m3"},
+        {"quantization": "fp8"},
+        {"json_model_override_args": '{"rope_scaling": null}'},
+        {"page_size": 64},
+        {"load_format": "dummy"},
+        {"load_format": "dummy", "random_seed": 2},
+        {"tag": "mine"},
+    ):
+        assert facts(**other) != facts()
+    assert facts(load_format="dummy", random_seed=2) != facts(load_format="dummy", random_seed=1)
