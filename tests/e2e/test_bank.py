@@ -20,6 +20,7 @@ from typing import Any
 import harness
 import pytest
 from harness import BASE_OPTIONS, OUTPUT_TOKENS, PROMPT_TOKENS, ServerClient, prompt
+from kinds import KINDS
 from sglang_server import Answer, Server, launch_server_command, tier_in
 
 pytestmark = pytest.mark.cpu_engine
@@ -120,9 +121,18 @@ def places(answer: Answer) -> dict[str, int]:
     return {place: tokens for place, tokens in answer.cached.items() if tokens}
 
 
-def check_from_bank(answer: Answer, expected: Answer) -> None:
+def ask_bank(engine: Engine, name: str, expected: Answer) -> Answer:
+    """The answer to a prompt whose pages the engine has not and the bank has, and that equals an earlier one."""
+    for _ in range(4):
+        answer = engine.ask(name)
+        if places(answer) == {"storage": CACHEABLE}:
+            break
+        # On a machine that is busy enough nothing answers in time, which is a miss and no fault.
+        assert (places(answer), "did not answer within" in engine.server.log()) == ({}, True)
+        until(engine.client.flush_cache)
     assert places(answer) == {"storage": CACHEABLE}
     assert answer.output_ids == expected.output_ids
+    return answer
 
 
 def change_weights(model: Path) -> None:
@@ -151,23 +161,22 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
 
         # Another engine finds the pages; what it is asked later, the first one finds.
         second = others.enter_context(engine(model, service, tmp_path / "second.log"))
-        shared = second.ask("A")
-        check_from_bank(shared, cold)
+        shared = ask_bank(second, "A", cold)
         assert shared.logprobs == hit.logprobs  # the same computation on the same bytes
         assert second.ask("A with another prefix").output_ids != cold.output_ids
         before = published()
         there = second.ask("B")
         until(lambda: published() >= before + CACHEABLE // 16)
-        check_from_bank(first.ask("B"), there)
+        ask_bank(first, "B", there)
         # flush_cache empties the engine and not the bank.
-        until(lambda: second.client.flush_cache())
-        check_from_bank(second.ask("A"), cold)
+        until(second.client.flush_cache)
+        ask_bank(second, "A", cold)
 
         # A killed engine's pages outlive it.
         first.kill()
         until(lambda: len(service.status()["spaces"][0]["sessions"]) == 1)
-        until(lambda: second.client.flush_cache())
-        check_from_bank(second.ask("B"), there)
+        until(second.client.flush_cache)
+        ask_bank(second, "B", there)
 
         # Other weights under the same name find nothing, though the bank has these very prompts.
         change_weights(model)
@@ -177,7 +186,7 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
             assert other.output_ids != there.output_ids
 
         service.flush()
-        until(lambda: second.client.flush_cache())
+        until(second.client.flush_cache)
         assert places(second.ask("A")) == {}
 
         # Without the service nothing is found, nothing hangs, and what is stored comes back from the engine's own pool.
@@ -193,3 +202,20 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
         assert again.output_ids == alone.output_ids
         service.start()
         assert places(second.ask("D")) == {}
+
+
+@pytest.mark.parametrize("name", ["dsa", "draft"])
+def test_pools_that_ride_on_a_page_come_with_it(name: str, tmp_path: Path, service: Service) -> None:
+    """An indexer's keys and a draft's K and V lie in the frame of the page that they ride on."""
+    kind = KINDS[name]
+    model = tmp_path / "model"
+    script = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
+    subprocess.run([sys.executable, str(script), str(model), *kind.model], check=True)
+    draft = {"speculative_draft_model_path": str(model)} if kind.draft else {}
+    with engine(model, service, tmp_path / "log", {**kind.options, **draft}) as one:
+        cold, hit = one.ask("A"), one.ask("A")
+        assert places(hit) == {"device": kind.hit}
+        until(one.client.flush_cache)
+        found = ask_bank(one, "A", cold)
+        assert found.logprobs == hit.logprobs
+        assert found.verifications == hit.verifications

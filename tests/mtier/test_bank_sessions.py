@@ -120,6 +120,11 @@ def test_another_process_finds_pages_and_a_kill_leaves_them(daemon: Daemon) -> N
         assert session.find(keys) == 20
         assert session.held() == 22
         session.close()
+        # With nobody there the pages stay too.
+        assert daemon.status()["spaces"][0]["sessions"] == []
+        again = BankSession(MODEL, FRAME, 40)
+        assert [view(again, address)[0] for address in again.adopt(keys)] == list(range(20))
+        again.close()
     finally:
         other.kill()
 
