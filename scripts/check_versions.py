@@ -82,7 +82,7 @@ def check(root: Path) -> Report:
     """
     sources = Sources(root)
     table = versions.load(sources.version)
-    hooks = (*table.flag_hooks, *table.launcher_hooks, *table.controller_hooks, *table.scheduler_hooks)
+    hooks = table.all_hooks
     findings = []
     for hook in hooks:
         found = sources.find(hook.target)

@@ -65,7 +65,7 @@ def make_patch(folder: Path) -> tuple[str, str]:
     (info,) = folder.glob("sglang-*.dist-info")
     version = info.name.removeprefix("sglang-").removesuffix(".dist-info")
     table = versions.load(version)
-    hooks = (*table.flag_hooks, *table.launcher_hooks, *table.controller_hooks, *table.scheduler_hooks)
+    hooks = table.all_hooks
     by_file: dict[Path, list[Hook]] = {}
     for hook in hooks:
         by_file.setdefault(_file_of(folder, hook.target), []).append(hook)

@@ -89,5 +89,5 @@ def test_tables_of_hooks_lose_no_line() -> None:
         assert len(text.splitlines()) < 120
     handlers = [line for line in text.splitlines() if line.startswith(("    after ", "    around "))]
     table = versions.load("0.5.23")
-    hooks = (*table.flag_hooks, *table.launcher_hooks, *table.controller_hooks, *table.scheduler_hooks)
+    hooks = table.all_hooks
     assert [f"    {h.kind} {h.function.rpartition('.')[2]}: {h.why}" for h in hooks] == handlers

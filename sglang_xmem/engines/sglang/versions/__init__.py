@@ -42,6 +42,17 @@ class VersionTable:
     controller_reports: bool = True
     bank_hooks: tuple[Hook, ...] = ()
 
+    @property
+    def all_hooks(self) -> tuple[Hook, ...]:
+        """Hooks of every process."""
+        return (
+            *self.flag_hooks,
+            *self.launcher_hooks,
+            *self.controller_hooks,
+            *self.scheduler_hooks,
+            *self.bank_hooks,
+        )
+
 
 def with_parameters(hooks: Iterable[Hook], parameters: Mapping[str, tuple[str, ...]]) -> tuple[Hook, ...]:
     """Hooks of another version, where targets take other parameters in this one."""

@@ -84,33 +84,24 @@ SCHEDULER_HOOKS = hooks_in(f"""
 {_SCHEDULER}.get_internal_state(self, recv_req)
     after scheduler:internal_state: show the tier in server information
 """)
-BANK_HOOKS = hooks_in(f"""
-{_WEIGHTS}.update_weights_from_disk(self, recv_req)
-    around sharing:weights_from_disk: keep pages of other weights apart
-{_WEIGHTS}.update_weights_from_distributed(self, recv_req)
-    around sharing:weights_from_elsewhere: keep pages of other weights apart
-{_WEIGHTS}.update_weights_from_tensor(self, recv_req)
-    around sharing:weights_from_elsewhere: keep pages of other weights apart
-{_WEIGHTS}.update_weights_from_ipc(self, recv_req)
-    around sharing:weights_from_elsewhere: keep pages of other weights apart
-""")
+BANK_HOOKS = hooks_in(
+    "".join(
+        f"{_WEIGHTS}.update_weights_from_{source}(self, recv_req)\n"
+        f"    around sharing:weights_from_{known}: keep pages of other weights apart\n"
+        for source, known in zip(("disk", "distributed", "tensor", "ipc"), ("disk", *["elsewhere"] * 3), strict=True)
+    )
+)
 MEMBERS = (
     f"{_SRT}.arg_groups.overrides.resolving_view",
     f"{_SRT}.environ.envs.SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS",
-    f"{_CONTEXT}.get_context",
-    f"{_CONTEXT}.get_memory",
-    f"{_CONTEXT}.get_observability",
-    f"{_CONTEXT}.get_parallel",
-    f"{_CONTEXT}.get_serving",
-    f"{_SRT}.plugins.hook_registry.HookRegistry._apply_target",
-    f"{_SRT}.plugins.hook_registry.HookRegistry._patched",
+    *(f"{_CONTEXT}.get_{name}" for name in ("context", "memory", "observability", "parallel", "serving")),
+    *(f"{_SRT}.plugins.hook_registry.HookRegistry.{name}" for name in ("_apply_target", "_patched")),
     f"{_TRANSFER}._submission",
     f"{_HOST}.common.ALLOC_MEMORY_FUNCS",
     f"{_GROUP}._refresh_transfer_capabilities",
     f"{_HOST}.mla.maybe_dcp_kernel_indices",
     f"{_CONTROLLER}.LayerLoadingEvent.finish_event",
-    f"{_CACHE}.hicache_storage.HiCacheFile.get",
-    f"{_CACHE}.hicache_storage.HiCacheFile.set",
+    *(f"{_CACHE}.hicache_storage.HiCacheFile.{name}" for name in ("get", "set")),
     *(f"{_SCHEDULER}.{name}" for name in ("abort_request", "collect_inflight_reqs", "flush_cache", "is_fully_idle")),
     f"{_SRT}.managers.io_struct.AbortReq",
     *(f"{_BATCH}.{name}" for name in ("FINISH_ABORT", "NextBatchPlan", "ScheduleBatch.hicache_consumer_index")),
