@@ -35,7 +35,7 @@ from sglang_xmem.plan import Plan
 from sglang_xmem.tiers import Ranks
 
 TABLE = versions.current()
-ALL_HOOKS = TABLE.all_hooks
+ALL_HOOKS = (*TABLE.flag_hooks, *TABLE.launcher_hooks, *TABLE.scheduler_hooks)
 KEYWORDS = {"hicache_use_xmem": True, "hicache_xmem_tier": "dram", "hicache_xmem_config": {"dram": {"threads": 2}}}
 UNKNOWN_VERSION = "0.5.20"
 #: What HiCache is made of.
@@ -52,6 +52,7 @@ HICACHE = tuple(
         "mem_cache.hicache_auto_size",
         "mem_cache.kv_cache_builder",
         "mem_cache.pool_host.group",
+        "mem_cache.unified_radix_cache",
         "managers.cache_controller",
     )
 )

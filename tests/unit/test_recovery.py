@@ -66,7 +66,9 @@ class Scheduler:
 
 @pytest.fixture
 def active(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    found: Any = SimpleNamespace(counts=Counter(), checks=[], trouble="", healthy=True, tier_names=lambda: ["dram"])
+    found: Any = SimpleNamespace(
+        counts=Counter(), checks=[], trouble="", healthy=True, arenas=[], tier_names=lambda: ["dram"]
+    )
     found.set_aside = lambda why: setattr(found, "trouble", why)
     monkeypatch.setattr(session, "_session", found)
     monkeypatch.setattr(recovery, "alone", lambda: True)

@@ -7,14 +7,13 @@ _SRT = "sglang.srt"
 _ARGS = f"{_SRT}.server_args.ServerArgs"
 _CONTEXT = f"{_SRT}.runtime_context"
 _CACHE = f"{_SRT}.mem_cache"
-_ASSEMBLER = f"{_CACHE}.hybrid_cache.hybrid_pool_assembler"
+_ASSEMBLER, _HYBRID = (f"{_CACHE}.hybrid_cache.{name}" for name in ("hybrid_pool_assembler", "hybrid_cache_controller"))
 _HOST = f"{_CACHE}.pool_host"
 _GROUP = f"{_HOST}.group.HostPoolGroup"
 _TRANSFER = f"{_CACHE}.l2_transfer.L2TransferEngine"
 _CONTROLLER = f"{_SRT}.managers.cache_controller"
 _HICACHE = f"{_CONTROLLER}.HiCacheController"
 _DATA_PARALLEL = f"{_SRT}.managers.data_parallel_controller.DataParallelController"
-_HYBRID = f"{_CACHE}.hybrid_cache.hybrid_cache_controller.HybridCacheController"
 _BATCH = f"{_SRT}.managers.schedule_batch"
 _WEIGHTS = f"{_SRT}.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _SCHEDULER = f"{_SRT}.managers.scheduler.Scheduler"
@@ -67,9 +66,9 @@ SCHEDULER_HOOKS = hooks_in(f"""
     around transfer:submit_host_to_device: load pages from the tier
 {_TRANSFER}.submit_device_to_host(self, transfers)
     around transfer:submit_device_to_host: store pages in the tier
-{_HYBRID}.load(self, host_indices, priority, node_id, extra_pools, device_indices, anchor_indices)
+{_HYBRID}.HybridCacheController.load(self, host_indices, priority, node_id, extra_pools, device_indices, anchor_indices)
     around recovery:load: make damaged pages misses
-{_HYBRID}.write(self, device_indices, priority, node_id, extra_pools, flush, start_owner)
+{_HYBRID}.HybridCacheController.write(self, device_indices, priority, node_id, extra_pools, flush, start_owner)
     around recovery:write: set a tier aside
 {_CACHE}.unified_radix_cache.UnifiedRadixCache.write_backup_storage(self, node_id)
     around recovery:back_up: keep what damaged pages led to out of storage
