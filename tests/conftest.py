@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = REPOSITORY / "scripts" / "make_tiny_model.py"
     subprocess.run([sys.executable, str(script), str(directory)], check=True)
     return directory
+
+
+@pytest.fixture(scope="module")
+def cache_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have kernels compiled here, not found in the user's cache; a GPU's memory is free again afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_XMEM_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from sglang_xmem.copies.geometry import Slab
 from sglang_xmem.copies.triton import TritonPageCopier
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, SMALL_UNIT_TUNING, CudaTuning
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache_of_kernels")]
 
 GPU = "cuda:0"
 TUNINGS = [
@@ -31,16 +30,6 @@ TUNINGS = [
     *DEFAULT_TUNING.values(),
     *SMALL_UNIT_TUNING.values(),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels are compiled here, not found in the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_XMEM_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
-        yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,20 +14,10 @@ from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.copies.sums_cuda import CudaSummer
 from sglang_xmem.sums import Chosen, CpuSummer, Group, SectionSums
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache_of_kernels")]
 
 GPU = torch.device("cuda:0")
 PAGES = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels are compiled here, not found in the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_XMEM_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
-        yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def upload(vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

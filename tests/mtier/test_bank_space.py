@@ -197,3 +197,14 @@ def test_facts_name_what_a_page_depends_on(model: Path, monkeypatch: pytest.Monk
     ):
         assert facts(**other) != facts()
     assert facts(load_format="dummy", random_seed=2) != facts(load_format="dummy", random_seed=1)
+
+
+def test_a_canarys_page_keeps_its_frame_when_all_others_are_freed(spaces: list[BankSpace]) -> None:
+    """Else its random bytes would go into a frame that is another engine's by then."""
+    space, _ = spaces
+    space.kept = 1
+    store(space, 0, 1)
+    frame = offset(space, 0)
+    space.clear()
+    assert (offset(space, 0), int(space.table[1])) == (frame, 0)
+    assert space.bank.owned(space.table[:1].numpy()).all()

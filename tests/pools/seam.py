@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import pytest
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,13 @@ class Seam:
 
 @contextmanager
 def _stock() -> Iterator[None]:
-    import stock_copies
+    common = importlib.import_module("sglang.srt.mem_cache.pool_host.common")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "_cuda_host_register", lambda *args, **kwargs: None)  # pinning needs the CUDA runtime
+        yield
 
-    stock_copies.install()
-    yield
 
-
-#: SGLang's own host pools over plain memory, with the copies of `stock_copies`.
+#: SGLang's own host pools over plain memory, with the copies of sglang_cpu.
 STOCK = Seam("stock", _stock)
 
 
@@ -72,6 +75,17 @@ def _xmem_session() -> Iterator[Any]:
         for arena in active.arenas:
             arena.close()
         session.start(None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sglang() -> None:
+    """Import SGLang once, with its plugins, as each of its processes does. Test modules import this fixture."""
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
+        pytest.skip("builds SGLang's pools on the CPU, which is for machines without a GPU")
+    pytest.importorskip("sglang")
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
 
 
 #: The adapter, with its arena in tier `dram`.

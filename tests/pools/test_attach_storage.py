@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from factories import KINDS, Pools, make
-from seam import XMEM
+from seam import XMEM, sglang  # noqa: F401  (sglang is a fixture)
 
 from sglang_xmem import session
-
-
-@pytest.fixture(scope="module", autouse=True)
-def sglang() -> None:
-    """Import SGLang once, with its plugins, as each of its processes does."""
-    if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
-        pytest.skip("builds SGLang's pools on the CPU, which is for machines without a GPU")
-    pytest.importorskip("sglang")
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
 
 
 @pytest.fixture

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Iterator
 
 import factories
 import pytest
 import torch
 from factories import KINDS, Pools, make
-from seam import Seam, available
+from seam import Seam, available, sglang  # noqa: F401  (sglang is a fixture)
 from trips import POISON, Trip, as_bytes, there_and_back
-
-
-@pytest.fixture(scope="module", autouse=True)
-def sglang() -> None:
-    """Import SGLang once, with its plugins, as each of its processes does."""
-    if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
-        pytest.skip("builds SGLang's pools on the CPU, which is for machines without a GPU")
-    pytest.importorskip("sglang")
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
 
 
 def _cases() -> Iterator[tuple[Seam, str, int, torch.dtype, str]]:

@@ -111,6 +111,16 @@ def test_wrong_pages_end_all_that_may_have_read_them(active: Any) -> None:
     assert scheduler.aborted == 1
 
 
+def test_wrong_pages_end_sharing_of_what_lies_in_a_bank(active: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[bytes] = []
+    monkeypatch.setattr(recovery.sharing, "bank_spaces", lambda: [SimpleNamespace(weights_changed=names.append)])
+    scheduler = Scheduler()
+    setattr(scheduler.events[1], CHECK, Check("1 page is wrong"))
+    settled(scheduler, batch(1, Request()))
+    assert len(names) == 1
+    assert names[0] != b"", "the keys of before would be found again"
+
+
 def test_another_batchs_load_is_not_waited_for(active: Any) -> None:
     scheduler = Scheduler()
     setattr(scheduler.events[2], CHECK, Check("wrong"))

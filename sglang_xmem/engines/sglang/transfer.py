@@ -102,7 +102,7 @@ def _load(
             prepared = arena.programs[key] = Prepared.of(arena, moves, load_steps(moves, num_parts), num_parts)
         wait = completion.finish_event.synchronize
         if counters is None and on_layer_done is not None and arena.device.type != "cpu":
-            _load_by_layers(arena, moves, pages, num_parts, on_layer_done)
+            _load_by_layers(arena, ("layers", *key), prepared, pages, num_parts, on_layer_done)
             return None, checks.compare(arena, prepared.checked, vectors, wait)
         try:
             arena.load(prepared.program, pages, counters)
@@ -110,7 +110,7 @@ def _load(
             _refused("load", error)
             arena.copy_plainly(prepared.steps, pages, load=True)
             counters = None
-        _count("load", prepared.page_bytes, pages)
+        _count("load", prepared, pages)
         if counters is None and on_layer_done is not None:
             for layer in range(num_parts):
                 on_layer_done(layer)
@@ -157,7 +157,7 @@ def _store(moves: Sequence[Any]) -> None:
     except CopyError as error:
         _refused("store", error)
         arena.copy_plainly(prepared.steps, pages, load=False)
-    _count("store", prepared.page_bytes, pages)
+    _count("store", prepared, pages)
     checks.write(arena, prepared.checked, vectors)
 
 
@@ -187,26 +187,22 @@ class Prepared(NamedTuple):
     @classmethod
     def of(cls, arena: Any, moves: Sequence[Any], steps: Sequence[Step], num_parts: int) -> Prepared:
         """Compile `steps`."""
+        page_bytes: Counter[int] = Counter()
+        for step in steps:
+            page_bytes[step.vector] += step.plane.unit_bytes
+        vectors = range(max(page_bytes, default=-1) + 1)
         return cls(
             arena.compile(steps, num_parts),
             tuple(steps),
-            _page_bytes(steps),
+            tuple(page_bytes[vector] for vector in vectors),
             Checked.of(arena, [adopted(move) for move in moves], steps),
         )
 
 
-def _page_bytes(steps: Sequence[Step]) -> tuple[int, ...]:
-    """Bytes that one page of each vector moves."""
-    found: Counter[int] = Counter()
-    for step in steps:
-        found[step.vector] += step.plane.unit_bytes
-    return tuple(found[vector] for vector in range(max(found, default=-1) + 1))
-
-
-def _count(direction: str, page_bytes: Sequence[int], pages: Sequence[Pages]) -> None:
+def _count(direction: str, prepared: Prepared, pages: Sequence[Pages]) -> None:
     counts = session.current().counts
     counts[f"copies:{direction}"] += 1
-    for each, nbytes in zip(pages, page_bytes, strict=False):
+    for each, nbytes in zip(pages, prepared.page_bytes, strict=False):
         pages_moved = each.frames.numel()
         counts[f"pages:{direction}"] += pages_moved
         counts[f"bytes:{direction}"] += pages_moved * nbytes
@@ -301,21 +297,17 @@ def load_steps(moves: Sequence[Any], num_parts: int) -> list[Step]:
     return steps
 
 
-def _load_by_layers(arena: Any, moves: Sequence[Any], pages: Any, num_parts: int, on_layer_done: Any) -> None:
+def _load_by_layers(arena: Any, key: Any, prepared: Prepared, pages: Any, num_parts: int, on_layer_done: Any) -> None:
     """A launch and an event per layer, for GPUs whose streams cannot wait for counters."""
-    key = ("layers", num_parts, *_identity(moves))
-    prepared = arena.programs.get(key)
-    if prepared is None:
+    programs = arena.programs.get(key)
+    if programs is None:
         by_layer: list[list[Step]] = [[] for _ in range(num_parts)]
-        whole = load_steps(moves, num_parts)
-        for step in whole:
+        for step in prepared.steps:
             by_layer[step.part].append(step._replace(part=0))
-        programs = [arena.compile(steps, 1) if steps else None for steps in by_layer]
-        prepared = arena.programs[key] = (programs, _page_bytes(whole))
+        programs = arena.programs[key] = [arena.compile(steps, 1) if steps else None for steps in by_layer]
         logger.warning("sglang_xmem: a load is one launch per layer here, since streams cannot wait for counters")
-    programs, page_bytes = prepared
     session.current().counts["fallbacks:layers"] += 1
-    _count("load", page_bytes, pages)
+    _count("load", prepared, pages)
     for layer, program in enumerate(programs):
         if program is not None:
             arena.load(program, pages)
