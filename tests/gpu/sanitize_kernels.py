@@ -1,4 +1,4 @@
-"""Every build of the copy kernel on odd shapes, small enough for compute-sanitizer: `python sanitize_kernels.py`."""
+"""Every kernel on odd shapes, small enough for compute-sanitizer: `python sanitize_kernels.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.cuda import CudaPageCopier
 from sglang_xmem.copies.geometry import Plane, Slab
+from sglang_xmem.copies.sums_cuda import CudaSummer
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, CudaTuning
+from sglang_xmem.sums import Chosen, Group, SectionSums
 
 TUNINGS = (
     CudaTuning(ctas=3),
@@ -24,8 +26,8 @@ PAGES = 37
 UNITS = [[16, 656], [24] * 3, [65536, 1024, 8448, 16], [1024, 48] * 20]
 
 
-def main() -> int:
-    device = torch.device("cuda:0")
+def copies(device: torch.device) -> tuple[int, int]:
+    """Cases and wrong ones of the copy kernel's builds."""
     wrong = cases = 0
     for units, divisor, tuning in itertools.product(UNITS, (1, 48), TUNINGS):
         room = 2 * PAGES
@@ -58,7 +60,43 @@ def main() -> int:
             torch.cuda.synchronize()
             wrong += not torch.equal(torch.cat([pool[slots] for pool in pools], 1), before)
         cases += 1
-    print(f"cases {cases} wrong {wrong}")
+    return cases, wrong
+
+
+def sums(device: torch.device) -> tuple[int, int]:
+    """Cases and wrong ones of the kernel of sums: equal pages are equal, a changed one is found."""
+    wrong = cases = 0
+    summer = CudaSummer(device, lambda vectors: [vector.to(device) for vector in vectors])
+    for units, divisor, every in itertools.product([[5], [16, 656], [24] * 3, [65536, 1023, 8448]], (1, 48), (1, 3)):
+        pools = [torch.randint(0, 256, (2 * PAGES, nbytes), dtype=torch.uint8, device=device) for nbytes in units]
+        offsets = [0, *itertools.accumulate(units)]
+        planes = [
+            Plane(pool.data_ptr(), nbytes, 2 * PAGES, offset, nbytes, divisor)
+            for pool, nbytes, offset in zip(pools, units, offsets, strict=False)
+        ]
+        group = Group(SectionSums(planes, 2 * PAGES, every, pinned=True), tuple((plane, 0) for plane in planes))
+        numbers, slots = torch.randperm(2 * PAGES)[:PAGES], torch.randperm(2 * PAGES)[:PAGES].to(device)
+        pages = [Pages(torch.zeros(PAGES, dtype=torch.int64, device=device), slots * divisor)]
+        chosen = [Chosen.of(group.sums, numbers)]
+        prepared = summer.prepare([group])
+        summer.write(prepared, pages, chosen)
+        equal = summer.compare(prepared, pages, chosen)
+        torch.cuda.synchronize()
+        wrong += equal.wrong()[0] != 0
+        if len(chosen[0].rows):
+            pools[-1][slots[int(chosen[0].rows[-1])], -1] ^= 1
+            changed = summer.compare(prepared, pages, chosen)
+            torch.cuda.synchronize()
+            wrong += changed.wrong()[0] != 1
+        cases += 1
+    return cases, wrong
+
+
+def main() -> int:
+    device = torch.device("cuda:0")
+    found = [copies(device), sums(device)]
+    wrong = sum(each for _, each in found)
+    print(f"cases {sum(each for each, _ in found)} wrong {wrong}")
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""compute-sanitizer finds nothing in the copy kernels."""
+"""compute-sanitizer finds nothing in the kernels."""
 
 from __future__ import annotations
 
