@@ -14,6 +14,7 @@ import ctypes
 import functools
 import logging
 import os
+import secrets
 import struct
 import threading
 from collections import Counter
@@ -28,6 +29,7 @@ from sglang_xmem.errors import Unavailable
 from sglang_xmem.mtier.build import PAGES, BuildError, built
 from sglang_xmem.mtier.client import (
     FIND,
+    HOST,
     JOIN,
     LEAVE,
     PUBLISH,
@@ -43,9 +45,9 @@ from sglang_xmem.tiers import hostmem
 logger = logging.getLogger(__name__)
 
 # native/pages_protocol.h
-_PAGES_VERSION = 1
+_PAGES_VERSION = 2
 #: Its JoinRequest.
-JOIN_REQUEST = struct.Struct("=IIQQ32s64s")
+JOIN_REQUEST = struct.Struct("=IIQQ32s64sQII")
 #: Pages of one message.
 MAX_PAGES = 256
 KEY_BYTES = 32
@@ -91,6 +93,9 @@ class BankSession:
             frames,
             identity or b"",
             label.encode("ascii", "replace")[:63],
+            secrets.randbits(64) | 1,
+            HOST,
+            0,
         )
         try:
             self._connection = Connection(socket_path())

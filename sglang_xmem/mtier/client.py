@@ -25,6 +25,8 @@ _REPLY = struct.Struct("=IHHQiIiIQQQQQ")
 _MAX_REPLY_BYTES = _REPLY.size + (64 << 10)
 _REFUSED = 0
 INFO, JOIN, SLAB, FIND, PUBLISH, LEAVE = range(32, 38)
+#: MemoryKind of a slab.
+HOST = 1
 
 _OUT_OF_MEMORY = -3
 

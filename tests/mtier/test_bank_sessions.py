@@ -6,10 +6,12 @@ import json
 import os
 import random
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,12 @@ def test_a_flush_hides_all_pages_and_takes_none(daemon: Daemon) -> None:
     session.close()
 
 
+def join_request(
+    is_private: int, frame: int, frames: int, identity: bytes, *, label: bytes = b"x", session: int = 1, again: int = 0
+) -> bytes:
+    return JOIN_REQUEST.pack(2, is_private, frame, frames, identity, label, session, client.HOST, again)
+
+
 def exchange(connection: socket.socket, message: bytes) -> int:
     connection.send(message)
     reply, descriptors, _, _ = socket.recv_fds(connection, 70000, 4)
@@ -245,19 +253,71 @@ def exchange(connection: socket.socket, message: bytes) -> int:
     return int(REPLY_HEAD.unpack_from(reply)[4])
 
 
+def joined(connection: socket.socket, daemon: Daemon, asked: bytes) -> tuple[int, tuple[int, int, int, int]]:
+    """A kJoin's code, and of a good one the epoch, number, frames and bytes."""
+    connection.connect(str(daemon.socket_path))
+    connection.send(request(33) + asked)
+    reply, descriptors, _, _ = socket.recv_fds(connection, 70000, 4)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    number, _, frames, _, nbytes, _, epoch = struct.unpack_from("=iIQQQQQ", reply, REPLY_HEAD.size)
+    return int(REPLY_HEAD.unpack_from(reply)[4]), (epoch, number, frames, nbytes)
+
+
+def test_a_session_goes_on_over_another_connection(daemon: Daemon) -> None:
+    asked, again = (join_request(0, FRAME, 8, MODEL, session=77, again=n) for n in (0, 1))
+    unknown = join_request(0, FRAME, 8, MODEL, session=78, again=1)
+    with ExitStack() as stack:
+        first, other, second, third, fourth = (
+            stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) for _ in range(5)
+        )
+        code, what = joined(first, daemon, asked)
+        assert code == 0
+        assert what[0] != 0
+        assert exchange(first, request(34)) == 0
+        assert joined(other, daemon, unknown)[0] == INVALID_ARGUMENT
+        first.close()
+        # The same over a new connection, with or without `again`; the last one that asks has it.
+        assert joined(second, daemon, again) == (0, what)
+        assert exchange(second, request(35, size=1) + key(1)) == 0
+        assert joined(third, daemon, asked) == (0, what)
+        assert exchange(second, request(35, size=1) + key(1)) == INVALID_ARGUMENT
+        (space,) = daemon.status()["spaces"]
+        assert [each["frames"] for each in space["sessions"]] == [8]
+        # Nobody else's: another process with that number is refused.
+        elsewhere = Other(1)
+        try:
+            elsewhere.ask("session.close()")
+            assert elsewhere.ask(f"say_join({again!r}, {str(daemon.socket_path)!r})") == INVALID_ARGUMENT
+            assert elsewhere.ask(f"say_join({asked!r}, {str(daemon.socket_path)!r})") == INVALID_ARGUMENT
+        finally:
+            elsewhere.kill()
+        # What left is not there any more.
+        assert exchange(third, request(37)) == 0
+        assert joined(fourth, daemon, again)[0] == INVALID_ARGUMENT
+
+
+def say_join(asked: bytes, path: str) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(path)
+        return exchange(connection, request(33) + asked)
+
+
 def test_messages_that_are_not_so_are_refused(daemon: Daemon) -> None:
     session = BankSession(MODEL, FRAME, 8)
     fill(session, [1])
     join, find, publish = 33, 35, 36
-    good = JOIN_REQUEST.pack(1, 0, FRAME, 8, MODEL, b"x")
+    good = join_request(0, FRAME, 8, MODEL)
     cases: list[Callable[[], bytes]] = [
         lambda: request(find),  # before it has joined
         lambda: request(join) + good[:-1],
         lambda: request(join) + good + b"\0",
-        lambda: request(join) + JOIN_REQUEST.pack(1, 0, 0, 8, MODEL, b"x"),
-        lambda: request(join) + JOIN_REQUEST.pack(1, 0, FRAME, 2**63, MODEL, b"x"),
-        lambda: request(join) + JOIN_REQUEST.pack(1, 2, FRAME, 8, MODEL, b"x"),
-        lambda: request(join) + JOIN_REQUEST.pack(1, 0, FRAME, 8, MODEL, b"x" * 64),
+        lambda: request(join) + join_request(0, 0, 8, MODEL),
+        lambda: request(join) + join_request(0, FRAME, 2**63, MODEL),
+        lambda: request(join) + join_request(2, FRAME, 8, MODEL),
+        lambda: request(join) + join_request(0, FRAME, 8, MODEL, label=b"x" * 64),
+        lambda: request(join) + join_request(0, FRAME, 8, MODEL, session=0),
+        lambda: request(join) + join_request(0, FRAME, 8, MODEL, session=5, again=2),
         lambda: request(99),
         lambda: request(1) + b"\0",
     ]

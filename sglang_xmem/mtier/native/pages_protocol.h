@@ -8,18 +8,28 @@
 namespace mtier::pages {
 
 // In kJoin. A client of another version is refused there, before it can misread anything.
-constexpr std::uint32_t kPagesVersion = 1;
+constexpr std::uint32_t kPagesVersion = 2;
 // Keys, or pages, of one message.
 constexpr std::size_t kMaxPages = 256;
 
 enum class PagesOp : std::uint16_t {
-    // Reply: num_banks (with host memory), total (their bytes), available (bytes that one more session may ask for).
+    // `bank`: a MemoryKind. Reply: num_banks (of that memory), total (their bytes), available (bytes that one more
+    // session may ask for).
     kInfo = 32,
-    // Behind it: JoinRequest. Reply: the ledger's descriptor; num_banks: the session's number; total: frames of the
-    // space; size: bytes of its slab. A connection has one session; what that holds outlives the connection, and comes
-    // back when the process has ended or says kLeave.
+    // Behind it: JoinRequest. Reply: the ledger's descriptor, and where it begins there in `available`; num_banks: the
+    // session's number; total: frames of the space; size: bytes of its slab; allocation: the space's epoch, which no
+    // other space ever has. A connection has one session; what that holds outlives the connection, and comes back when
+    // the process has ended or says kLeave.
+    //
+    // kMallocError: the slab is being made or cleared; ask again in a moment, for as long as it takes.
+    //
+    // A client that lost its connection says kJoin on a new one, with the same `session` and `again` 1. Where the reply
+    // has the epoch, number, frames and bytes of the first one, it has what it had: same ledger, same slab, all of its
+    // pins and frames; whatever it claimed or released meanwhile counts. The descriptor is then of what it maps already.
+    // kInvalidArgument: the service knows no such session. The client's slab is then its own alone, for good: it may go
+    // on with the frames that it has and claim more, and finds and publishes nothing.
     kJoin = 33,
-    // Reply: the slab's descriptor; size: its bytes.
+    // Reply: the slab's descriptor, and where it begins there in `available`; size: its bytes; kind; granularity.
     kSlab = 34,
     // Behind it: `size` keys. Reply: as text a Place for each of the first of them that are there.
     kFind = 35,
@@ -37,7 +47,10 @@ struct JoinRequest {
     std::uint64_t frame_bytes;
     std::uint64_t frames;  // that the session will hold at most
     Key space;
-    char label[64];  // for people; ends with a zero
+    char label[64];         // for people; ends with a zero
+    std::uint64_t session;  // a random number of the client's, not 0: the session's name in every kJoin
+    MemoryKind kind;        // of the slab
+    std::uint32_t again;    // 1: only as the session that the process has already
 };
 
 struct Publication {
@@ -45,7 +58,7 @@ struct Publication {
     Place place;
 };
 
-static_assert(sizeof(JoinRequest) == 120 && sizeof(Publication) == 48 && sizeof(Place) == 16);
+static_assert(sizeof(JoinRequest) == 136 && sizeof(Publication) == 48 && sizeof(Place) == 16);
 static_assert(sizeof(Request) + kMaxPages * sizeof(Publication) <= kMaxRequestBytes);
 
 }  // namespace mtier::pages

@@ -3,13 +3,16 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cinttypes>
 #include <functional>
+#include <iterator>
 #include <memory>
+#include <new>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -94,6 +97,7 @@ class PageService : public Handler {
                 Answer answer;
                 answer.fd = space.slab.duplicate();
                 if (answer.fd < 0) return no_descriptor();
+                session->second.mapped = true;
                 answer.fields.size = space.slab_bytes;
                 answer.fields.kind = MemoryKind::kHostFile;
                 return answer;
@@ -115,7 +119,8 @@ class PageService : public Handler {
     Answer not_sent(const Peer &peer, const Reply &, const std::string &why) override {
         auto session = session_of(peer);
         joined_.erase(peer.number);
-        if (session != sessions_.end()) end(session, "its memory could not be sent");
+        // One that has its memory already may ask again.
+        if (session != sessions_.end() && !session->second.mapped) end(session, "its memory could not be sent");
         return Answer::error(kServerError, "the memory's descriptor cannot be sent now: " + why);
     }
 
@@ -163,6 +168,7 @@ class PageService : public Handler {
         Space(const Space &) = delete;
         Space &operator=(const Space &) = delete;
 
+        const std::uint64_t epoch = random_number();
         std::string label;
         bool is_private = false;
         std::size_t bank = 0;
@@ -185,6 +191,7 @@ class PageService : public Handler {
         std::uint64_t quota;
         std::shared_ptr<Process> process;
         std::uint64_t published = 0;
+        bool mapped = false;  // it has asked for its slab, and may hold frames
     };
     using Sessions = std::unordered_map<std::uint64_t, Session>;
 
@@ -227,50 +234,77 @@ class PageService : public Handler {
                                                "messages; start both from one release");
         }
         if (asked.frame_bytes == 0 || asked.frame_bytes > (1ULL << 40) || asked.frames == 0 ||
-            asked.frames > (1ULL << 32) || asked.is_private > 1 || asked.label[sizeof(asked.label) - 1] != '\0') {
+            asked.frames > (1ULL << 32) || asked.is_private > 1 || asked.label[sizeof(asked.label) - 1] != '\0' ||
+            asked.session == 0 || asked.again > 1) {
             return Answer::error(kInvalidArgument, "a session of a size that no bank has was asked for");
         }
         if (joined_.count(peer.number) != 0) {
             return Answer::error(kInvalidArgument, "the connection has joined a space already");
         }
+        auto known = sessions_.find(asked.session);
+        if (known != sessions_.end() && known->second.process->key() == peer.process->key()) {
+            return answer_as(peer, known);
+        }
+        if (asked.again == 1 || known != sessions_.end()) {
+            return Answer::error(kInvalidArgument, "the service does not know the session");
+        }
         if (peer.process->fd() < 0) {
             return Answer::error(kServerError, "the service cannot watch the client's process; let both see each other "
                                                "(one PID namespace, or Linux 6.5)");
         }
-        if (asked.is_private == 1) asked.space = private_key();
+        if (asked.kind != MemoryKind::kHostFile) {
+            return Answer::error(kOutOfMemory, "the service has no bank of that memory");
+        }
+        if (asked.is_private == 1) asked.space = private_key(asked.session);
         std::string why;
         Space *space = space_for(asked, &why);
         if (space == nullptr) return Answer::error(kOutOfMemory, why);
-        Answer answer;
-        answer.fd = space->control.duplicate();
-        if (answer.fd < 0) {
-            if (space->is_private) drop(asked.space);
-            return no_descriptor();
-        }
         int bit = 0;
         while ((space->bits >> bit & 1) != 0) ++bit;
-        std::uint64_t id = ++last_id_;
-        sessions_.emplace(id, Session{space, bit, asked.frames, peer.process});
-        joined_[peer.number] = id;
+        auto session = sessions_.emplace(asked.session, Session{space, bit, asked.frames, peer.process}).first;
         space->bits |= 1ULL << bit;
         space->promised += asked.frames;
-        space->last_join = id;
-        answer.fields.num_banks = bit;
-        answer.fields.total = space->ledger.frames();
-        answer.fields.size = space->slab_bytes;
-        answer.fields.kind = MemoryKind::kHostFile;
+        space->last_join = ++joins_;
         std::string words;
         append(&words, "%s joins %s with %" PRIu64, peer.process->name().c_str(), space->label.c_str(), asked.frames);
         append(&words, " of %" PRIu64 " frames of %" PRIu64 " bytes", space->ledger.frames(), space->frame_bytes);
         note_(words);
+        Answer answer = answer_as(peer, session);
+        if (answer.fd < 0) end(session, "no descriptor was left for it");
         return answer;
     }
 
-    Key private_key() {
+    // The connection is the session's from now on.
+    Answer answer_as(const Peer &peer, Sessions::iterator session) {
+        const Space &space = *session->second.space;
+        Answer answer;
+        answer.fd = space.control.duplicate();
+        if (answer.fd < 0) return no_descriptor();
+        for (auto it = joined_.begin(); it != joined_.end();) {
+            it = it->second == session->first ? joined_.erase(it) : std::next(it);
+        }
+        joined_[peer.number] = session->first;
+        answer.fields.num_banks = session->second.bit;
+        answer.fields.total = space.ledger.frames();
+        answer.fields.size = space.slab_bytes;
+        answer.fields.kind = MemoryKind::kHostFile;
+        answer.fields.allocation = space.epoch;
+        return answer;
+    }
+
+    // A space of that session's alone.
+    static Key private_key(std::uint64_t session) {
         Key key{};
-        std::uint64_t number = ++last_private_;
-        std::memcpy(key.bytes.data(), &number, sizeof(number));
+        std::memcpy(key.bytes.data(), &session, sizeof(session));
         return key;
+    }
+
+    static std::uint64_t random_number() {
+        std::uint64_t number = 0;
+        while (number == 0) {
+            if (::getrandom(&number, sizeof(number), 0) != sizeof(number)) throw std::bad_alloc();
+        }
+        return number;
     }
 
     // The space that is asked for, with enough frames for one session more; nullptr with a sentence.
@@ -434,7 +468,7 @@ class PageService : public Handler {
     std::unordered_map<Key, std::unique_ptr<Space>, KeyHash> spaces_;
     Sessions sessions_;
     std::unordered_map<std::uint64_t, std::uint64_t> joined_;  // connection -> session
-    std::uint64_t last_id_ = 0, last_private_ = 0;
+    std::uint64_t joins_ = 0;
 };
 
 }  // namespace mtier::pages
