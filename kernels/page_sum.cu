@@ -76,10 +76,11 @@ static __device__ __forceinline__ u64 load_piece(u64 address) {
 #endif
 }
 
-// Adds, and returns what was there. Whoever sees this addition sees what came before it.
+// Adds to a word of this GPU's memory, and returns what was there. Whoever sees this addition sees what came before it.
+// Host memory has no atomic additions over PCIe.
 static __device__ __forceinline__ u64 add_to(u64 address, u64 value) {
     u64 before;
-    asm volatile("atom.add.acq_rel.sys.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(address), "l"(value) : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(address), "l"(value) : "memory");
     return before;
 }
 

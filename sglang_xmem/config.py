@@ -56,7 +56,7 @@ class Options(msgspec.Struct, frozen=True):
         copy: settings of the page copier.
         tiers: settings of every tier by its name, defaults included.
         flags: what the options are called where the user gave them, for messages.
-        integrity: whether no page, one page in 64 or all are compared with what was stored.
+        integrity: whether no page, one page in 16 or all are compared with what was stored.
     """
 
     tier: str

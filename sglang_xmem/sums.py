@@ -20,10 +20,9 @@ from sglang_xmem.copies.base import Pages
 from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.copies.torch import units_at
 
-#: One page in so many, by its number, has a sum. An H100 summed 406 GB/s with 48 thread blocks
-#: (docs/results/sums.jsonl), so a 64th of an 80K prompt of 12 GB takes 0.5 ms: 0.2 % of its load from host memory, 1 %
-#: of a peer's hit (44 ms).
-EVERY: Final[Mapping[Level, int]] = {"sample": 64, "full": 1}
+#: One page in so many, by its number, has a sum. An H100 sums an 80K prompt of 12 GB in 4.3 ms
+#: (docs/results/sums.jsonl), so a 16th takes 0.3 ms: 0.1 % of its load from host memory, 0.7 % of a peer's hit (44 ms).
+EVERY: Final[Mapping[Level, int]] = {"sample": 16, "full": 1}
 
 #: Odd, so that multiplying by them can be undone: of a word's place, and of the two rounds (Murmur's finalizer).
 PLACE: Final = 0x9E3779B97F4A7C15

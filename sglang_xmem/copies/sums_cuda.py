@@ -75,7 +75,7 @@ class Parameters:
         Args:
             rows, entries: of each group, where the kernel reads them.
             scratch: address of two words per page, zero.
-            report: address of two words; 0 writes the sums instead of comparing them.
+            report: address of two words on the device, zero; 0 writes the sums instead of comparing them.
         """
         _HEAD.pack_into(self._buffer, 0, self._table, len(self._planes), int(not report), scratch, report)
         at = _HEAD.size
@@ -94,7 +94,7 @@ class Parameters:
 
 
 class CudaReport(Report):
-    """Two words of pinned memory that the kernel writes: how many pages are wrong, and one of them."""
+    """Two words of pinned memory, a copy of what the kernel wrote: how many pages are wrong, and one of them."""
 
     def __init__(self, words: torch.Tensor, chosen: Sequence[Chosen]) -> None:
         self.words = words
@@ -158,8 +158,9 @@ class CudaSummer(Summer):
 
         found = self._upload([*(these.rows for these in chosen), *prepared.entries(chosen)])
         rows, entries = found[: len(chosen)], found[len(chosen) :]
-        scratch = torch.zeros(2 * sum(these.numel() for these in rows), dtype=torch.int64, device=self._device)
-        report = 0 if words is None else words.data_ptr()
+        meetings = 2 * sum(these.numel() for these in rows)
+        scratch = torch.zeros(meetings + 2, dtype=torch.int64, device=self._device)
+        report = 0 if words is None else scratch[meetings:].data_ptr()
         items = prepared.parameters.pack(pages, rows, entries, scratch=scratch.data_ptr(), report=report)
         grid = min(self._ctas, -(-items // WARPS))
         stream = torch.cuda.current_stream(self._device).cuda_stream
@@ -169,6 +170,8 @@ class CudaSummer(Summer):
             )
         if status.value:
             raise CopyError(f"The driver refuses to launch the kernel of sums: {status.name}.")
+        if words is not None:
+            words.copy_(scratch[meetings:], non_blocking=True)
 
 
 class CudaSums:
