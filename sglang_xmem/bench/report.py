@@ -448,7 +448,7 @@ def _soak_table(rows: list[Row]) -> Table:
         [
             # Rows of scripts/bench/serving_soak.py: a server per write policy.
             r["tier"] + (f", {r['policy']}" if "policy" in r else ""),
-            str(r["page_copies"]),
+            f"{r['page_copies']:,}",
             str(r["wrong"]),
             f"{r['seconds']:.0f}",
             str(r["gpu"]),
@@ -456,6 +456,7 @@ def _soak_table(rows: list[Row]) -> Table:
         for r in done
     ]
     notes = [f"{row['tier']}: skipped: {row['skipped']}" for row in rows if "skipped" in row]
+    notes += [f"{row['tier']}: {row['too_few']}" for row in done if "too_few" in row]
     return "Verified page copies under load", ["tier", "page copies", "wrong", "seconds", "GPU"], lines, notes
 
 

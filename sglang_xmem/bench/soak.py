@@ -1,28 +1,41 @@
 """Many verified page copies through each tier, while the GPU multiplies matrices.
 
-Moves of random sizes between random pages, each checked byte by byte: pages that should have moved and those that
-should not. One wrong page fails the run. Tiers that this machine does not have are skipped with the reason.
+Moves of random sizes between random pages, each checked byte by byte on the device: pages that should have moved and
+those that should not. One wrong page fails the run. Tiers that this machine does not have are skipped with the reason.
+
+A billion copies in minutes: `--case small --page-copies 1000000000`, whose pages have 2 KiB.
 """
 
 from __future__ import annotations
 
 import argparse
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from sglang_xmem.bench import moves, runs
-from sglang_xmem.bench.moves import Scene
+from sglang_xmem.bench.moves import CASES, Scene
 from sglang_xmem.bench.runs import Results, Row
 
 #: Matrices of the load, n x n in bf16.
 MATRIX = 4096
+#: Bytes of the largest move, on a GPU and on a CPU.
+LARGEST_MOVE = {"small": 2 * 10**9}
+LARGEST_MOVE_OF_OTHERS, LARGEST_MOVE_ON_CPU = 400 * 10**6, 32 * 10**6
+#: Checks that are enqueued before the first of them is waited for.
+AHEAD = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     count = "in each tier, to and from it; default 100000, with --quick 1000, without a GPU 200"
     parser.add_argument("--page-copies", type=runs.at_least(1), default=None, help=count)
+    parser.add_argument("--case", choices=list(CASES), default="kv", help="what a page is; default kv")
+    limit = "seconds a tier may take; fewer copies than asked for fail the run; default 600"
+    parser.add_argument("--time-limit", type=runs.at_least(1, float), default=600.0, help=limit)
     moves.add_arguments(parser, "soak")
 
 
@@ -31,30 +44,55 @@ def run(args: argparse.Namespace) -> int:
     wanted = args.page_copies or (200 if not on_gpu else 1000 if args.quick else 100_000)
 
     def measure(scene: Scene, name: str) -> list[Row]:
-        done = wrong = 0
-        start, multiply = time.monotonic(), _load(scene)
-        while done < wanted:
-            pages = int(torch.randint(1, scene.pages + 1, (1,), generator=scene.random))
-            multiply()
-            wrong += scene.wrong_pages(pages)
-            done += 2 * pages
-        seconds = round(time.monotonic() - start, 1)
-        return [{"page_copies": done, "wrong": wrong, "seconds": seconds, "copier": scene.copier}]
+        done, begun, due = 0, time.monotonic(), deque[torch.cuda.Event]()
+        with _busy(scene.device):
+            while done < wanted and time.monotonic() - begun < args.time_limit:
+                pages = int(torch.randint(1, scene.pages + 1, (1,), generator=scene.random))
+                scene.check(pages)
+                done += 2 * pages
+                if on_gpu:
+                    due.append(torch.cuda.Event())
+                    due[-1].record()
+                    if len(due) > AHEAD:
+                        due.popleft().synchronize()
+            wrong = int(scene.wrong)
+        row: Row = {
+            "case": name,
+            "page_copies": done,
+            "wrong": wrong,
+            "page_bytes": scene.case.page_bytes,
+            "seconds": round(time.monotonic() - begun, 1),
+            "copier": scene.copier,
+        }
+        return [row if done >= wanted else {**row, "too_few": f"{wanted} asked for in {args.time_limit:g} s"}]
 
-    # 64 pages of 6.3 MB on a GPU; on a CPU a few.
-    return moves.over_tiers(args, Results("soak", args), ["kv"], (400 if on_gpu else 32) * 10**6, measure)
+    largest = LARGEST_MOVE.get(args.case, LARGEST_MOVE_OF_OTHERS) if on_gpu else LARGEST_MOVE_ON_CPU
+    return moves.over_tiers(args, Results("soak", args), [args.case], largest, measure)
 
 
-def _load(scene: Scene) -> Callable[[], None]:
-    """Enqueues some milliseconds of products on a stream of their own; nothing on a CPU."""
-    if scene.device.type == "cpu":
-        return lambda: None
-    stream = torch.cuda.Stream(scene.device)
-    matrix = torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=scene.device)
+@contextmanager
+def _busy(device: torch.device) -> Iterator[None]:
+    """Keep a GPU's multiprocessors busy with products on a stream of their own; nothing on a CPU."""
+    if device.type == "cpu":
+        yield
+        return
+    stop = threading.Event()
+    stream = torch.cuda.Stream(device)
+    matrix = torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=device)
+    torch.mm(matrix, matrix)
+    torch.cuda.synchronize(device)
 
     def multiply() -> None:
         with torch.cuda.stream(stream):
-            for _ in range(20):
-                torch.mm(matrix, matrix)
+            while not stop.is_set():
+                for _ in range(20):
+                    torch.mm(matrix, matrix)
+                stream.synchronize()
 
-    return multiply
+    thread = threading.Thread(target=multiply, name="soak-load")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -19,8 +19,8 @@ from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
 #: What the service makes slabs in whole multiples of, as it starts.
 GRANULE_BYTES = 2 << 20
-#: A frame takes 64 bytes of the ledger too.
-LEAST_FRAME_BYTES = 4096
+#: A frame takes 64 bytes of the ledger too. No arena asks for smaller ones: a smaller granule is one of plain bytes.
+LEAST_FRAME_BYTES = 256
 
 
 class BankSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

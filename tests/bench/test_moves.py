@@ -86,3 +86,12 @@ def test_tiers_that_nobody_named_are_skipped(tmp_path: Path) -> None:
     status, rows = bench(tmp_path, "soak", "--page-copies", "4")
     assert status == 0
     assert {row["tier"] for row in rows if "skipped" in row} >= {"peer"}
+
+
+def test_fewer_copies_than_were_asked_for_fail_the_run(tmp_path: Path) -> None:
+    arguments = ["--tiers", "dram", "--page-copies", str(10**9), "--time-limit", "1"]
+    status, rows = bench(tmp_path, "soak", *arguments)
+    assert status == 1
+    assert 0 < rows[0]["page_copies"] < 10**9
+    assert rows[0]["wrong"] == 0
+    assert "1000000000 asked for in 1 s" in rows[0]["too_few"]

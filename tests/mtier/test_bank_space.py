@@ -41,6 +41,16 @@ def spaces() -> Iterator[list[BankSpace]]:
         space.region.release()
 
 
+@pytest.mark.parametrize("frame", [256, 2048])
+def test_small_frames_are_as_many_as_were_asked_for(frame: int) -> None:
+    tier = BankTier(BankSettings(), BankRankPlan(8 * MIB), None)
+    space = BankSpace(SpaceSpec("KV", 48, frame), tier.allocate(48 * frame, frame))
+    try:
+        assert space.look_up(torch.arange(48), claim=True).unique().numel() == 48
+    finally:
+        space.region.release()
+
+
 def pages(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int64)
 
