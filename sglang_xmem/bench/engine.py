@@ -103,6 +103,11 @@ class Client:
         for prompt in prompts:
             self.ask(prompt)
 
+    def tier_counts(self) -> dict[str, int]:
+        """What the first rank's tier counted since its start, such as "bytes:load"; empty for an engine without one."""
+        states = self._engine.get_server_info()["internal_states"]
+        return (states[0].get("sglang_xmem") or {}).get("counts", {}) if states else {}
+
     def run(self, work: Awaitable[_Result]) -> _Result:
         """Run a coroutine that uses `stream`, in SGLang's own loop, where its tasks live."""
         result: _Result = self._engine.loop.run_until_complete(work)
@@ -208,6 +213,19 @@ class EngineGone(RuntimeError):
         self.log = log
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A time on time.monotonic(), and the option that it comes from, such as "--timeout 1800 s"."""
+
+    at: float
+    name: str
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until then, not below 0."""
+        return max(0.0, self.at - time.monotonic())
+
+
 class Process:
     """A process with a session of its own; a context manager that leaves nothing of it behind.
 
@@ -216,7 +234,12 @@ class Process:
         log: file for its stderr, and for its stdout unless `piped`. None lets both through to this stderr.
         environment: variables on top of this process's own.
         piped: stdout is read by the caller.
+
+    Attributes:
+        end_s: seconds that it has to end by itself once its work is done.
     """
+
+    end_s = 30.0
 
     def __init__(
         self, command: Sequence[str], log: Path | None, environment: dict[str, str], *, piped: bool = False
@@ -245,13 +268,15 @@ class Process:
         """End what is left of the session: ranks too, nobody else's processes."""
         if error is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.popen.wait(30)
+                self.popen.wait(self.end_s)
         for sent in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, sent)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.popen.wait(0.5)
-        self.popen.wait(10)
+        # A process that waits for the kernel to unpin its memory is not worth a traceback.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(10)
 
     def log(self) -> str:
         """What it wrote so far."""
@@ -273,15 +298,15 @@ class EngineProcess(Process):
         spec: `module`, `engine` (keywords of sgl.Engine), `vocab`, `workload` (keywords of the module's WORKLOAD) and
             `backend`.
         folder: for the specification and the log.
-        timeout_s: the engine's whole life.
+        limit: of the engine's whole life.
         environment: variables on top of this process's own.
         verbose: let the engine's log through to stderr.
     """
 
     def __init__(
-        self, spec: dict[str, Any], folder: Path, timeout_s: float, environment: dict[str, str], verbose: bool = False
+        self, spec: dict[str, Any], folder: Path, limit: Limit, environment: dict[str, str], verbose: bool = False
     ) -> None:
-        self._timeout_s = timeout_s
+        self._limit = limit
         path = folder / "engine.json"
         path.write_text(json.dumps(spec))
         super().__init__([*WORKER, str(path)], None if verbose else folder / "engine.log", environment, piped=True)
@@ -294,12 +319,11 @@ class EngineProcess(Process):
         """
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
-        deadline = time.monotonic() + self._timeout_s
         while True:
             try:
-                line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+                line = lines.get(timeout=self._limit.left_s)
             except queue.Empty:
-                raise EngineGone(f"the engine took longer than --timeout {self._timeout_s:g} s", self.log()) from None
+                raise EngineGone(f"the engine took longer than {self._limit.name}", self.log()) from None
             if line is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.popen.wait(5)
@@ -311,6 +335,7 @@ class EngineProcess(Process):
             if "error" in message:
                 raise EngineGone(message["error"], self.log())
             if "done" in message:
+                self.end_s = min(self.end_s, self._limit.left_s)
                 return
             yield message
 

@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = agents.final_tokens - agents.output_tokens
     need = Need(prompt, agents.output_tokens, device, pool, longest + args.page_size, agents.agents)
     steps = agents.agents * agents.turns
-    plans = [EnginePlan(n, runs.fitting_options(args, n, need, pool_gb), agents, steps) for n in args.names]
-    results = Results("multiturn", args, **runs.about(args), preset=args.preset, device_tokens=device)
+    plans = [EnginePlan(args, n, runs.fitting_options(args, n, need, pool_gb), agents, steps) for n in args.names]
+    results = Results("multiturn", args, preset=args.preset, device_tokens=device)
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[Row]:
         return summarize(samples, name, agents)

@@ -36,7 +36,7 @@ FLOOR_AND_CEILING = ("hbm", "recompute")
 
 #: What a row of a benchmark is a measurement of, and what its rows have at least.
 IDENTITY = {
-    "ttft": ("backend", "prompt_tokens"),
+    "ttft": ("backend", "prompt_tokens", "shape"),
     "throughput": ("backend", "hit_ratio", "concurrency"),
     "multiturn": ("backend", "turn"),
     "trace": ("backend",),
@@ -186,7 +186,7 @@ Table = tuple[str, list[str], list[list[str]], list[str]]
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """The table of one run on stdout."""
+    """The tables of one run on stdout: one for each shape."""
     makers = {
         "ttft": _ttft_table,
         "throughput": _throughput_table,
@@ -200,10 +200,18 @@ def print_table(rows: Sequence[Row]) -> None:
         for row in rows:
             print(json.dumps(row))
         return
-    title, header, lines, notes = maker(merged(rows))
-    show_table(f"{title}{_where(rows[0])}", header, lines)
-    for note in notes:
-        print(note)
+    for of_shape in _by_shape(merged(rows)):
+        title, header, lines, notes = maker(of_shape)
+        show_table(f"{title}{_where(of_shape[0])}", header, lines)
+        for note in notes:
+            print(note)
+
+
+def _by_shape(rows: Iterable[Row]) -> list[list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.get("shape"), []).append(row)
+    return list(groups.values())
 
 
 def _where(row: Row) -> str:
@@ -518,7 +526,8 @@ def _figure(width: float, title: str, rows: Sequence[Row], panels: int = 1) -> t
     for axis in axes:
         axis.grid(True, which="major", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{title}, {rows[0].get('shape', '')}, {samples}\n{_where(rows[0]).strip(' ()')}", fontsize=10)
+    shape = ", ".join(dict.fromkeys(str(row.get("shape", "")) for row in rows))
+    figure.suptitle(f"{title}, {shape}, {samples}\n{_where(rows[0]).strip(' ()')}", fontsize=10)
     return figure, axes
 
 
@@ -577,19 +586,24 @@ def _headline(axis: Any, rows: Sequence[Row], row: Row | None, key: str, x: floa
 
 
 def _plot_ttft(rows: list[Row]) -> Any:
-    rows = [row for row in rows if row["ttft_ms"]["p50"] is not None]
-    figure, (axis,) = _figure(7, "TTFT of a hit: median, min to max", rows)
+    shapes = _by_shape(row for row in rows if row["ttft_ms"]["p50"] is not None)
+    rows = [row for of_shape in shapes for row in of_shape]
+    width = 7 if len(shapes) == 1 else 4 * len(shapes)
+    figure, axes = _figure(width, "TTFT of a hit: median, min to max", rows, len(shapes))
     parts = [lambda row, name=name: row["ttft_ms"][name] for name in ("min", "p50", "max")]
-    _lines(axis, rows, "prompt_tokens", 1, *parts)
-    axis.set_xscale("log", base=2)
-    sizes = sorted({row["prompt_tokens"] for row in rows})
-    axis.set_xticks(sizes, [tokens_label(size) for size in sizes])
-    axis.minorticks_off()
-    _log_ms(axis)
-    axis.set_xlabel("prompt tokens")
-    largest = [row for row in rows if row["prompt_tokens"] == sizes[-1]]
-    _headline(axis, largest, next((r for r in largest if r["backend"] == "stock"), None), "ttft", sizes[-1])
-    axis.legend(frameon=False, loc="upper left")
+    for axis, of_shape in zip(axes, shapes, strict=True):
+        _lines(axis, of_shape, "prompt_tokens", 1, *parts)
+        axis.set_xscale("log", base=2)
+        sizes = sorted({row["prompt_tokens"] for row in of_shape})
+        axis.set_xticks(sizes, [tokens_label(size) for size in sizes])
+        axis.minorticks_off()
+        axis.set_xlabel("prompt tokens")
+        if len(shapes) > 1:
+            axis.set_title(str(of_shape[0].get("shape")), fontsize=10)
+        largest = [row for row in of_shape if row["prompt_tokens"] == sizes[-1]]
+        _headline(axis, largest, next((r for r in largest if r["backend"] == "stock"), None), "ttft", sizes[-1])
+    _log_ms(axes[0])
+    axes[0].legend(frameon=False, loc="upper left")
     return figure
 
 

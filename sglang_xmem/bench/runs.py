@@ -23,7 +23,7 @@ from typing import Any
 
 from sglang_xmem import gpus
 from sglang_xmem.bench import environment, report, shapes, sizing
-from sglang_xmem.bench.engine import EngineGone, EngineProcess
+from sglang_xmem.bench.engine import EngineGone, EngineProcess, Limit
 from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.sizing import KVShape, Need
 from sglang_xmem.cli import INTERRUPTED
@@ -37,6 +37,13 @@ from sglang_xmem.tiers import tier_classes
 HBM, RECOMPUTE, STOCK = "hbm", "recompute", "stock"
 #: Of a prompt; above what any model takes, and below what does not fit into memory as a list.
 MOST_TOKENS = 1 << 27
+#: What ended an engine that a user stopped.
+INTERRUPT = "interrupted"
+#: Seconds of --time-limit that are kept for ending the last engine.
+ENDING_S = 20.0
+#: Share of a GPU's memory for weights and pools. SGLang's own leaves more for activations than chunks of 8K tokens
+#: need, and a model of 61 GB would have no pool for 80K tokens left in 80 GB.
+MEM_FRACTION = 0.88
 #: Keywords of sgl.Engine that rows speak of, and that benchmarks have options of their own for.
 OWN_ENGINE_ARGUMENTS = {"model_path", "page_size", "tp_size", "random_seed", "disable_radix_cache"} | {
     f"hicache_{name}" for name in ("size", "ratio", "mem_layout", "use_xmem", "xmem_tier", "xmem_config")
@@ -122,15 +129,23 @@ def gpu_bytes() -> int | None:
 # ---- options ----
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser, backends: str) -> None:
-    """Options of every benchmark that starts engines."""
+def add_engine_arguments(parser: argparse.ArgumentParser, backends: str, *, shape_list: bool = False) -> None:
+    """Options of every benchmark that starts engines.
+
+    Args:
+        shape_list: it takes several shapes.
+    """
     add, names = parser.add_argument, ",".join(backend_names())
     about = "; ".join(f"{name}: {words}" for name, words in shapes.SHAPES.items())
     layouts = ["layer_first", "page_first"]
     add("--backends", default=backends, help=f"comma-separated, of {names}; default {backends}")
     model = parser.add_mutually_exclusive_group()
     about = f"with dummy weights: {about}; default: the first"
-    model.add_argument("--shape", choices=list(shapes.SHAPES), default="qwen3-30b-a3b", help=about)
+    default = "qwen3-30b-a3b"
+    if shape_list:
+        model.add_argument("--shapes", "--shape", dest="shape", default=default, help=f"comma-separated, {about}")
+    else:
+        model.add_argument("--shape", choices=list(shapes.SHAPES), default=default, help=about)
     model.add_argument("--model", help="path of a model to run with its weights")
     add("--page-size", type=at_least(1), default=None, help="tokens; default 64, with --shape tiny 16")
     add("--tp-size", type=at_least(1), default=1, help="GPUs of tensor parallelism; default 1")
@@ -141,6 +156,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str) -> None
     add("--engine-args", default="{}", help="JSON object of further sgl.Engine keywords; default: none")
     add("--seed", type=int, default=0, help="of the prompts; default 0")
     add("--timeout", type=at_least(1, float), default=1800, help="seconds an engine may take; default 1800")
+    limit = "seconds for the whole command; engines that it leaves no time for are left out; default: none"
+    add("--time-limit", type=at_least(1, float), default=None, help=limit)
+    parser.set_defaults(began=time.monotonic())
     add("--quick", action="store_true", help="the least that still shows something; says little")
     unproven = "share of samples without proof of their hit that fails a run; default 0.2"
     add("--max-unproven", type=at_least(0, float, 1), default=0.2, help=unproven)
@@ -182,6 +200,32 @@ def settle(args: argparse.Namespace) -> None:
     args.kv = KVShape.of(args.config, args.tp_size, str(args.engine_options.get("kv_cache_dtype", "auto")))
 
 
+def settle_shapes(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """`settle` for each of --shapes: options of their own, in that order.
+
+    Raises:
+        ConfigError: "Problem. Fix."
+    """
+    names = list(dict.fromkeys(name.strip() for name in args.shape.split(",") if name.strip()))
+    for name in names or [args.shape]:
+        if name not in shapes.SHAPES:
+            raise ConfigError(f"--shapes {name!r} is not a shape. Choose from {', '.join(shapes.SHAPES)}.")
+    found = [argparse.Namespace(**{**vars(args), "shape": name}) for name in names]
+    for one in found:
+        settle(one)
+    return found if args.model is None else found[:1]
+
+
+def limit(args: argparse.Namespace) -> Limit:
+    """When an engine that starts now has to be done."""
+    now = time.monotonic()
+    timeout = Limit(now + args.timeout, f"--timeout {args.timeout:g} s")
+    if args.time_limit is None:
+        return timeout
+    end = args.began + args.time_limit - min(ENDING_S, args.time_limit / 4)
+    return min(timeout, Limit(end, f"--time-limit {args.time_limit:g} s"), key=lambda found: found.at)
+
+
 def about(args: argparse.Namespace) -> Row:
     """What all rows say of their engines."""
     return {"shape": args.model or args.shape, "page_size": args.page_size, "tp_size": args.tp_size}
@@ -203,6 +247,7 @@ class EnginePlan:
     """An engine to run.
 
     Attributes:
+        args: of its benchmark and shape, after `settle`.
         backend: its name in --backends.
         engine: keywords of sgl.Engine.
         workload: of the benchmark's module, a dataclass.
@@ -210,11 +255,18 @@ class EnginePlan:
         sequence: number of the pass, where each backend runs several times.
     """
 
+    args: argparse.Namespace
     backend: str
     engine: dict[str, Any]
     workload: Any
     steps: int
     sequence: int = 0
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """For `EngineProcess`, less the module."""
+        vocab, workload = self.args.config["vocab_size"], asdict(self.workload)
+        return {"engine": self.engine, "vocab": vocab, "workload": workload, "backend": self.backend}
 
 
 def fitting_options(args: argparse.Namespace, backend: str, need: Need, pool_gb: int) -> dict[str, Any]:
@@ -278,10 +330,15 @@ def engine_options(args: argparse.Namespace, backend: str, need: Need, pool_gb: 
     }
     if need.device is not None:
         engine["max_total_tokens"] = need.device
+        if args.kv.state_bytes:
+            # Slots for the states of what the pool holds, and those that a running request takes.
+            engine["max_mamba_cache_size"] = need.device // sizing.TOKENS_OF_A_STATE + 4 * need.running + 8
     if args.model is None:
         engine["load_format"] = "dummy"
     if args.on_gpu:
         engine.update(cuda_graph_max_bs_prefill=256)
+        if need.device is not None:
+            engine["mem_fraction_static"] = MEM_FRACTION
         if need.output == 1:  # nothing is decoded
             engine["disable_decode_cuda_graph"] = True
         else:
@@ -321,14 +378,16 @@ class Results:
         bench: name of the benchmark.
         args: the command's, with `output`.
         program: that makes them.
-        about: of every row; `machine` is added.
+        about: of every row; `machine` and `gpu` are added.
     """
 
     def __init__(self, bench: str, args: argparse.Namespace, *, program: str = "sglang-xmem", **about: Any) -> None:
         self.path: Path = args.output
         self.run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
         made_by = environment.describe(program)
-        self.head = {"bench": bench, "run": self.run, "machine": environment.machine(made_by["gpus"]), **about}
+        gpus = made_by["gpus"]
+        self.head = {"bench": bench, "run": self.run, "machine": environment.machine(gpus), "gpu": (gpus or ["CPU"])[0]}
+        self.head |= about
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, list))}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -384,54 +443,68 @@ def run_engines(
         check: what is wrong with a row, None if nothing.
     """
     outcome = Outcome()
+    several = len({plan.args.shape for plan in plans}) > 1
     with Progress([plan.steps for plan in plans]) as progress:
         for plan in plans:
-            samples: list[Sample] = []
-            name, problem, log = plan.backend, None, ""
-            started = time.monotonic()
-            progress.engine(plan.backend)
-            spec = {
-                "module": module,
-                "engine": plan.engine,
-                "vocab": args.config["vocab_size"],
-                "workload": asdict(plan.workload),
-                "backend": plan.backend,
-            }
+            label = f"{plan.args.shape} {plan.backend}" if several else plan.backend
+            until, started = limit(args), time.monotonic()
+            progress.engine(label)
+            if not until.left_s:
+                outcome.problems.append(f"not run: {until.name} is over")
+                progress.say(f"error: {label}: {outcome.problems[-1]}")
+                continue
             try:
                 with (
                     terminated_as_interrupt(),
                     tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_") as folder,
-                    EngineProcess(spec, Path(folder), args.timeout, cpu_environment(args), args.verbose) as engine,
+                    EngineProcess(
+                        {"module": module, **plan.spec}, Path(folder), until, cpu_environment(args), args.verbose
+                    ) as engine,
                 ):
-                    for message in engine.messages():
-                        if "sample" in message:
-                            samples.append(message["sample"])
-                        elif "step" in message:
-                            progress.step(message["step"])
-                        else:
-                            progress.started()
-                            name = engine.tier or name if plan.backend == AUTO else name
-            except EngineGone as error:
-                problem, log = str(error), error.log
+                    samples, name, problem, log = _listen(plan, engine, progress)
+                    # On disk before the engine's processes are waited for.
+                    rows = summarize(plan, samples, name)
+                    how = {"engine": name, "pass": plan.sequence, "complete": problem is None}
+                    rows = results.write(rows, **about(plan.args), **how)
+                    problems = [text for row in rows if (text := check(row))]
+                    if problem is not None:
+                        problems.append(problem)
+                    elif not rows:
+                        problems.append("nothing was measured")
+                    progress.say(f"{label}: {time.monotonic() - started:.0f} s, {len(rows)} rows")
+                    for line in last_words(log):
+                        progress.say(f"  | {line}")
+                    for text in dict.fromkeys(problems):
+                        progress.say(f"error: {label}: {text}")
+                    outcome.problems += problems
+                    if problem == INTERRUPT:
+                        raise KeyboardInterrupt
             except KeyboardInterrupt:
-                outcome.interrupted, problem = True, "interrupted"
-            rows = summarize(plan, samples, name)
-            rows = results.write(rows, engine=name, **{"pass": plan.sequence}, complete=problem is None)
-            problems = [text for row in rows if (text := check(row))]
-            if problem is not None:
-                problems.append(problem)
-            elif not rows:
-                problems.append("nothing was measured")
-            progress.say(f"{plan.backend}: {time.monotonic() - started:.0f} s, {len(rows)} rows")
-            for line in last_words(log):
-                progress.say(f"  | {line}")
-            for text in dict.fromkeys(problems):
-                progress.say(f"error: {plan.backend}: {text}")
-            outcome.problems += problems
-            if outcome.interrupted:
+                outcome.interrupted = True
                 break
     results.finish()
     return outcome.status
+
+
+def _listen(plan: EnginePlan, engine: EngineProcess, progress: Progress) -> tuple[list[Sample], str, str | None, str]:
+    """An engine's samples, its backend's name with `auto` resolved, what ended it early, and its log's last words."""
+    samples: list[Sample] = []
+    name = plan.backend
+    try:
+        for message in engine.messages():
+            if "sample" in message:
+                samples.append(message["sample"])
+            elif "step" in message:
+                progress.step(message["step"])
+            else:
+                progress.started()
+                name = engine.tier or name if plan.backend == AUTO else name
+    except EngineGone as error:
+        engine.end_s = 0.0
+        return samples, name, str(error), error.log
+    except KeyboardInterrupt:
+        return samples, name, INTERRUPT, ""
+    return samples, name, None, ""
 
 
 def cpu_environment(args: argparse.Namespace) -> dict[str, str]:

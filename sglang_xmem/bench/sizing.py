@@ -15,6 +15,10 @@ from sglang_xmem.doctor.tiers import fallback_host_budget
 from sglang_xmem.engines.sglang.host_budget import launcher_host_budget
 from sglang_xmem.errors import ConfigError
 
+#: Tokens per state of linear attention that pools have a slot for. SGLang keeps a state where a prompt ends and one for
+#: each chunk of 8K tokens that it prefilled, so some slots stay free.
+TOKENS_OF_A_STATE = 2048
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -25,12 +29,14 @@ class KVShape:
         rank_bytes: of a token on one rank, in the layers whose KV all tokens have.
         tp_size: ranks that move their parts at once.
         hybrid: the model has more state than this, in pools of their own.
+        state_bytes: of a prefix's state of linear attention on one rank; 0 without such layers.
     """
 
     layers: int
     rank_bytes: int
     tp_size: int
     hybrid: bool
+    state_bytes: int = 0
 
     @staticmethod
     def of(config: dict[str, Any], tp_size: int = 1, kv_cache_dtype: str = "auto") -> KVShape:
@@ -50,12 +56,32 @@ class KVShape:
             full = config["layer_types"].count("full_attention")
         # Heads are replicated where there are fewer than ranks.
         rank_bytes = 2 * full * max(1, heads // tp_size) * dim * itemsize
-        return KVShape(layers, rank_bytes, tp_size, hybrid=full < layers)
+        state_bytes = (layers - full) * _state_bytes(config, itemsize) // tp_size
+        return KVShape(layers, rank_bytes, tp_size, full < layers, state_bytes)
+
+    def hit_bytes(self, tokens: int) -> int:
+        """Bytes that a hit of so many tokens moves on all ranks, which all move at once; windows are not counted."""
+        return (tokens * self.rank_bytes + self.state_bytes) * self.tp_size
 
     @property
-    def bytes(self) -> int:
-        """Bytes of a token on all ranks, which all move at once."""
-        return self.rank_bytes * self.tp_size
+    def pool_bytes(self) -> float:
+        """Bytes of a token on one rank in all of HiCache's pools, above what it takes where there are several.
+
+        SGLang divides --hicache-size among pools as the GPU's are divided, and not as a workload needs it.
+        """
+        if self.state_bytes:
+            return 1.5 * (self.rank_bytes + self.state_bytes / TOKENS_OF_A_STATE)
+        return self.rank_bytes * (4.0 if self.hybrid else 1.0)
+
+
+def _state_bytes(config: dict[str, Any], itemsize: int) -> int:
+    """Bytes of a gated delta net's state in one layer: a float32 matrix per head, and inputs of the convolution."""
+    if not config.get("linear_num_value_heads"):
+        return 0
+    heads, key_heads = config["linear_num_value_heads"], config["linear_num_key_heads"]
+    key, value = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    channels = 2 * key_heads * key + heads * value
+    return int(heads * key * value * 4 + channels * (config["linear_conv_kernel_dim"] - 1) * itemsize)
 
 
 def pages_up(tokens: int, page: int) -> int:
@@ -69,11 +95,8 @@ def host_pool_tokens(size_gb: float, shape: KVShape, page: int) -> int:
 
 
 def hicache_gb(tokens: int, shape: KVShape) -> int:
-    """The smallest --hicache-size (whole GB a rank) whose pool holds so many tokens.
-
-    For models with more pools than one four times that: they share what is given, and their states are not counted.
-    """
-    return max(1, math.ceil(tokens * shape.rank_bytes * (4 if shape.hybrid else 1) / 1e9))
+    """The smallest --hicache-size (whole GB per rank) whose pool holds so many tokens."""
+    return max(1, math.ceil(tokens * shape.pool_bytes / 1e9))
 
 
 def available_host_bytes() -> int:

@@ -48,21 +48,18 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def floor_ms(hbm_ms: float, forward_ms: float, nbytes: float, link_gbps: float, layers: int) -> float:
+def floor_ms(cpu_ms: float, forward_ms: float, load_ms: float, layers: int) -> float:
     """Least time to first token of a hit whose bytes come over a link, in ms.
 
-    A hit in HBM does the same without the load: `forward_ms` of GPU work, and the rest on the CPU around it. A load
-    and a forward pass that go layer by layer are a pipeline of two stages: the slower one in full, and one layer of the
-    faster one.
+    A load and a forward pass that go layer by layer are a pipeline of two stages: the slower one in full, and one layer
+    of the faster one.
 
     Args:
-        hbm_ms: time to first token of a hit in HBM.
-        forward_ms: its forward pass.
-        nbytes: of the load.
-        link_gbps: of a contiguous copy over the same link, in GB/s.
+        cpu_ms: what is done on the CPU before and after.
+        forward_ms: the forward pass of a hit in HBM.
+        load_ms: a contiguous copy of as many bytes over the same link.
     """
-    load_ms = nbytes / link_gbps / 1e6
-    return hbm_ms - forward_ms + max(forward_ms, load_ms) + min(forward_ms, load_ms) / layers
+    return cpu_ms + max(forward_ms, load_ms) + min(forward_ms, load_ms) / layers
 
 
 def apart(a: Interval, b: Interval) -> bool:

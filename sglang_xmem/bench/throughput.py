@@ -135,8 +135,9 @@ def run(args: argparse.Namespace) -> int:
     for name in args.names:
         device = workload.device_tokens(name)
         need = Need(workload.size, workload.output_tokens, device, pool, context, max(workload.levels))
-        plans.append(EnginePlan(name, runs.fitting_options(args, name, need, pool_gb), workload, workload.steps(name)))
-    results = Results("throughput", args, **runs.about(args))
+        options = runs.fitting_options(args, name, need, pool_gb)
+        plans.append(EnginePlan(args, name, options, workload, workload.steps(name)))
+    results = Results("throughput", args)
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[Row]:
         return summarize(samples, name, workload)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_xmem.bench import runs, sizing, stats, workloads
-from sglang_xmem.bench.engine import EngineGone, Process
+from sglang_xmem.bench.engine import EngineGone, Limit, Process
 from sglang_xmem.bench.progress import Progress
 from sglang_xmem.bench.runs import Results, Row
 from sglang_xmem.bench.sizing import Need
@@ -117,10 +117,13 @@ def run(args: argparse.Namespace) -> int:
             problem, rows, log, name = None, [], "", backend
             try:
                 with runs.terminated_as_interrupt():
+                    until = runs.limit(args)
+                    if not until.left_s:
+                        raise EngineGone(f"not run: {until.name} is over")
                     if engine is None:
-                        rows = [generate(schedule, args.url, args.timeout, Path(folder))]
+                        rows = [generate(schedule, args.url, until, Path(folder))]
                     else:
-                        rows, name = _with_server(args, backend, engine, schedule, Path(folder), progress)
+                        rows, name = _with_server(args, backend, engine, schedule, Path(folder), progress, until)
             except EngineGone as error:
                 problem, log = str(error), error.log
             except KeyboardInterrupt:
@@ -179,7 +182,13 @@ def _schedule(requests: Sequence[TraceRequest], speed: float | None, concurrency
 
 
 def _with_server(
-    args: argparse.Namespace, backend: str, engine: dict[str, Any], schedule: Path, folder: Path, progress: Progress
+    args: argparse.Namespace,
+    backend: str,
+    engine: dict[str, Any],
+    schedule: Path,
+    folder: Path,
+    progress: Progress,
+    until: Limit,
 ) -> tuple[list[Row], str]:
     """A server of its own for a backend; its row, and the backend's name with `auto` resolved."""
     with socket.socket() as probe:
@@ -190,17 +199,18 @@ def _with_server(
     command = [*LAUNCH, *as_flags(options)]
     log = None if args.verbose else folder / f"{backend}.log"
     with Process(command, log, runs.cpu_environment(args)) as server:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + args.timeout
+        url = f"http://127.0.0.1:{port}"
         while not _healthy(url):
             if server.popen.poll() is not None:
                 raise EngineGone(f"the server ended with status {server.popen.poll()}", server.log())
-            if time.monotonic() > deadline:
-                raise EngineGone(f"the server took longer than --timeout {args.timeout:g} s to start", server.log())
+            if not until.left_s:
+                raise EngineGone(f"the server took longer than {until.name} to start", server.log())
             time.sleep(0.5)
         progress.started()
-        row = generate(schedule, url, deadline - time.monotonic(), folder)
+        row = generate(schedule, url, until, folder)
         name = server.tier or backend if backend == runs.AUTO else backend
         server.popen.terminate()
+        server.end_s = min(server.end_s, until.left_s)
         return [row], name
 
 
@@ -226,7 +236,7 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def generate(schedule: Path, url: str, timeout_s: float, folder: Path) -> Row:
+def generate(schedule: Path, url: str, until: Limit, folder: Path) -> Row:
     """Replay a schedule against a server.
 
     Raises:
@@ -237,11 +247,9 @@ def generate(schedule: Path, url: str, timeout_s: float, folder: Path) -> Row:
     command = [*GENERATOR, str(schedule), url, str(output)]
     with Process(command, log, dict(os.environ)) as generator:
         try:
-            generator.popen.wait(max(1.0, timeout_s))
+            generator.popen.wait(until.left_s)
         except subprocess.TimeoutExpired:
-            raise EngineGone(
-                f"the replay took longer than --timeout: {timeout_s:.0f} s were left", generator.log()
-            ) from None
+            raise EngineGone(f"the replay took longer than {until.name}", generator.log()) from None
         if generator.popen.returncode or not output.exists():
             raise EngineGone(f"the load generator ended with status {generator.popen.returncode}", generator.log())
     return summarize(json.loads(output.read_text().splitlines()[-1]))

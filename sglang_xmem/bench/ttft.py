@@ -4,7 +4,9 @@ Wall time of `generate` with one output token. Each backend is an engine in its 
 sample counts as a hit of the tier only where SGLang's `cached_tokens_details` says so; the others are counted and
 shown, and too many fail the run. A hit in the GPU's own pool (`hbm`) and the prompt computed again (`recompute`) are
 measured in every engine; named alone they get one of stock SGLang without HiCache. `floor` is the least that a hit of a
-tier could take: what the CPU does, then the slower of forward pass and link, and one layer of the faster one.
+tier could take: what the CPU does, then the slower of forward pass and link, and one layer of the faster one. Of
+several shapes each has all backends before the next; engines find the kernels that earlier ones compiled in the caches
+of the user's home folder.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from sglang_xmem.bench.engine import Answer, Client, Report
 from sglang_xmem.bench.runs import HBM, RECOMPUTE, EnginePlan, Results, Row, Sample
 from sglang_xmem.bench.sizing import KVShape, Need
 from sglang_xmem.bench.workloads import Prompt
+from sglang_xmem.config import AUTO, parse_options
 from sglang_xmem.errors import ConfigError
 
 FILLER_TOKENS = 8192
@@ -29,7 +32,7 @@ OTHERS_BETWEEN = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    runs.add_engine_arguments(parser, "hbm,stock,dram,peer,recompute")
+    runs.add_engine_arguments(parser, "hbm,stock,dram,peer,recompute", shape_list=True)
     sizes = "prompt lengths in tokens, K is 1024; default 10K,40K,80K, with --shape tiny 256,1K"
     parser.add_argument("--sizes", default=None, help=sizes)
     parser.add_argument(
@@ -48,47 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    runs.settle(args)
-    sizes = sorted(
-        {runs.parse_tokens(text) for text in (args.sizes or ("256,1K" if args.tiny else "10K,40K,80K")).split(",")}
-    )
-    if min(sizes) <= args.page_size:
-        raise ConfigError(
-            f"--sizes {min(sizes)} has no hit: hits are whole pages of {args.page_size} tokens and leave the last "
-            "token to compute. Give more than a page."
-        )
+    each = runs.settle_shapes(args)
+    args = each[0]
     links = parse_links(args.link_gbps)
-    if not links and args.on_gpu and not args.quick and any(map(runs.has_pool, args.names)):
-        links = measured_links(int(args.engine_options.get("base_gpu_id", 0)))
-    links = {tier: gbps * args.tp_size for tier, gbps in links.items()}  # each rank's part comes through its own
-    workload = Workload(
-        sizes=sizes,
-        rounds=args.rounds or (2 if args.quick else 5),
-        page=args.page_size,
-        output_tokens=args.output_tokens,
-        seed=args.seed,
-        warm_ups=1 if args.quick else 3,
-        settle_s=2.0 if args.on_gpu else 0.5,
-    )
-    # No larger than that needs: pinning host memory is what an engine's start waits for.
-    pool_gb = args.hicache_size or sizing.hicache_gb(workload.seen_tokens * 5 // 4, args.kv)
-    need = Need(max(sizes), args.output_tokens, workload.device_tokens, workload.pool_tokens, workload.device_tokens, 4)
-    # The floor and the ceiling come with every engine; alone they need one.
-    engines = [name for name in args.names if name not in (HBM, RECOMPUTE)] or [HBM]
-    options = {name: runs.fitting_options(args, name, need, pool_gb) for name in engines}
-    for engine in options.values():
-        engine.setdefault("enable_metrics", True)  # replies say when the forward pass began and ended
-    plans = [
-        EnginePlan(name, options[name], workload, workload.steps, sequence)
-        for sequence in range(args.passes)
-        for name in (engines if sequence % 2 == 0 else reversed(engines))
-    ]
-    results = Results("ttft", args, **runs.about(args))
-    references: dict[int, tuple[str, list[int]]] = {}
+    plans = [plan for one in each for plan in plans_of(one)]
+    if not links and args.on_gpu and not args.quick and any(runs.has_pool(plan.backend) for plan in plans):
+        links = measured_links(args)
+    elif links:
+        links = {tier: gbps * args.tp_size for tier, gbps in links.items()}  # each rank's part comes through its own
+    results = Results("ttft", args)
+    references: dict[tuple[str, int], tuple[str, list[int]]] = {}
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[Row]:
-        found = summarize(samples, name, args.kv, links)
-        return [compared(row, samples, plan.backend, references) for row in found]
+        found = summarize(samples, name, plan.args.kv, links)
+        return [compared(row, samples, plan, references) for row in found]
 
     def check(row: Row) -> str | None:
         at = f"{row['backend']} at {row['prompt_tokens']} tokens"
@@ -98,6 +74,47 @@ def run(args: argparse.Namespace) -> int:
         return wrong and f"{at}: {wrong}"
 
     return runs.run_engines(args, __name__, plans, results, rows, check)
+
+
+def plans_of(args: argparse.Namespace) -> list[EnginePlan]:
+    """The engines of one shape.
+
+    Args:
+        args: after `settle`.
+
+    Raises:
+        ConfigError: "Problem. Fix."
+    """
+    default = "256,1K" if args.tiny else "10K,40K,80K"
+    sizes = sorted({runs.parse_tokens(text) for text in (args.sizes or default).split(",")})
+    if min(sizes) <= args.page_size:
+        raise ConfigError(
+            f"--sizes {min(sizes)} has no hit: hits are whole pages of {args.page_size} tokens and leave the last "
+            "token to compute. Give more than a page."
+        )
+    workload = Workload(
+        sizes=sizes,
+        rounds=args.rounds or (2 if args.quick else 5),
+        page=args.page_size,
+        output_tokens=args.output_tokens,
+        seed=args.seed,
+        warm_ups=1 if args.quick else 3,
+        settle_s=2.0 if args.on_gpu else 0.5,
+        short=args.page_size // 2 if args.kv.state_bytes else 0,
+    )
+    # No larger than that needs: pinning host memory is what an engine's start waits for.
+    pool_gb = args.hicache_size or sizing.hicache_gb(workload.seen_tokens * 5 // 4, args.kv)
+    need = Need(max(sizes), args.output_tokens, workload.device_tokens, workload.pool_tokens, workload.device_tokens, 4)
+    # The floor and the ceiling come with every engine; alone they need one.
+    engines = [name for name in args.names if name not in (HBM, RECOMPUTE)] or [HBM]
+    options = {name: runs.fitting_options(args, name, need, pool_gb) for name in engines}
+    for engine in options.values():
+        engine.setdefault("enable_metrics", True)  # replies say when the forward pass began and ended
+    return [
+        EnginePlan(args, name, options[name], workload, workload.steps, sequence)
+        for sequence in range(args.passes)
+        for name in (engines if sequence % 2 == 0 else reversed(engines))
+    ]
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,8 @@ class Workload:
         seed: of the prompts.
         warm_ups: rounds that do not count.
         settle_s: seconds for writing through to the tier.
+        short: tokens that prompts are shorter than their size. Linear attention has a state where a prompt's last whole
+            page ends, and the same prompt hits there only if that is not its last token.
     """
 
     sizes: list[int]
@@ -121,6 +140,7 @@ class Workload:
     seed: int
     warm_ups: int
     settle_s: float
+    short: int = 0
 
     @property
     def filler_tokens(self) -> int:
@@ -133,13 +153,14 @@ class Workload:
         return sizing.pages_up(max(self.sizes) + self.output_tokens, self.page) + (OTHERS_BETWEEN + 1) * one_more
 
     def prompt(self, size: int) -> Prompt:
-        return Prompt.drawn(f"{self.seed} prompt {size}", size)
+        return Prompt.drawn(f"{self.seed} prompt {size}", size - self.short)
 
     @property
     def fillers(self) -> list[Prompt]:
         """Prompts that push all others out of the GPU's pool."""
         count = -(-self.device_tokens // self.filler_tokens) + 1
-        return [Prompt.drawn(f"{self.seed} filler {index}", self.filler_tokens) for index in range(count)]
+        tokens = self.filler_tokens - self.short
+        return [Prompt.drawn(f"{self.seed} filler {index}", tokens) for index in range(count)]
 
     @property
     def steps(self) -> int:
@@ -191,14 +212,19 @@ def measure(engine: Client, workload: Workload, backend: str, report: Report) ->
             prompt, least = workload.prompt(size), runs.least_hit(size, page)
             if runs.has_pool(backend):
                 engine.flood(fillers)
+                before = engine.tier_counts()
                 answer = engine.ask(prompt)
+                after = engine.tier_counts()
+                moved, enqueue_ns = (after.get(n, 0) - before.get(n, 0) for n in ("bytes:load", "enqueue_ns:load"))
                 again = engine.ask(prompt, workload.output_tokens)
                 equal = again.output == reference[size] and again.output[:1] == answer.output
                 proven = answer.host >= least and answer.device <= page
-                sample("tier", size, answer, proven, outputs_equal=equal)
+                more = {"moved_bytes": moved, "enqueue_us": enqueue_ns / 1e3} if after else {}
+                sample("tier", size, answer, proven, outputs_equal=equal, **more)
             else:
                 engine.ask(prompt)
             engine.flood(fillers[:OTHERS_BETWEEN])
+            engine.tier_counts()  # asked here too, so that it is on neither hit's side
             answer = engine.ask(prompt)
             sample(HBM, size, answer, answer.device >= least, outputs_equal=answer.output == reference[size][:1])
             report.step(f"{size} tokens, round {round_number + 1} of {workload.rounds}")
@@ -232,22 +258,30 @@ def summarize(samples: list[Sample], backend: str, kv: KVShape, links: dict[str,
             if kind == HBM:
                 hbm[size] = row
             if kind == "tier" and times:
-                row.update(_transfer(row, kv, links.get(label), hbm.get(size)))
+                row.update(_transfer(row, proven, kv, links.get(label), hbm.get(size)))
             rows.append(row)
     return rows
 
 
-def _transfer(row: Row, kv: KVShape, link: float | None, hbm: Row | None) -> Row:
-    """Bytes that a hit moved, the rate that its TTFT amounts to, and how far it is above its floor."""
-    p50, moved = row["ttft_ms"]["p50"], row["hits"]["host"] * kv.bytes
+def _transfer(row: Row, proven: list[Sample], kv: KVShape, link: float | None, hbm: Row | None) -> Row:
+    """Bytes that a hit moved, the rate that its TTFT amounts to, and how far it is above its floor, with its parts."""
+    p50, counted = row["ttft_ms"]["p50"], [s["moved_bytes"] for s in proven if "moved_bytes" in s]
+    # Stock HiCache does not count bytes.
+    moved = round(stats.median(counted) * kv.tp_size) if counted else kv.hit_bytes(row["hits"]["host"])
     found: Row = {"kv_bytes": moved, "gbps": round(moved / p50 / 1e6, 3), "link_gbps": link}
+    if counted:
+        found["enqueue_us"] = round(stats.median([s["enqueue_us"] for s in proven]), 1)
     if link and hbm is not None and hbm["ttft_ms"]["p50"] and hbm["forward_ms"] and moved:
-        floor = stats.floor_ms(hbm["ttft_ms"]["p50"], hbm["forward_ms"], moved, link, kv.layers)
-        found.update(floor_ms=round(floor, 3), over_floor=round(p50 / floor, 4))
+        cpu_ms, load_ms = hbm["ttft_ms"]["p50"] - hbm["forward_ms"], moved / link / 1e6
+        floor = stats.floor_ms(cpu_ms, hbm["forward_ms"], load_ms, kv.layers)
+        parts = {"cpu_ms": cpu_ms, "hbm_forward_ms": hbm["forward_ms"], "load_ms": load_ms, "floor_ms": floor}
+        found.update({name: round(ms, 3) for name, ms in parts.items()}, over_floor=round(p50 / floor, 4))
     return found
 
 
-def compared(row: Row, samples: list[Sample], engine: str, references: dict[int, tuple[str, list[int]]]) -> Row:
+def compared(
+    row: Row, samples: list[Sample], plan: EnginePlan, references: dict[tuple[str, int], tuple[str, list[int]]]
+) -> Row:
     """A row with its engine's answer compared to the first engine's, at the prompt's first hit in HBM.
 
     Within an engine every hit has to give what that gave; so this is the comparison across backends. A difference is
@@ -257,7 +291,7 @@ def compared(row: Row, samples: list[Sample], engine: str, references: dict[int,
     mine = next((s["reference"] for s in samples if s["kind"] == RECOMPUTE and s["prompt_tokens"] == size), None)
     if mine is None:
         return row
-    first_engine, first = references.setdefault(size, (engine, mine))
+    first_engine, first = references.setdefault((plan.args.shape, size), (plan.backend, mine))
     return {**row, "outputs_compared_with": first_engine, "outputs_equal_across": mine == first}
 
 
@@ -278,22 +312,26 @@ def parse_links(text: str | None) -> dict[str, float]:
     return _with_kin(links)
 
 
-def measured_links(gpu: int) -> dict[str, float]:
-    """GB/s that contiguous copies to a GPU reach, from host memory and from the best of its peers, as the doctor finds.
+def measured_links(args: argparse.Namespace) -> dict[str, float]:
+    """GB/s that contiguous copies reach, from host memory and from the best peer, by all ranks' links together.
 
-    Empty where nothing could be measured: it is no reason to stop.
+    As the doctor measures them. Relays of tier dram bring a link each. Empty where nothing could be measured: it is no
+    reason to stop.
     """
     from sglang_xmem.doctor import bandwidth
 
     rows, problem = bandwidth.run()
     if problem is not None:
         print(f"The links' rates are not known ({problem}). Give them as --link-gbps.", file=sys.stderr)
-    links: dict[str, float] = {}
+    rates = {(row["gpu"], row["peer"] is None): 0.0 for row in rows}
     for row in rows:
-        if row["gpu"] == gpu and "read_gbps" in row:
-            name = "dram" if row["peer"] is None else "peer"
-            links[name] = max(links.get(name, 0.0), row["read_gbps"])
-    return _with_kin(links)
+        key = row["gpu"], row["peer"] is None
+        rates[key] = max(rates[key], row.get("read_gbps", 0.0))
+    gpu = int(args.engine_options.get("base_gpu_id", 0))
+    links = {"stock": rates.get((gpu, True), 0.0) * args.tp_size, "peer": rates.get((gpu, False), 0.0) * args.tp_size}
+    relays = parse_options(AUTO, args.xmem_config).tiers["dram"].relays
+    links["dram"] = links["stock"] + sum(rates.get((relay, True), 0.0) for relay in relays)
+    return _with_kin({name: gbps for name, gbps in links.items() if gbps})
 
 
 def _with_kin(links: dict[str, float]) -> dict[str, float]:

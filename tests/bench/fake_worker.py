@@ -20,6 +20,8 @@ from sglang_xmem.bench import engine as bench_engine
 
 #: Runs `sglang-xmem bench ...`: exit status and all rows of its output file.
 Bench = Callable[..., tuple[int, list[dict[str, Any]]]]
+#: Of shape tiny: K and V, 4 layers, 2 heads of 64, 2 bytes.
+BYTES_PER_TOKEN = 2048
 FAKE_WORKER = Path(__file__)
 HOW = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
 
@@ -36,6 +38,7 @@ class FakeEngine:
         self.host: OrderedDict[int, None] = OrderedDict()
         self.radix = not options.get("disable_radix_cache", False)
         self.pooled = options.get("enable_hierarchical_cache", False)
+        self.loaded_bytes = 0
         self.device_pages = options.get("max_total_tokens", 1 << 20) // self.page
         print("what SGLang prints to stdout", flush=True)
         if options.get("hicache_use_xmem"):
@@ -44,6 +47,13 @@ class FakeEngine:
 
     def shutdown(self) -> None:
         self.loop.close()
+        if "at_shutdown" in HOW:  # the parent writes its rows in the meantime
+            path = Path(HOW["at_shutdown"])
+            while not path.read_text().endswith("\n"):
+                time.sleep(0.05)
+            rows = path.read_text().count("\n")
+            with path.open("a") as file:
+                file.write(json.dumps({"seen_at_shutdown": rows}) + "\n")
 
     def generate(self, input_ids: list[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
         self.asks += 1
@@ -66,6 +76,7 @@ class FakeEngine:
                 host += 1
             else:
                 break
+        self.loaded_bytes += host * self.page * BYTES_PER_TOKEN
         for key in keys:
             for pool, limit in ((self.device, self.device_pages), (self.host, 1 << 60)):
                 pool[key] = None
@@ -77,6 +88,11 @@ class FakeEngine:
         details = {"device": device * self.page, "host": host * self.page} if device + host else None
         times = {"forward_entry_time": 100.0, "prefill_finished_time": 100.00001}
         return {"output_ids": output, "meta_info": {"cached_tokens_details": details, **times}}
+
+    def get_server_info(self) -> dict[str, Any]:
+        counts = {"bytes:load": self.loaded_bytes, "enqueue_ns:load": self.asks * 1000}
+        tier = {"sglang_xmem": {"counts": counts}} if self.name != "stock" else {}
+        return {"internal_states": [tier]}
 
     async def async_generate(
         self, input_ids: list[int], sampling_params: dict[str, Any], stream: bool
