@@ -38,6 +38,7 @@ ENGINES_RUN = {"0.5.23": ("mha", "mla", "dsa", "swa", "asymmetric", "gdn", "draf
 INSTANCES = {
     "geometry.py": ("pool",),
     "launcher.py": ("cfg", "self"),
+    "lookups.py": ("req",),
     "pools.py": ("entry", "group", "pool"),
     "scheduler.py": ("self", "entry", "group", "memory", "parallel", "draft_plan", "ranks", "result"),
     "storage.py": ("pool",),

@@ -206,6 +206,15 @@ class Arena:
         """Bytes of all frames."""
         return sum(space.spec.pages * space.spec.frame_bytes for space in self.spaces.values())
 
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """CUDA ordinals of the rank's GPU and of all others whose memory or links the pages use; none on a CPU."""
+        if self.device.type == "cpu":
+            return ()
+        own = torch.cuda.current_device() if self.device.index is None else self.device.index
+        others = (gpu for region in self._regions for gpu in (*region.gpus, *region.reachable_from))
+        return tuple(dict.fromkeys((own, *others)))
+
     def begin(self, steps: Sequence[Step]) -> None:
         """Make the copier. It is settled with all planes whether the GPU that is to execute copies reaches the pools.
 

@@ -137,7 +137,12 @@ def hold_context(gpu: int, undo: ExitStack) -> Any:
 
 
 @functools.cache
-def _nvml() -> Any:
+def nvml_library() -> Any:
+    """pynvml, initialized.
+
+    Raises:
+        Unavailable: there is none.
+    """
     try:
         import pynvml
     except ImportError:
@@ -149,12 +154,17 @@ def _nvml() -> Any:
     return pynvml
 
 
-def _nvml_handle(gpu: int) -> Any:
+def nvml_handle(gpu: int) -> Any:
+    """NVML's handle of a GPU.
+
+    Raises:
+        Unavailable: NVML does not know it.
+    """
     d = driver()
     uuid = checked(d.cuDeviceGetUuid(_device(gpu)), f"naming GPU {gpu}")
     raw = bytes(uuid.bytes).hex()
     name = f"GPU-{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"
-    nvml = _nvml()
+    nvml = nvml_library()
     try:
         return nvml.nvmlDeviceGetHandleByUUID(name)
     except nvml.NVMLError as error:
@@ -163,16 +173,16 @@ def _nvml_handle(gpu: int) -> Any:
 
 def memory_bytes(gpu: int) -> tuple[int, int]:
     """(free, used) bytes of a GPU's memory, over all processes."""
-    nvml = _nvml()
-    info = nvml.nvmlDeviceGetMemoryInfo(_nvml_handle(gpu), version=nvml.nvmlMemory_v2)
+    nvml = nvml_library()
+    info = nvml.nvmlDeviceGetMemoryInfo(nvml_handle(gpu), version=nvml.nvmlMemory_v2)
     return int(info.free), int(info.used)
 
 
 def sm_clock_mhz(gpu: int) -> int | None:
     """The clock of a GPU's multiprocessors now; None where the driver does not tell."""
-    nvml = _nvml()
+    nvml = nvml_library()
     with suppress(nvml.NVMLError):
-        return int(nvml.nvmlDeviceGetClockInfo(_nvml_handle(gpu), nvml.NVML_CLOCK_SM))
+        return int(nvml.nvmlDeviceGetClockInfo(nvml_handle(gpu), nvml.NVML_CLOCK_SM))
     return None
 
 
@@ -192,7 +202,7 @@ def name(gpu: int) -> str:
 def driver_versions() -> tuple[str, str]:
     """The NVIDIA driver's version, and that of the newest CUDA that it runs, such as ("580.65.06", "13.0")."""
     number = int(checked(driver().cuDriverGetVersion(), "asking for the driver's version"))
-    return str(_nvml().nvmlSystemGetDriverVersion()), f"{number // 1000}.{number % 1000 // 10}"
+    return str(nvml_library().nvmlSystemGetDriverVersion()), f"{number // 1000}.{number % 1000 // 10}"
 
 
 def processes(gpu: int) -> dict[int, int | None]:
@@ -200,8 +210,8 @@ def processes(gpu: int) -> dict[int, int | None]:
 
     Those of other containers may be missing: `memory_bytes` counts their memory all the same.
     """
-    nvml = _nvml()
-    handle = _nvml_handle(gpu)
+    nvml = nvml_library()
+    handle = nvml_handle(gpu)
     found: dict[int, int | None] = {}
     for query in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
         with suppress(nvml.NVMLError):  # not offered in some virtual machines; used memory still tells

@@ -67,12 +67,20 @@ BYTES = Histogram("copy_bytes", "Bytes of a load or store.", tuple(float(4**n <<
 HISTOGRAMS = (SECONDS, BYTES)
 
 DIRECTIONS = ("load", "store")
+LOOKUPS = Family(
+    "lookups",
+    "lookup_pages_total",
+    "Pages of prompts, by where they were found.",
+    "result",
+    ("device", "tier", "storage", "miss"),
+)
 FAMILIES = (
+    LOOKUPS,
     Family("pages", "copy_pages_total", "Pages copied, all pools.", "direction", DIRECTIONS),
     Family(
         "enqueue_ns", "copy_enqueue_seconds_total", "Scheduler thread's time in copies.", "direction", DIRECTIONS, 1e-9
     ),
-    Family("failures", "failures_total", "Failures of the tier, by reason.", "reason", ("refused", "canary")),
+    Family("failures", "failures_total", "Failures of the tier, by reason.", "reason", ("refused", "canary", "gpu")),
     Family("fallbacks", "fallbacks_total", "Copies made a slower way.", "kind", ("plain", "layers")),
     Family(
         "set_aside",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sglang_xmem.errors import ConfigError
-from sglang_xmem.metrics import DIRECTIONS, FAMILIES, PREFIX
+from sglang_xmem.metrics import DIRECTIONS, FAMILIES, LOOKUPS, PREFIX
 
 _LINE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -157,6 +157,15 @@ def total(ranks: Sequence[dict[str, Any]], direction: str) -> dict[str, Any]:
         buckets.update(copy["buckets"])
     keys = ("count", "bytes", "seconds", "pages")
     return {**{key: sum(copy[key] for copy in copies) for key in keys}, "buckets": dict(buckets)}
+
+
+def lookups(look: Mapping[str, Any]) -> dict[str, int]:
+    """Pages of prompts by where they were found. Ranks of tensor and pipeline parallelism look up the same ones."""
+    found = Counter(dict.fromkeys(LOOKUPS.known, 0))
+    for rank in look["ranks"]:
+        if not rank["rank"]["tp_rank"] and not rank["rank"]["pp_rank"]:
+            found.update(rank[LOOKUPS.key])
+    return dict(found)
 
 
 def quantile(buckets: Mapping[str, int], q: float) -> float | None:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from sglang_xmem import gpu_events
 from sglang_xmem.plan import describe_skipped
 from sglang_xmem.watch import InFlight, Watch
 
 if TYPE_CHECKING:
     from sglang_xmem.arena import Arena
     from sglang_xmem.canary import Canary, Perch
+    from sglang_xmem.gpu_events import GpuEvents
     from sglang_xmem.metrics import Exporter
     from sglang_xmem.plan import Placement, Plan
 
@@ -51,20 +53,22 @@ class Session:
         self.label = ""
         #: Why the tier is set aside: nothing is stored in it or loaded from it. Empty while it serves.
         self.trouble = ""
+        self._for_good = False
         #: Comparisons of loads that belong to no batch, until somebody settles them.
         self.checks: list[Any] = []
         self.canary: Canary | None = None
+        self.gpu_events: GpuEvents | None = None
         self.used_fraction: Callable[[Arena, str], float] = lambda arena, space: 0.0
         self.watch = Watch(deadline_s, self._where, self._each_second, finished=self._observe)
         self._exporter: Exporter | None = None
 
     def serve(self, labels: Mapping[str, str] | None, perches: Sequence[Perch] = ()) -> None:
-        """Begin to watch copies and send canaries, and to export metrics with `labels` unless None."""
+        """Begin to watch copies and GPUs and to send canaries, and to export metrics with `labels` unless None."""
         if perches:
             from sglang_xmem.canary import Canary
 
             try:
-                self.canary = Canary(perches, self._canary_failed, self.take_again, lambda: not self.healthy)
+                self.canary = Canary(perches, self._canary_failed, self.take_again, self._may_be_well)
                 self.canary.start()
             except RuntimeError as error:  # no scratch memory, or a GPU that copies and cannot reach it
                 logger.warning("sglang_xmem: no canary page is sent, and a tier that fails stays set aside: %s", error)
@@ -72,19 +76,42 @@ class Session:
             from sglang_xmem.metrics import Exporter
 
             self._exporter = Exporter(self, labels)
+        self.gpu_events = gpu_events.watch([gpu for arena in self.arenas for gpu in arena.gpus], self._gpu_failed)
         self.watch.start()
 
-    def set_aside(self, why: str) -> None:
-        """Stop using the tier, until `take_again`."""
-        if not self.trouble:
-            logger.warning("sglang_xmem: tier %s is set aside: %s", ", ".join(self.tier_names()), why)
-        self.trouble = why
+    def set_aside(self, why: str, *, for_good: bool = False) -> None:
+        """Stop using the tier, until `take_again`.
+
+        Args:
+            for_good: not even then, but until the server is started again.
+        """
+        if self._for_good:
+            return
+        if not self.trouble or for_good:
+            logger.warning(
+                "sglang_xmem: tier %s is set aside%s: %s",
+                ", ".join(self.tier_names()),
+                " until the server is started again" if for_good else "",
+                why,
+            )
+        self.trouble, self._for_good = why, for_good
 
     def take_again(self) -> None:
         """Use the tier again, for a canary came back."""
+        if self._for_good:
+            return
         if self.trouble:
             logger.warning("sglang_xmem: tier %s is used again", ", ".join(self.tier_names()))
         self.trouble = ""
+
+    def _may_be_well(self) -> bool:
+        return not self.healthy and not self._for_good
+
+    def _gpu_failed(self, why: str, *, for_good: bool) -> None:
+        self.counts["failures:gpu"] += 1
+        if for_good and self.canary is not None:
+            self.canary.stop()
+        self.set_aside(why, for_good=for_good)
 
     def _canary_failed(self, why: str) -> None:
         self.counts["failures:canary"] += 1

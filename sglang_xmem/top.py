@@ -125,10 +125,13 @@ def _title(now: Json) -> Any:
 
 
 def _hits(now: Json, change: Json) -> list[Any]:
-    table = _table("tokens of prompts", "device", "tier", "storage", "computed", "all")
-    for words, tokens in (("now", change["tokens"]), ("since start", now["tokens"])):
-        asked = sum(tokens.values())
-        table.add_row(words, *(f"{count / asked:.0%}" if asked else "-" for count in tokens.values()), f"{asked:,}")
+    table = _table("of prompts", "device", "tier", "storage", "computed", "all")
+    for what, each in (("tokens", lambda look: look["tokens"]), ("pages", scrape.lookups)):
+        for when, look in (("now", change), ("since start", now)):
+            found = each(look)
+            asked = sum(found.values())
+            shares = (f"{count / asked:.0%}" if asked else "-" for count in found.values())
+            table.add_row(f"{what}, {when}", *shares, f"{asked:,}")
     return [_heading("Where do hits come from?"), table]
 
 

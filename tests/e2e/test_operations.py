@@ -80,6 +80,12 @@ def test_numbers_are_those_of_the_requests(served: Served, scraped: list[scrape.
     hit = served.answers["tier_hit"].cached["host"]
     assert hit > 0
     assert found["tokens"]["tier"] == hit + served.answers["changed"].cached.get("host", 0)
+    pages = scrape.lookups(found)
+    assert {name: count * page_size for name, count in pages.items() if name != "miss"} == {
+        name: found["tokens"][name] for name in ("device", "tier", "storage")
+    }
+    # Of each prompt the last page is not whole.
+    assert sum(pages.values()) * page_size < sum(found["tokens"].values()) < (sum(pages.values()) + 20) * page_size
     load, store = rank["copies"]["load"], rank["copies"]["store"]
     assert load["pages"] == hit // page_size
     assert load["bytes"] / load["pages"] == store["bytes"] / store["pages"]

@@ -382,8 +382,8 @@ def test_processes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=7, usedGpuMemory=None)],
         nvmlDeviceGetGraphicsRunningProcesses=refused,
     )
-    monkeypatch.setattr(gpus, "_nvml", lambda: nvml)
-    monkeypatch.setattr(gpus, "_nvml_handle", lambda gpu: gpu)
+    monkeypatch.setattr(gpus, "nvml_library", lambda: nvml)
+    monkeypatch.setattr(gpus, "nvml_handle", lambda gpu: gpu)
     assert gpus.processes(0) == {7: None}
     assert gpus.foreign_use(0) == "GPU 0 is in use by process 7"
 

@@ -47,6 +47,7 @@ class Scheduler:
         self.running, self.aborted, self.flushes = [Request()], 0, 0
         self.result_queue: list[Any] = []
         self._engine_paused = self.idle = False
+        self.page_size = 16
 
     def collect_inflight_reqs(self) -> set[Request]:
         return set(self.running)
@@ -138,8 +139,10 @@ def test_a_load_of_no_batch_is_settled_by_the_next(active: Any) -> None:
 def test_nothing_is_admitted_or_stored_before_the_caches_are_empty(active: Any) -> None:
     scheduler = Scheduler()
 
-    def plan(self: Any, running_batch: Any) -> str:
-        return "planned"
+    planned = SimpleNamespace(batch_to_run=None)
+
+    def plan(self: Any, running_batch: Any) -> Any:
+        return planned
 
     def back_up(self: Any, node_id: int) -> str:
         return "stored"
@@ -149,7 +152,7 @@ def test_nothing_is_admitted_or_stored_before_the_caches_are_empty(active: Any) 
     assert recovery.plan_prefill(plan, scheduler, None).batch_to_run is None
     assert recovery.back_up(back_up, scheduler, 1) is None
     scheduler.idle = True
-    assert recovery.plan_prefill(plan, scheduler, None) == "planned"
+    assert recovery.plan_prefill(plan, scheduler, None) is planned
     assert recovery.back_up(back_up, scheduler, 1) == "stored"
     assert (scheduler.flushes, scheduler._engine_paused) == (1, False)
 
@@ -188,3 +191,28 @@ def test_a_batchs_copy_knows_its_load() -> None:
     assert one.copy().hicache_consumer_index == -1, "SGLang copies it by itself now; the hook can go"
     with placed(hooks):
         assert one.copy().hicache_consumer_index == 2
+
+
+def prompt(tokens: int, device: int = 0, host: int = 0, storage: int = 0) -> Any:
+    return SimpleNamespace(
+        origin_input_ids=[1] * tokens,
+        cached_tokens_device=device,
+        cached_tokens_host=host,
+        cached_tokens_storage=storage,
+    )
+
+
+def test_pages_are_looked_up_once(active: Any) -> None:
+    """A long prompt comes in parts, and whoever is decoding may be in the batch too: each is counted as it begins."""
+    scheduler = Scheduler()
+    first, second = prompt(100, device=16, host=48), prompt(40, storage=16)
+
+    def plan_with(*requests: Any) -> None:
+        planned = SimpleNamespace(batch_to_run=SimpleNamespace(reqs=list(requests)))
+        recovery.plan_prefill(lambda self, running_batch: planned, scheduler, None)
+
+    plan_with(first)
+    first.cached_tokens_device = 96
+    plan_with(first, second)
+    found = {name.removeprefix("lookups:"): count for name, count in active.counts.items()}
+    assert found == {"device": 1, "tier": 3, "storage": 1, "miss": 2 + 1}

@@ -86,6 +86,9 @@ def exported() -> Exported:
     made.cached.labels(cache_source="total").inc(700)
     made.copy(0, "load", 3_000_000, 0.0015)
     made.copy(1, "load", 1_000_000, 0.0005)
+    looked_up = {"lookups:device": 1, "lookups:tier": 6, "lookups:miss": 13}
+    for session in made.sessions:  # the ranks of one engine look up the same pages
+        session.counts.update(looked_up)
     made.sessions[1].counts.update({"pages:load": 7, "failures:refused": 2})
     made.sessions[1].healthy = False
     return made
@@ -98,8 +101,9 @@ def test_numbers_are_those_of_the_exporter(exported: Exported) -> None:
     assert [rank["healthy"] for rank in found["ranks"]] == [True, False]
     one = found["ranks"][1]
     assert (one["tier"], one["copier"], one["capacity_bytes"], one["used_bytes"]) == ("dram", "torch", 1024, 256)
-    assert one["failures"] == {"refused": 2, "canary": 0}
+    assert one["failures"] == {"refused": 2, "canary": 0, "gpu": 0}
     assert one["copies"]["load"]["pages"] == 7
+    assert scrape.lookups(found) == {"device": 1, "tier": 6, "storage": 0, "miss": 13}
     both = scrape.total(found["ranks"], "load")
     assert (both["count"], both["bytes"], both["seconds"]) == (2, 4_000_000, pytest.approx(0.002))
 
@@ -116,7 +120,7 @@ def test_an_interval_is_a_difference_but_for_levels(exported: Exported) -> None:
     assert change["tokens"] == {"device": 0, "tier": 50, "storage": 0, "computed": 0}
     assert change["ranks"][0]["copies"]["load"]["bytes"] == 500
     assert change["ranks"][0]["used_bytes"] == 1000
-    assert change["ranks"][0]["failures"] == {"refused": 0, "canary": 0, "new": 1}
+    assert change["ranks"][0]["failures"] == {"refused": 0, "canary": 0, "gpu": 0, "new": 1}
     assert change["ranks"][1]["copies"]["load"]["count"] == 0
     assert change["ranks"][1]["rank"]["tp_rank"] == 1
 
@@ -159,7 +163,7 @@ def test_one_screen(server: Server, exported: Exported, tmp_path: Path, capsys: 
     picture = tmp_path / "top.svg"
     assert cli.main(["top", "--once", "--interval", "0.01", "--url", server.url, "--svg", str(picture)]) == 0
     said = capsys.readouterr().out
-    for words in ("UNHEALTHY: rank 0.0.1", "60%", "2.00", "failed: refused", "tier dram (torch)"):
+    for words in ("UNHEALTHY: rank 0.0.1", "60%", "65%", "2.00", "failed: refused", "tier dram (torch)"):
         assert words in said
     assert "UNHEALTHY" in picture.read_text()
 

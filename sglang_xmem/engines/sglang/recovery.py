@@ -18,7 +18,7 @@ from http import HTTPStatus
 from typing import Any
 
 from sglang_xmem import session
-from sglang_xmem.engines.sglang import checks, sharing
+from sglang_xmem.engines.sglang import checks, lookups, sharing
 from sglang_xmem.engines.sglang.transfer import ADOPTED, CHECK
 from sglang_xmem.watch import end_rank
 
@@ -101,7 +101,7 @@ def _share_nothing_old() -> None:
 
 
 def plan_prefill(original: Any, self: Any, running_batch: Any) -> Any:
-    """Admit no request to doubtful caches, and empty them once nothing runs (hook)."""
+    """Admit no request to doubtful caches, and empty them once nothing runs; count what was looked up (hook)."""
     global _doubted_since
     if _doubted_since is not None:
         paused, self._engine_paused = self._engine_paused, True  # as for a flush with requests waiting
@@ -111,7 +111,9 @@ def plan_prefill(original: Any, self: Any, running_batch: Any) -> Any:
         finally:
             self._engine_paused = paused
     if _doubted_since is None:
-        return original(self, running_batch)
+        plan = original(self, running_batch)
+        lookups.count(plan.batch_to_run, self.page_size)
+        return plan
     if time.monotonic() - _doubted_since > _IDLE_WITHIN_S:
         end_rank(
             f"The engine is not idle {_IDLE_WITHIN_S:g} s after damaged pages were found, so this rank ends and its "

@@ -26,6 +26,7 @@ V0_5_23 = {
     f"{_CONTEXT}.SpawnRanks": "gpu_id world_rank",
     f"{_CONTEXT}.ParallelContext": "tp_rank pp_rank dp_rank",
     f"{_SRT}.speculative.base_spec_worker.HiCacheDraftPlan": "mode device_pools",
+    f"{_MANAGERS}.schedule_batch.Req": "origin_input_ids cached_tokens_device cached_tokens_host cached_tokens_storage",
     f"{_MANAGERS}.io_struct.GetInternalStateReqOutput": "internal_state",
     f"{_MANAGERS}.data_parallel_controller.DataParallelController": "_scheduler_init_infos",
     f"{_CONTROLLER}.HiCacheController": "mem_pool_host storage_backend",
