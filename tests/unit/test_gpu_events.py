@@ -198,7 +198,7 @@ def test_without_nvml_nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_thread_reports(nvml: FakeNvml) -> None:
-    """By itself, and it ends when it is told to."""
+    """By itself, and it ends when it is stopped."""
     import threading
 
     heard, said = threading.Event(), []

@@ -764,6 +764,7 @@ def test_a_hook_that_sglang_does_not_place_is_an_error(
 ) -> None:
     """SGLang logs a failing hook and goes on."""
     registry = ModuleType("sglang.srt.plugins.hook_registry")
+    importlib.import_module(registry.__name__)  # else a half of SGLang stays behind, imported over this one
     lazy = SimpleNamespace(_apply_target=lambda target, hooks: None)
     registry.__dict__.update(HookRegistry=lazy, HookType=str)
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
