@@ -106,7 +106,7 @@ def _space(spec: SpaceSpec, region: Region) -> Space:
 
 
 def _round_robin(slabs: Sequence[Slab], pages: int) -> torch.Tensor:
-    """Addresses of `pages` frames, taken from the slabs in turn, so that a run of pages uses all of them."""
+    """Addresses of `pages` frames, assigned round-robin over the slabs, so that a run of pages uses all of them."""
     rounds = [
         torch.stack(
             (torch.arange(slab.frames), slab.address + slab.frame_bytes * torch.arange(slab.frames)),
@@ -424,7 +424,7 @@ class Arena:
         for start, view in self._views:
             if start <= at and at + nbytes <= start + view.numel():
                 return view[at - start : at - start + nbytes]
-        raise RuntimeError(f"page {page} of {space} lies in no slab")
+        raise RuntimeError(f"page {page} of {space} is in no slab")
 
     def _view(self, slab: Slab, tier: MemoryTier) -> torch.Tensor:
         """A slab's bytes as a uint8 tensor; valid until the arena is closed."""

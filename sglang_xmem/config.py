@@ -130,7 +130,7 @@ def _read_config(config: str | dict[str, Any] | None, option: str) -> dict[str, 
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{source} is not JSON ({error}). Give an object like '{{\"peer\": {{}}}}'.") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{option} is {_short(value)}. Give a JSON object with a key a tier.")
+        raise ConfigError(f"{option} is {_short(value)}. Give a JSON object with one key per tier.")
     return value
 
 
@@ -141,7 +141,7 @@ def _read_file(path: str, source: str) -> str:
         with open(fd, "rb") as file:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(f"{source} is no regular file. Name a JSON file.")
+                raise ConfigError(f"{source} is not a regular file. Name a JSON file.")
             data = file.read(MOST_FILE_BYTES + 1)
         if len(data) > MOST_FILE_BYTES:
             raise ConfigError(f"{source} has more than {MOST_FILE_BYTES >> 20} MiB. Name a smaller JSON file.")
@@ -156,16 +156,16 @@ def _read_file(path: str, source: str) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; refuses a key that is there twice, of which Python would take the last."""
+    """A JSON object; refuses a key that occurs twice, of which Python would use the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return found
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 # ---- JSON to settings ----

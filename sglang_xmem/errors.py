@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, NoReturn
 
-#: Exit status of a scheduler that refused to start, so that the launcher can tell it from a crash
+#: Exit status of a scheduler that refused to start, by which the launcher distinguishes it from a crash
 #: (EX_CONFIG of sysexits.h).
 REFUSED_EXIT_STATUS = 78
 
@@ -78,7 +78,7 @@ class SettingError(ConfigError):
 class Unavailable(Exception):
     """This machine cannot provide something, or not now.
 
-    `auto` skips such a tier and tells the reason; an explicit choice turns it into a ConfigError.
+    `auto` skips such a tier and reports the reason; an explicit choice turns it into a ConfigError.
 
     Args:
         reason: a clause without a full stop.

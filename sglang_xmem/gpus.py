@@ -124,7 +124,7 @@ def peer_atomics(gpu: int, peer: int) -> bool:
 def hold_context(gpu: int, undo: ExitStack) -> Any:
     """Keep a GPU's primary context until `undo`, and return it; it becomes current nowhere.
 
-    A GPU without any context rests, and other GPUs reach its memory at a lower rate (docs/performance.md).
+    Without any context a GPU's clocks are idle, and other GPUs reach its memory at a lower rate (docs/performance.md).
 
     Raises:
         Unavailable: the GPU gives none.
@@ -179,7 +179,7 @@ def memory_bytes(gpu: int) -> tuple[int, int]:
 
 
 def sm_clock_mhz(gpu: int) -> int | None:
-    """The clock of a GPU's multiprocessors now; None where the driver does not tell."""
+    """The clock of a GPU's multiprocessors now; None where the driver does not report it."""
     nvml = nvml_library()
     with suppress(nvml.NVMLError):
         return int(nvml.nvmlDeviceGetClockInfo(nvml_handle(gpu), nvml.NVML_CLOCK_SM))
@@ -214,7 +214,7 @@ def processes(gpu: int) -> dict[int, int | None]:
     handle = nvml_handle(gpu)
     found: dict[int, int | None] = {}
     for query in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
-        with suppress(nvml.NVMLError):  # not offered in some virtual machines; used memory still tells
+        with suppress(nvml.NVMLError):  # not offered in some virtual machines; used memory still shows it
             found.update((process.pid, process.usedGpuMemory) for process in query(handle))
     return found
 

@@ -145,7 +145,7 @@ def bind(address: int, nbytes: int, nodes: Sequence[int]) -> str | None:
         ctypes.c_ulong(nbytes),
         ctypes.c_ulong(_MPOL_BIND),
         words,
-        ctypes.c_ulong(len(words) * 64 + 1),  # the kernel takes one bit less than it is told
+        ctypes.c_ulong(len(words) * 64 + 1),  # the kernel uses one bit less than this
         ctypes.c_ulong(0),
     )
     if libc.syscall(*call) == 0:
@@ -167,7 +167,7 @@ def bind_refusal(nodes: Sequence[int]) -> str | None:
 
 
 def free_hugepage_bytes(page_bytes: int, nodes: Iterable[int] = (), root: Path = ROOT) -> int:
-    """Bytes of reserved hugepages of a size that nobody has taken or been promised.
+    """Bytes of reserved hugepages of a size that nobody uses or has reserved.
 
     Args:
         nodes: count those of these NUMA nodes; of the whole machine where empty.
@@ -253,7 +253,7 @@ def _memory_cgroups(root: Path) -> list[tuple[Path, int]]:
 
 def _limit(path: Path) -> int | None:
     with suppress(OSError, ValueError):
-        value = int(path.read_text(encoding="ascii"))  # "max" is no number
+        value = int(path.read_text(encoding="ascii"))  # "max" is not an integer
         return value if value < _NO_LIMIT else None
     return None
 

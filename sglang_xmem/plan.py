@@ -135,7 +135,7 @@ def candidate_free_bytes(
         nbytes: what is asked for, where the host's budget depends on it.
 
     Raises:
-        Unavailable: what was planned has been taken since.
+        Unavailable: another process has used the planned memory since.
     """
     return max(0, min(_free_bytes(tier, nbytes, host_budget) for tier in _tiers_of(candidate, options, ranks)))
 
@@ -228,7 +228,7 @@ class Placement:
             ConfigError: no tier is left.
         """
         if not wanted:
-            raise ValueError("no space is asked for")
+            raise ValueError("spaces is empty")
         host_bytes, self._sized_against = self._sized_against, None
         while self._tiers:
             tier = self._tiers[0]
@@ -273,7 +273,7 @@ def _free_bytes(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> int:
 def _check_capacity(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> None:
     free = _free_bytes(tier, nbytes, host_budget)
     if nbytes > free:
-        needs = f"the pools need {nbytes / 1e9:.2f} GB a rank and {max(free, 0) / 1e9:.2f} GB are free"
+        needs = f"the pools need {nbytes / 1e9:.2f} GB per rank and {max(free, 0) / 1e9:.2f} GB are free"
         raise Unavailable(needs, LOWER_SIZE)
 
 

@@ -52,7 +52,7 @@ def examine(args: argparse.Namespace) -> Json:
     from sglang_xmem.doctor import facts, tiers
 
     if not 0 <= args.hicache_size < 1e9:
-        raise ConfigError(f"--hicache-size is {args.hicache_size:g}; give GB a rank, or leave it out.")
+        raise ConfigError(f"--hicache-size is {args.hicache_size:g}. Give GB per rank, or leave it out.")
     engine = tiers.engine_gpus(args.tp_size, args.base_gpu_id)
     # The plan first: afterwards, our own context on a GPU might still be going.
     pool_bytes = int(args.hicache_size * 1e9) or None

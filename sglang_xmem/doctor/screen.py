@@ -148,9 +148,9 @@ def _devices(found: Json) -> list[Any]:
 def _tiers(found: Json) -> list[Any]:
     tiers = found["tiers"]
     ranks = "the CPU" if None in tiers["gpus"] else f"GPU {', '.join(map(str, tiers['gpus']))}"
-    size = "any size" if tiers["pool_bytes"] is None else f"{tiers['pool_bytes'] / 1e9:g} GB a rank"
+    size = "any size" if tiers["pool_bytes"] is None else f"{tiers['pool_bytes'] / 1e9:g} GB per rank"
     title, table = _heading(f"Tiers for a pool of {size}, ranks on {ranks}, fastest first"), _table()
-    _columns(table, "<tier", "<", "GB a rank", "<why not")
+    _columns(table, "<tier", "<", "GB per rank", "<why not")
     for line in tiers["found"]:
         state = "no" if line["reason"] is not None else "chosen" if line["tier"] == tiers["takes"] else "possible"
         table.add_row(line["tier"], state, _gb(line["room_bytes"]), line["reason"] or "")

@@ -35,7 +35,7 @@ def engine_gpus(tp_size: int, base_gpu_id: int) -> list[int | None]:
         ConfigError: they ask for GPUs that are not there.
     """
     if tp_size < 1:
-        raise ConfigError(f"--tp-size is {tp_size}; give 1 or more.")
+        raise ConfigError(f"--tp-size is {tp_size}. Give 1 or more.")
     try:
         visible = gpus.visible_gpus()
     except Unavailable:
@@ -85,7 +85,7 @@ def examine(steps: list[str], config: str | None, engine: list[int | None], pool
 
 def _banks() -> Json:
     try:
-        return {"banks": [{"total_bytes": total, "available_bytes": room} for total, room in bank_rooms()]}
+        return {"banks": [{"total_bytes": total, "available_bytes": free} for total, free in bank_rooms()]}
     except Unavailable as error:
         return {"banks": None, "reason": str(error)}
 

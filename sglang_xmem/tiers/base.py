@@ -174,7 +174,7 @@ class MemoryTier(ABC):
         """Bytes that `allocate` could give this rank now, in granules as small as need be.
 
         Raises:
-            Unavailable: what was planned has been taken since.
+            Unavailable: another process has used the planned memory since.
         """
 
     def waste_bytes(self, granule: int) -> int:
@@ -208,7 +208,7 @@ class MemoryTier(ABC):
         """
         if not 1 <= nbytes <= MOST_BYTES or not 1 <= granule <= MOST_BYTES:
             size = f"{nbytes} bytes in pieces of {granule}"
-            raise Unavailable(f"a pool of {size} is none that memory could hold", *([LOWER_SIZE] if nbytes > 0 else []))
+            raise Unavailable(f"a pool of {size} is not a possible size", *([LOWER_SIZE] if nbytes > 0 else []))
         return self._allocate(-(-nbytes // granule) * granule, granule)
 
     @abstractmethod

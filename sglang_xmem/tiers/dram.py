@@ -26,13 +26,13 @@ class DramSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `dram` in --hicache-xmem-config.
 
     Attributes:
-        numa_node: node for all ranks' memory. Default: the node of each rank's GPU; where there is no GPU or it does
-            not tell, the kernel's choice of the nodes that have CPUs.
+        numa_node: node for all ranks' memory. Default: the node of each rank's GPU; without a GPU, or where
+            it does not report one, the kernel's choice of the nodes that have CPUs.
         numa_required: refuse to start where memory cannot be bound to `numa_node`. Default: warn, and have it placed
             by the CPUs that touch it first.
         threads: threads that place the memory at start; 0 is SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, else half the
             CPUs, at most 16.
-        relays: CUDA ordinals of GPUs that the engine does not compute on, dealt to the ranks in turn. Each moves a
+        relays: CUDA ordinals of GPUs that the engine does not compute on, assigned to ranks round-robin. Each moves a
             share of every copy through its own PCIe link and passes it to the rank's GPU over NVLink.
     """
 
@@ -225,7 +225,7 @@ def _check_first_touch(settings: DramSettings, nodes: tuple[int, ...], reason: s
 
 
 def _capacity_bytes(nodes: tuple[int, ...], bound: bool, hugepage: int | None) -> int:
-    """Bytes to be had now in these nodes (all where there are none), for all ranks that use them."""
+    """Bytes available now in these nodes (all where there are none), for all ranks that use them."""
     if hugepage is not None:
         return machine.free_hugepage_bytes(hugepage, nodes)
     available = machine.host_available_bytes()

@@ -59,7 +59,7 @@ def register_bytes() -> int:
     """Bytes to pin at a time: SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB (GiB, at least 1, as SGLang has it), or 64 GiB.
 
     Raises:
-        ConfigError: it is no whole number.
+        ConfigError: it is not a whole number.
     """
     chunk = _variable(REGISTER_VARIABLE)
     return REGISTER_BYTES if chunk is None else max(chunk, 1) << 30
@@ -69,7 +69,7 @@ def touch_threads(setting: int = 0) -> int:
     """Threads that place memory: the setting, else SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, else half the CPUs.
 
     Raises:
-        ConfigError: the variable is no whole number.
+        ConfigError: the variable is not a whole number.
     """
     asked = setting or min(_variable(THREADS_VARIABLE) or 0, 1024)
     return asked or max(1, min(16, (os.cpu_count() or 2) // 2))

@@ -2,7 +2,7 @@
 
 Only the SDK's thin calls are used: malloc, free and status. The SDK gives a range of addresses an allocation, in one
 bank, with no way to put two side by side; so a region over several banks is an extent in each, of as many granules as
-in the others where they have them. Ranks are dealt over the banks in turn.
+in the others where they have them. Banks are assigned to ranks round-robin.
 `mTierResetAll`, which frees every process's memory, is never called.
 
 Importing the SDK opens its library and connects to the service, and its failures are of many kinds, so it is imported
@@ -53,7 +53,7 @@ class MTierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `mtier` in --hicache-xmem-config.
 
     Attributes:
-        banks: the SDK's bank numbers to use; dealt to the ranks in turn, and each rank's pool is striped over all of
+        banks: the SDK's bank numbers to use; assigned to ranks round-robin, and each rank's pool is striped over all of
             its banks. Default: all.
     """
 
@@ -97,11 +97,11 @@ class MTierTier(MemoryTier):
             raise Unavailable("the service has no bank", Remedy("do", value="give it one"))
         n_ranks = len(ranks.gpus)
         free = {bank: _available_bytes(bank) for bank in banks}
-        dealt = [banks[rank::n_ranks] or (banks[rank % len(banks)],) for rank in range(n_ranks)]
-        users = {bank: sum(bank in mine for mine in dealt) for bank in banks}
-        # Whole granules, so that what each rank takes of its share fits beside the others'.
+        parts = [banks[rank::n_ranks] or (banks[rank % len(banks)],) for rank in range(n_ranks)]
+        users = {bank: sum(bank in mine for mine in parts) for bank in banks}
+        # Whole granules, so that what each rank takes of its share fits next to the others'.
         shares = {bank: free[bank] // users[bank] // GRANULE_BYTES * GRANULE_BYTES for bank in banks}
-        return tuple(MTierRankPlan(mine, tuple(shares[bank] for bank in mine)) for mine in dealt)
+        return tuple(MTierRankPlan(mine, tuple(shares[bank] for bank in mine)) for mine in parts)
 
     def capacity_bytes(self) -> int:
         return sum(self._free().values())
@@ -118,15 +118,15 @@ class MTierTier(MemoryTier):
         }
 
     def _allocate(self, nbytes: int, granule: int) -> Region:
-        dealt = _deal(self._free(), nbytes // granule, granule)
+        parts = _deal(self._free(), nbytes // granule, granule)
         kind = "host memory" if self.gpu is None else "memory"
-        banks = sorted(dealt)
+        banks = sorted(parts)
         for bank in banks:
             self._check_kind(bank)
         with contextlib.ExitStack() as undo:
             extents = []
             for bank in banks:
-                size = dealt[bank] * granule
+                size = parts[bank] * granule
                 extents.append(Extent(self._malloc(bank, size), size))
                 release = _releaser(extents[-1].address, self._context)
                 undo.callback(release)
@@ -196,13 +196,13 @@ def _deal(free: dict[int, int], granules: int, size: int) -> dict[int, int]:
             f"{size / 1e9:.2f} GB",
             *_LARGER,
         )
-    dealt: dict[int, int] = {}
+    parts: dict[int, int] = {}
     left = granules
     # The fullest first: what it cannot take of an equal share the others do.
     for index, bank in enumerate(sorted(most, key=lambda bank: most[bank])):
-        dealt[bank] = min(most[bank], left // (len(most) - index))
-        left -= dealt[bank]
-    return {bank: count for bank, count in dealt.items() if count}
+        parts[bank] = min(most[bank], left // (len(most) - index))
+        left -= parts[bank]
+    return {bank: count for bank, count in parts.items() if count}
 
 
 def _releaser(address: int, context: Callable[[], contextlib.AbstractContextManager[None]]) -> Callable[[], None]:

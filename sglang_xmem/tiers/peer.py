@@ -2,7 +2,7 @@
 
 Memory comes from CUDA's virtual memory management: physical memory created on the peer and mapped into this process.
 The driver gives it back when the process ends, however it ends. A CUDA context on the peer (about 0.6 GB) keeps it
-awake, since a resting GPU serves its memory more slowly, and lets an idle peer run the copies.
+at full clocks, since a GPU with idle clocks serves its memory more slowly, and lets an idle peer run the copies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
 #: Left free on each peer: for this process's context there and the driver's page tables.
 RESERVE_BYTES = 1 << 30
-#: What of it the context takes, and has taken of the free memory once a region is there.
+#: What the context uses of it; already deducted from the free memory once a region exists.
 CONTEXT_BYTES = 600 << 20
 
 
@@ -28,7 +28,7 @@ class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `peer` in --hicache-xmem-config.
 
     Attributes:
-        gpus: CUDA ordinals whose memory to use; dealt to the ranks in turn, and each rank's pool is striped over all
+        gpus: CUDA ordinals whose memory to use; assigned to ranks round-robin, and each rank's pool is striped over all
             of its GPUs. Naming a GPU allows it to be in use by others. Default: the fewest idle GPUs that can hold the
             pool.
         stripe_mib: where a rank has several peers, bytes (in MiB, 2^20) on one before the next one's turn.
@@ -179,7 +179,7 @@ class PeerTier(MemoryTier):
         most = max(choices, key=lambda peers: self._pool_bytes(peers, free))
         have = self._pool_bytes(most, free)
         raise Unavailable(
-            f"{nbytes / 1e9:.2f} GB are asked for on GPU {_listed(most)} and {have / 1e9:.2f} GB are free", LOWER_SIZE
+            f"{nbytes / 1e9:.2f} GB are needed on GPU {_listed(most)} and {have / 1e9:.2f} GB are free", LOWER_SIZE
         )
 
     def _allocate(self, nbytes: int, granule: int) -> Region:
@@ -203,7 +203,7 @@ class PeerTier(MemoryTier):
         what = f"allocating {nbytes / 1e9:.2f} GB on GPU {_listed(peers)}"
         with ExitStack() as undo:
             for gpu in peers:
-                gpus.hold_context(gpu, undo)  # a peer without one rests
+                gpus.hold_context(gpu, undo)  # without one, a peer's clocks are idle
                 self._awake[gpu] += 1
                 undo.callback(self._awake.subtract, [gpu])
             base = int(gpus.checked(d.cuMemAddressReserve(total, granularity, 0, 0), "reserving addresses"))

@@ -166,7 +166,7 @@ def test_rank_plans_capacity_and_errors(build: Path, start_daemon: StartDaemon) 
         "--hicache-xmem-config 'mtier.banks' names bank 3, and the service has 3, counted from 0. Name one of these.")
     assert sentence(lambda: plan(tier="auto", banks=[-1])).startswith("--hicache-xmem-config 'mtier.banks'")
     too_much = sentence(lambda: plan(pool_bytes=113 * MIB))
-    assert too_much.startswith("--hicache-xmem-tier mtier is unavailable: the pools need 0.12 GB a rank"), too_much
+    assert too_much.startswith("--hicache-xmem-tier mtier is unavailable: the pools need 0.12 GB per rank"), too_much
     one = plan().candidates[0].rank_plans[0]
     tier = MTierTier(MTierSettings(), one, None)
     out = sentence(lambda: tier.allocate(65 * MIB, 65 * MIB))

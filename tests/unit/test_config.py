@@ -98,9 +98,9 @@ def test_files_without_an_end_are_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     start = time.monotonic()
     for name, words in (
-        (str(tmp_path / "fifo"), "no regular file"),
-        ("/dev/zero", "no regular file"),
-        ("/dev/tty", "cannot be read|no regular file"),
+        (str(tmp_path / "fifo"), "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        ("/dev/tty", "cannot be read|not a regular file"),
         (str(tmp_path), "cannot be read"),
         (str(tmp_path / "large"), "more than 1 MiB"),
         (str(tmp_path / "bytes"), "no UTF-8 text"),
@@ -123,7 +123,7 @@ OPTION = "--hicache-xmem-config"
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("[1]", f"{OPTION} is [1]. Give a JSON object with a key a tier."),
+        ("[1]", f"{OPTION} is [1]. Give a JSON object with one key per tier."),
         (
             '{"peers": {}}',
             f'{OPTION} has an unknown key "peers". Known keys: mtier, peer, bank, dram, dax, copy, integrity.',

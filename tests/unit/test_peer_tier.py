@@ -491,7 +491,7 @@ def test_all_calls_are_covered_by_the_failures() -> None:
 
 def test_memory_that_went_since_is_told_with_size_and_gpu() -> None:
     with machine_with([0, RESERVE_BYTES + 8 * MIB]) as machine:
-        with pytest.raises(Unavailable, match=r"^2\.00 GB are asked for on GPU 1 and 0\.01 GB are free; lower"):
+        with pytest.raises(Unavailable, match=r"^2\.00 GB are needed on GPU 1 and 0\.01 GB are free; lower"):
             tier(1).allocate(2_000_000_000)
         assert machine.driver.calls == []
 

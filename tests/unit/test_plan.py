@@ -204,7 +204,7 @@ def test_an_automatic_size_is_judged_by_what_it_was_made_of_and_the_next_pool_by
     assert where.automatic_bytes(1000) == 1000
     now[0] = 500
     assert tier_of(where, (1000, 1)).name == "slowfake"
-    with pytest.raises(ConfigError, match=r"need 0\.00 GB a rank"):
+    with pytest.raises(ConfigError, match=r"need 0\.00 GB per rank"):
         where.allocate([(1000, 1)])
     where = placement(options("slowfake"), host_budget=lambda nbytes: now[0])
     with pytest.raises(ConfigError):

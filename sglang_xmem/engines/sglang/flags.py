@@ -100,7 +100,7 @@ def from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
 
 
 class ServerArgsFactory:
-    """Stands in for `Engine.server_args_class`: takes this package's keywords out of the call.
+    """Replace `Engine.server_args_class`: removes this package's keywords from the call.
 
     An object rather than a function: as a class attribute a function would be bound to the engine.
     """

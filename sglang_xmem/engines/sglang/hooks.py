@@ -83,7 +83,7 @@ def verify_members(members: Iterable[str]) -> None:
 def register(hooks: Iterable[Hook]) -> None:
     """Verify, then hand hooks to SGLang's registry, which places them when all plugins are loaded.
 
-    A target that somebody has patched already, which the registry would pass over without a word, is patched at once.
+    A target that somebody has patched already, which the registry would skip silently, is patched at once.
 
     Raises:
         UnsupportedSGLang: a target is not as expected.

@@ -1,7 +1,7 @@
 """Adoption: SGLang builds its host pools as it always does, without memory; their pages live in an arena.
 
 SGLang's classes stay. Inside `tier_memory` their tensors are made on the `meta` device, so that all dimensions are
-known and no byte is taken. When SGLang puts the pools into a `HostPoolGroup`, the group is *adopted*: its pools are
+known and no byte is allocated. When SGLang puts the pools into a `HostPoolGroup`, the group is *adopted*: its pools are
 described, an arena with frames for all of them is allocated, and each instance gets the arena's functions for storage
 pages. Transfers never ask the pools for memory (transfer.py), so a kernel of SGLang cannot run on tensors that are not
 there.
@@ -160,7 +160,7 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
     Ends the process with one sentence where a pool cannot be described, or no tier can hold them.
 
     Args:
-        sidecars: (name, pool) that will join the group later; frames have room for them.
+        sidecars: (name, pool) that will join the group later; frames have space for them.
     """
     try:
         described = [(_name(entry.name), entry.host_pool, describe(entry.host_pool)) for entry in group.entries]
@@ -235,7 +235,7 @@ def _all_planes(active: Session, arena: Arena) -> list[Step]:
 
 
 def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
-    """Put a pool that joins an adopted group into the frames that have room for it."""
+    """Put a pool that joins an adopted group into the frames that have space for it."""
     try:
         description = describe(pool)
     except Unsupported as error:

@@ -28,7 +28,7 @@ SUM_BYTES = 8
 
 
 def attach(view: AdoptedPool) -> None:
-    """Give an adopted pool the arena's functions for storage pages, and take SGLang's away."""
+    """Give an adopted pool the arena's functions for storage pages, and disable SGLang's."""
     pool, arena, section = view.pool, view.arena, view.section
     # Backends refuse to register memory twice, and a frame holds the pages of all pools of its space.
     buffers = arena.host_buffers(section.space) if section.offset == 0 else []
@@ -56,7 +56,7 @@ def attach(view: AdoptedPool) -> None:
             view.sums.put(page, data.numpy(), section.offset)
 
     def get_dummy_flat_data_page() -> torch.Tensor:
-        """Make room for a page that a backend will fill."""
+        """Allocate a page on the CPU that a backend will fill."""
         return torch.zeros(section.nbytes, dtype=torch.uint8, pin_memory=arena.device.type == "cuda").view(dtype)
 
     def get_page_buffer_meta(indices: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -83,7 +83,7 @@ def attach(view: AdoptedPool) -> None:
         )
 
     def destroy() -> None:
-        """Give the arena's memory back, with that of the pools beside this one."""
+        """Give the arena's memory back, with that of the other pools."""
         pool.kv_buffer = None
         arena.close()
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 #: Attribute of a host pool: its AdoptedPool.
 ADOPTED = "_sglang_xmem"
-#: Attributes of a LayerLoadingEvent: counters of the load that it stands for at present, None where its events signal
+#: Attributes of a LayerLoadingEvent: counters of its load, None where its events signal
 #: completion; and the counters that were once made for it, by number of layers.
 _COUNTERS = "_sglang_xmem_counters"
 _MADE = "_sglang_xmem_made"
@@ -209,7 +209,7 @@ def _count(direction: str, prepared: Prepared, pages: Sequence[Pages]) -> None:
 
 
 def layer_wait(original: Any, self: Any, layer_index: int) -> None:
-    """Make the current stream wait for a layer of the load that a LayerLoadingEvent stands for."""
+    """Make the current stream wait for a layer of a LayerLoadingEvent's load."""
     counters = getattr(self, _COUNTERS, None)
     if counters is None:
         original(self, layer_index)

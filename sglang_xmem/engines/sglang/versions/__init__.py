@@ -26,7 +26,7 @@ class VersionTable:
         controller_hooks: placed in a data-parallel controller with the flag on.
         scheduler_hooks: placed in a scheduler with the flag on.
         bank_hooks: placed in a scheduler whose pool is in the page bank; none where that is not supported.
-        members: dotted names of SGLang that are read besides the hooks' targets.
+        members: dotted names of SGLang that are read, without the hooks' targets.
         reads: class of SGLang -> members of its instances that are read or replaced, separated by spaces. Only
             `scripts/check_versions.py` can look, in SGLang's sources.
         controller_reports: whether a data-parallel controller passes on what its ranks say of the tier.

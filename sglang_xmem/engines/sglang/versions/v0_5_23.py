@@ -79,7 +79,7 @@ SCHEDULER_HOOKS = hooks_in(f"""
 {_SCHEDULER}.get_new_batch_prefill(self, running_batch)
     around recovery:plan_prefill: empty caches that hold damaged pages
 {_SCHEDULER}.get_init_info(self)
-    after scheduler:init_info: tell the launcher about the tier
+    after scheduler:init_info: report the tier to the launcher
 {_SCHEDULER}.get_internal_state(self, recv_req)
     after scheduler:internal_state: show the tier in server information
 """)
