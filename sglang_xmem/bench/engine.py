@@ -73,6 +73,7 @@ class Report(Protocol):
 
     def sample(self, **values: Any) -> None: ...
     def step(self, doing: str) -> None: ...
+    def together(self) -> None: ...
 
 
 # ---- in the engine's process ----
@@ -164,8 +165,8 @@ def _sampling(output_tokens: int) -> dict[str, Any]:
 class _Lines:
     """Report of a worker: JSON lines."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, file: Any, together: dict[str, Any]) -> None:
+        self._file, self._together = file, together
 
     def write(self, **message: Any) -> None:
         self._file.write(json.dumps(message) + "\n")
@@ -177,11 +178,18 @@ class _Lines:
     def step(self, doing: str) -> None:
         self.write(step=doing)
 
+    def together(self) -> None:
+        """Wait until each engine of this measurement has come here: a file for each in a folder."""
+        folder = Path(self._together["folder"])
+        (folder / self._together["name"]).touch()
+        while len(list(folder.iterdir())) < self._together["count"]:
+            time.sleep(0.02)
+
 
 def main(make_engine: Callable[..., Any] | None = None) -> int:
     """The worker. Tests give a `make_engine` instead of sgl.Engine."""
     spec = json.loads(Path(sys.argv[1]).read_text())
-    lines = _Lines(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    lines = _Lines(os.fdopen(os.dup(1), "w", encoding="utf-8"), spec["together"])
     os.dup2(2, 1)  # SGLang and its processes print to stdout
     if make_engine is None:
         import sglang as sgl
@@ -295,8 +303,8 @@ class EngineProcess(Process):
     """A worker and its engine.
 
     Args:
-        spec: `module`, `engine` (keywords of sgl.Engine), `vocab`, `workload` (keywords of the module's WORKLOAD) and
-            `backend`.
+        spec: `module`, `engine` (keywords of sgl.Engine), `vocab`, `workload` (keywords of the module's WORKLOAD),
+            `backend`, and of engines that measure at the same time `together`: `folder`, this one's `name`, `count`.
         folder: for the specification and the log.
         limit: of the engine's whole life.
         environment: variables on top of this process's own.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_xmem.bench import runs, sizing, stats
@@ -17,29 +18,57 @@ from sglang_xmem.bench.engine import Client, Report
 from sglang_xmem.bench.runs import EnginePlan, Results, Row, Sample
 from sglang_xmem.bench.sizing import Need
 from sglang_xmem.bench.workloads import Agents
+from sglang_xmem.errors import ConfigError
 
 WORKLOAD = Agents
 
-#: Workloads by name: agents, turns, tokens of system prompt, context, each turn and each answer, seconds of thought,
-#: and whether the GPU's KV pool is SGLang's own size; else it holds half of all contexts, two at least.
-PRESETS: dict[str, tuple[int, int, int, int, int, int, float, bool]] = {
-    "default": (8, 5, 2048, 28 * 1024, 512, 128, 1.0, False),
-    # The coding agents of public reports: ten contexts, five turns of 174K tokens each.
-    "agentic-174k": (10, 5, 4096, 168 * 1024, 1024, 256, 2.0, True),
-    "tiny": (8, 5, 128, 256, 64, 16, 1.0, False),
+
+@dataclass(frozen=True)
+class Preset:
+    """A workload by name.
+
+    Attributes:
+        agents, turns, system, context, turn, output, think_s: as the options; tokens, and seconds of thought.
+        on_gpu: share of the contexts that the GPU's KV pool holds; two contexts at least.
+        shape: where none is named.
+    """
+
+    agents: int
+    turns: int
+    system: int
+    context: int
+    turn: int
+    output: int
+    think_s: float
+    on_gpu: float = 0.5
+    shape: str = "qwen3-30b-a3b"
+
+
+PRESETS = {
+    "default": Preset(8, 5, 2048, 28 * 1024, 512, 128, 1.0),
+    # The coding agents of public reports: ten contexts, five turns of 174K tokens each. A quarter of the layers, since
+    # all would need 175 GB of KV cache, and a context 30 s of an H100 to compute.
+    "agentic-174k": Preset(10, 5, 4096, 168 * 1024, 1024, 256, 2.0, 0.3, "qwen3-30b-a3b/4"),
+    "tiny": Preset(8, 5, 128, 256, 64, 16, 1.0),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_engine_arguments(parser, "hbm,stock,dram,peer")
+    parser.set_defaults(shape=None)
     parser.add_argument(
         "--preset",
         choices=[name for name in PRESETS if name != "tiny"],
         default="default",
-        help="default: 8 agents, 5 turns, contexts of 30K tokens; agentic-174k: 10 contexts, 5 turns of 174K tokens, "
-        "the GPU's KV pool as large as SGLang makes it. The options below change a preset; numbers are the default's",
+        help="default: 8 agents, 5 turns, contexts of 30K tokens; agentic-174k: 10 agents, 5 turns of 174K tokens, a "
+        "GPU's KV pool of three contexts, shape qwen3-30b-a3b/4. The options below change a preset; numbers are the "
+        "default's",
     )
     count = runs.at_least(1)
+    scale = "of all numbers of tokens but the output's, for smaller machines; default 1"
+    parser.add_argument("--scale", type=runs.at_least(1e-4, float, 1.0), default=1.0, help=scale)
+    engines = "at the same time, each on GPUs of its own with a part of the agents; default 1"
+    parser.add_argument("--engines", type=count, default=1, help=engines)
     parser.add_argument("--agents", type=count, default=None, help="at work at once; default 8, with --quick 3")
     parser.add_argument("--turns", type=count, default=None, help="requests of each; default 5, with --quick 3")
     parser.add_argument("--system-tokens", default=None, help="shared by all; default 2K, with --shape tiny 128")
@@ -49,31 +78,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--think", type=runs.at_least(0, float), default=None, help="mean s between turns; default 1, with --quick 0.05"
     )
-    parser.add_argument(
-        "--device-tokens", default=None, help="the GPU's KV pool; default: half of all agents' contexts, two at least"
-    )
+    pool = "an engine's KV pool on its GPU; default: half of its agents' contexts, two at least"
+    parser.add_argument("--device-tokens", default=None, help=pool)
     runs.add_output_argument(parser, "multiturn")
 
 
 def run(args: argparse.Namespace) -> int:
+    preset = PRESETS[args.preset]
+    args.shape = args.shape or preset.shape
     runs.settle(args)
-    agents, own_pool = workload_of(args)
-    longest = sizing.pages_up(agents.final_tokens, args.page_size)
-    device: int | None = sizing.pages_up(max(2 * longest, agents.total_tokens // 2), args.page_size)
-    if args.device_tokens:
-        device = sizing.pages_up(runs.parse_tokens(args.device_tokens), args.page_size)
-    elif own_pool and args.on_gpu:
-        device = None
-    pool = agents.system_tokens + agents.agents * longest
-    pool_gb = args.hicache_size or sizing.hicache_gb(max(pool, device or 0) * 3 // 2, args.kv)
-    prompt = agents.final_tokens - agents.output_tokens
-    need = Need(prompt, agents.output_tokens, device, pool, longest + args.page_size, agents.agents)
-    steps = agents.agents * agents.turns
-    plans = [EnginePlan(args, n, runs.fitting_options(args, n, need, pool_gb), agents, steps) for n in args.names]
-    results = Results("multiturn", args, preset=args.preset, device_tokens=device)
+    whole = workload_of(args)
+    if args.engines > whole.agents:
+        raise ConfigError(f"--engines {args.engines} is more than --agents {whole.agents}. Give each engine an agent.")
+    plans, devices = [], []
+    for name in args.names:
+        engines = []
+        for number in range(args.engines):
+            agents = replace(whole, share=(number, args.engines))
+            longest = sizing.pages_up(agents.final_tokens, args.page_size)
+            device = sizing.pages_up(max(2 * longest, int(agents.total_tokens * preset.on_gpu)), args.page_size)
+            if args.device_tokens:
+                device = sizing.pages_up(runs.parse_tokens(args.device_tokens), args.page_size)
+            pool = agents.system_tokens + len(agents.mine) * longest
+            pool_gb = args.hicache_size or sizing.hicache_gb(max(pool, device) * 5 // 4, args.kv)
+            prompt = agents.final_tokens - agents.output_tokens
+            need = Need(prompt, agents.output_tokens, device, pool, longest + args.page_size, len(agents.mine))
+            on = runs.engine_number(args, number)
+            engines.append((runs.fitting_options(on, name, need, pool_gb), agents))
+            devices.append(device)
+        (options, agents), *more = engines
+        plans.append(EnginePlan(args, name, options, agents, whole.agents * whole.turns, more=tuple(more)))
+    about = {"preset": args.preset, "scale": args.scale, "engines": args.engines, "device_tokens": devices[0]}
+    results = Results("multiturn", args, **about)
 
     def rows(plan: EnginePlan, samples: list[Sample], name: str) -> list[Row]:
-        return summarize(samples, name, agents)
+        return summarize(samples, name, whole)
 
     def check(row: Row) -> str | None:
         return None if row["samples"] else f"turn {row['turn']}: no request was answered"
@@ -81,34 +120,33 @@ def run(args: argparse.Namespace) -> int:
     return runs.run_engines(args, __name__, plans, results, rows, check)
 
 
-def workload_of(args: argparse.Namespace) -> tuple[Agents, bool]:
-    """The preset with what the options change, and whether the GPU's KV pool is SGLang's own size."""
-    name = "tiny" if args.tiny and args.preset == "default" else args.preset
-    agents, turns, system, context, turn, output, think, own_pool = PRESETS[name]
+def workload_of(args: argparse.Namespace) -> Agents:
+    """The preset with what the options change."""
+    preset = PRESETS["tiny" if args.tiny and args.preset == "default" else args.preset]
 
     def tokens(text: str | None, otherwise: int) -> int:
-        return runs.parse_tokens(text) if text else otherwise
+        return max(1, round((runs.parse_tokens(text) if text else otherwise) * args.scale))
 
     quick = args.quick and args.preset == "default"
-    found = Agents(
-        agents=args.agents or (3 if quick else agents),
-        turns=args.turns or (3 if quick else turns),
-        system_tokens=tokens(args.system_tokens, system),
-        context_tokens=tokens(args.context_tokens, context),
-        turn_tokens=tokens(args.turn_tokens, turn),
-        output_tokens=args.output_tokens or output,
-        think_s=args.think if args.think is not None else 0.05 if quick else think,
+    return Agents(
+        agents=args.agents or (3 if quick else preset.agents),
+        turns=args.turns or (3 if quick else preset.turns),
+        system_tokens=tokens(args.system_tokens, preset.system),
+        context_tokens=tokens(args.context_tokens, preset.context),
+        turn_tokens=tokens(args.turn_tokens, preset.turn),
+        output_tokens=args.output_tokens or preset.output,
+        think_s=args.think if args.think is not None else 0.05 if quick else preset.think_s,
         seed=args.seed,
         page=args.page_size,
     )
-    return found, own_pool
 
 
 def measure(engine: Client, agents: Agents, backend: str, report: Report) -> None:
     """All agents at once, each with its turns one after another."""
     alone = (2 * agents.page, 2 * agents.page, *[agents.system_tokens + agents.context_tokens] * 2)
-    turns = [(max(2 * agents.page, agents.turn_tokens), agents.output_tokens)] * agents.agents
+    turns = [(max(2 * agents.page, agents.turn_tokens), agents.output_tokens)] * len(agents.mine)
     engine.warm_up([(length, agents.output_tokens) for length in alone], turns)
+    report.together()
     start = time.perf_counter()
 
     async def work(agent: int) -> None:
@@ -132,7 +170,7 @@ def measure(engine: Client, agents: Agents, backend: str, report: Report) -> Non
                 await asyncio.sleep(agents.think(agent, turn + 1))
 
     async def everyone() -> None:
-        await asyncio.gather(*(work(agent) for agent in range(agents.agents)))
+        await asyncio.gather(*(work(agent) for agent in agents.mine))
 
     engine.run(everyone())
 

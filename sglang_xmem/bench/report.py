@@ -402,33 +402,48 @@ def _multiturn_table(rows: list[Row]) -> Table:
     lines = [
         [
             row["backend"],
-            "all" if row["turn"] is None else str(row["turn"] + 1),
+            {None: "all", 0: "1 cold", 1: "2 warm"}.get(row["turn"]) or str(row["turn"] + 1),
             tokens_label(row["prompt_tokens"]),
             *_latency_cells(row),
             str(row["samples"]),
+            "-" if row["turn"] is not None else f"{row['seconds']:.1f}",
         ]
         for row in sorted(rows, key=lambda r: (_order(r), 1e9 if r["turn"] is None else r["turn"]))
     ]
-    title = f"{rows[0]['agents']} agents, TTFT by turn, {rows[0].get('shape')}"
-    notes = ["hits: share of prompt tokens, by where they were."]
-    return title, ["backend", "turn", "tokens", *_LATENCY, "n"], lines, notes
+    engines = rows[0].get("engines", 1)
+    several = f" on {engines} engines" if engines > 1 else ""
+    title = f"{rows[0]['agents']} agents{several}, TTFT by turn, {rows[0].get('shape')}"
+    notes = ["hits: share of prompt tokens, by where they were. seconds: of all turns."]
+    walls = {row["backend"]: row["seconds"] for row in rows if row["turn"] is None and row.get("complete", True)}
+    for backend in walls if walls.keys() & {"stock", "recompute"} else ():
+        others = [name for name in ("recompute", "stock") if name in walls and name != backend]
+        factors = " and ".join(f"{walls[name] / walls[backend]:.2f}x as fast as {name}" for name in others)
+        if factors and backend not in FLOOR_AND_CEILING:
+            notes.append(f"{backend}: all turns {factors}.")
+    return title, ["backend", "turn", "tokens", *_LATENCY, "n", "seconds"], lines, notes
 
 
 def _trace_table(rows: list[Row]) -> Table:
-    lines = [
-        [
-            row["backend"],
-            str(row["samples"]),
-            *_latency_cells(row),
-            _percent(row["ideal_hit_ratio"]),
-            _short(row["tokens_per_s"]),
-            f"{row['seconds']:.1f}",
-        ]
-        for row in sorted(rows, key=_order)
-    ]
+    lines, notes = [], ["n: requests. e2e: to the last token. possible hits: of a cache without limits."]
+    stock = next((row for row in rows if row["backend"] == "stock"), None)
+    for row in sorted(rows, key=_order):
+        e2e = row.get("e2e_ms") or {}
+        lines.append(
+            [
+                row["backend"],
+                str(row["samples"]),
+                *(_ms(times.get(name)) for times in (row["ttft_ms"], e2e) for name in ("p50", "p99")),
+                *(_percent(row["hit_ratio"][name]) for name in ("device", "host")),
+                _percent(row["ideal_hit_ratio"]),
+                _short(row["tokens_per_s"]),
+                f"{row['seconds']:.0f}",
+            ]
+        )
+        if row["backend"] not in (*FLOOR_AND_CEILING, "stock") and _factor(row, stock).startswith("~"):
+            notes.append(f"{row['backend']}: TTFT does not differ from stock's beyond the spread.")
     title = f"Trace {rows[0]['trace']} at speed {rows[0]['speed']}, {rows[0].get('shape')}"
-    header = ["backend", "n", *_LATENCY, "possible hits", "tokens/s", "seconds"]
-    return title, header, lines, ["n: requests. possible hits: of a cache without limits."]
+    header = ["backend", "n", "TTFT p50 ms", "p99", "e2e p50 ms", "p99", "hits device", "hits host", "possible hits"]
+    return title, [*header, "tokens/s", "seconds"], lines, notes
 
 
 def _copy_table(rows: list[Row]) -> Table:

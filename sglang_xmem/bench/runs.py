@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import queue
 import signal
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str, *, shap
     layouts = ["layer_first", "page_first"]
     add("--backends", default=backends, help=f"comma-separated, of {names}; default {backends}")
     model = parser.add_mutually_exclusive_group()
-    about = f"with dummy weights: {about}; default: the first"
+    about = f"with dummy weights, NAME/4 with a quarter of its layers: {about}; default: the first"
     default = "qwen3-30b-a3b"
     if shape_list:
         model.add_argument("--shapes", "--shape", dest="shape", default=default, help=f"comma-separated, {about}")
     else:
-        model.add_argument("--shape", choices=list(shapes.SHAPES), default=default, help=about)
+        model.add_argument("--shape", default=default, help=about)
     model.add_argument("--model", help="path of a model to run with its weights")
     add("--page-size", type=at_least(1), default=None, help="tokens; default 64, with --shape tiny 16")
     add("--tp-size", type=at_least(1), default=1, help="GPUs of tensor parallelism; default 1")
@@ -158,7 +159,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str, *, shap
     add("--timeout", type=at_least(1, float), default=1800, help="seconds an engine may take; default 1800")
     limit = "seconds for the whole command; engines that it leaves no time for are left out; default: none"
     add("--time-limit", type=at_least(1, float), default=None, help=limit)
-    parser.set_defaults(began=time.monotonic())
+    parser.set_defaults(began=time.monotonic(), engines=1)
     add("--quick", action="store_true", help="the least that still shows something; says little")
     unproven = "share of samples without proof of their hit that fails a run; default 0.2"
     add("--max-unproven", type=at_least(0, float, 1), default=0.2, help=unproven)
@@ -183,6 +184,7 @@ def settle(args: argparse.Namespace) -> None:
     args.on_gpu = has_gpu()
     args.scratch = tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_")  # lives as long as args
     args.tiny = args.model is None and args.shape == "tiny"
+    args.config = shapes.config_of(args.shape) if args.model is None else _model_config(Path(args.model))
     if not args.on_gpu and args.model is None and not args.tiny:
         raise ConfigError(f"This machine has no GPU, which --shape {args.shape} needs. Use --shape tiny.")
     if args.page_size is None:
@@ -196,7 +198,6 @@ def settle(args: argparse.Namespace) -> None:
     for name in sorted(OWN_ENGINE_ARGUMENTS & args.engine_options.keys()):
         raise ConfigError(f"--engine-args names {name}, which the benchmark sets itself. Use its own options.")
     parse_options(AUTO, args.xmem_config)
-    args.config = shapes.config_of(args.shape) if args.model is None else _model_config(Path(args.model))
     args.kv = KVShape.of(args.config, args.tp_size, str(args.engine_options.get("kv_cache_dtype", "auto")))
 
 
@@ -206,10 +207,7 @@ def settle_shapes(args: argparse.Namespace) -> list[argparse.Namespace]:
     Raises:
         ConfigError: "Problem. Fix."
     """
-    names = list(dict.fromkeys(name.strip() for name in args.shape.split(",") if name.strip()))
-    for name in names or [args.shape]:
-        if name not in shapes.SHAPES:
-            raise ConfigError(f"--shapes {name!r} is not a shape. Choose from {', '.join(shapes.SHAPES)}.")
+    names = list(dict.fromkeys(name.strip() for name in args.shape.split(",") if name.strip())) or [args.shape]
     found = [argparse.Namespace(**{**vars(args), "shape": name}) for name in names]
     for one in found:
         settle(one)
@@ -253,6 +251,7 @@ class EnginePlan:
         workload: of the benchmark's module, a dataclass.
         steps: of progress that its measuring has, about.
         sequence: number of the pass, where each backend runs several times.
+        more: keywords and workload of each further engine that runs at the same time.
     """
 
     args: argparse.Namespace
@@ -261,12 +260,19 @@ class EnginePlan:
     workload: Any
     steps: int
     sequence: int = 0
+    more: tuple[tuple[dict[str, Any], Any], ...] = ()
 
-    @property
-    def spec(self) -> dict[str, Any]:
-        """For `EngineProcess`, less the module."""
-        vocab, workload = self.args.config["vocab_size"], asdict(self.workload)
-        return {"engine": self.engine, "vocab": vocab, "workload": workload, "backend": self.backend}
+    def processes(self, module: str, folder: Path, until: Limit) -> Iterator[EngineProcess]:
+        """Start its engines, one by one; each has a folder of its own in `folder`."""
+        gate = folder / "together"
+        gate.mkdir()
+        for number, (engine, workload) in enumerate([(self.engine, self.workload), *self.more]):
+            spec = {"module": module, "engine": engine, "vocab": self.args.config["vocab_size"]}
+            spec |= {"workload": asdict(workload), "backend": self.backend}
+            spec["together"] = {"folder": str(gate), "name": str(number), "count": 1 + len(self.more)}
+            own = folder / str(number)
+            own.mkdir()
+            yield EngineProcess(spec, own, until, cpu_environment(self.args), self.args.verbose)
 
 
 def fitting_options(args: argparse.Namespace, backend: str, need: Need, pool_gb: int) -> dict[str, Any]:
@@ -289,14 +295,36 @@ def fitting_options(args: argparse.Namespace, backend: str, need: Need, pool_gb:
     )
     if backend == STOCK:
         free = sizing.available_host_bytes()
-        if pool_gb * 10**9 * args.tp_size > free:
+        ranks = args.tp_size * args.engines
+        if pool_gb * 10**9 * ranks > free:
             raise ConfigError(
-                f"HiCache's pool of {pool_gb * args.tp_size} GB does not fit into the {free / 1e9:.1f} GB of host "
+                f"HiCache's pool of {pool_gb * ranks} GB does not fit into the {free / 1e9:.1f} GB of host "
                 "memory that SGLang may have. Ask for shorter prompts or fewer of them."
             )
     elif has_pool(backend):
         check_tier(args, backend, pool_gb)
     return engine_options(args, backend, need, pool_gb)
+
+
+def engine_number(args: argparse.Namespace, number: int) -> argparse.Namespace:
+    """Options of one of --engines that run at the same time: GPUs of its own to compute on, and peers of its own.
+
+    Raises:
+        ConfigError: the machine has too few GPUs.
+    """
+    if args.engines == 1 or not args.on_gpu:
+        return args
+    used, all_of_them = args.engines * args.tp_size, len(gpus.visible_gpus())
+    if used > all_of_them:
+        raise ConfigError(f"--engines {args.engines} need {used} GPUs, and there are {all_of_them}. Use fewer.")
+    options = {**args.engine_options, "base_gpu_id": number * args.tp_size}
+    text = args.xmem_config or "{}"
+    config = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    peers = list(range(used + number, all_of_them, args.engines))
+    if peers:
+        config["peer"] = {"gpus": peers, **config.get("peer", {})}
+    one = {"engine_options": options, "xmem_config": json.dumps(config) if config else None}
+    return argparse.Namespace(**{**vars(args), **one})
 
 
 def check_tier(args: argparse.Namespace, backend: str, pool_gb: int) -> None:
@@ -457,11 +485,10 @@ def run_engines(
                 with (
                     terminated_as_interrupt(),
                     tempfile.TemporaryDirectory(prefix="sglang_xmem_bench_") as folder,
-                    EngineProcess(
-                        {"module": module, **plan.spec}, Path(folder), until, cpu_environment(args), args.verbose
-                    ) as engine,
+                    ExitStack() as running,
                 ):
-                    samples, name, problem, log = _listen(plan, engine, progress)
+                    engines = [running.enter_context(each) for each in plan.processes(module, Path(folder), until)]
+                    samples, name, problem, log = _listen(plan, engines, progress)
                     # On disk before the engine's processes are waited for.
                     rows = summarize(plan, samples, name)
                     how = {"engine": name, "pass": plan.sequence, "complete": problem is None}
@@ -486,22 +513,42 @@ def run_engines(
     return outcome.status
 
 
-def _listen(plan: EnginePlan, engine: EngineProcess, progress: Progress) -> tuple[list[Sample], str, str | None, str]:
-    """An engine's samples, its backend's name with `auto` resolved, what ended it early, and its log's last words."""
+def _listen(
+    plan: EnginePlan, engines: Sequence[EngineProcess], progress: Progress
+) -> tuple[list[Sample], str, str | None, str]:
+    """Engines' samples, the backend's name with `auto` resolved, what ended them early, and the log of who did."""
+    inbox: queue.SimpleQueue[dict[str, Any] | EngineGone | None] = queue.SimpleQueue()
+
+    def pass_on(engine: EngineProcess) -> None:
+        try:
+            for message in engine.messages():
+                inbox.put(message)
+            inbox.put(None)
+        except EngineGone as error:
+            inbox.put(error)
+
+    for engine in engines:
+        threading.Thread(target=pass_on, args=(engine,), daemon=True).start()
     samples: list[Sample] = []
-    name = plan.backend
+    name, ready, done = plan.backend, 0, 0
     try:
-        for message in engine.messages():
-            if "sample" in message:
+        while done < len(engines):
+            message = inbox.get()
+            if message is None:
+                done += 1
+            elif isinstance(message, EngineGone):
+                for engine in engines:
+                    engine.end_s = 0.0
+                return samples, name, str(message), message.log
+            elif "sample" in message:
                 samples.append(message["sample"])
             elif "step" in message:
                 progress.step(message["step"])
             else:
-                progress.started()
-                name = engine.tier or name if plan.backend == AUTO else name
-    except EngineGone as error:
-        engine.end_s = 0.0
-        return samples, name, str(error), error.log
+                ready += 1
+                if ready == len(engines):
+                    progress.started()
+                name = engines[0].tier or name if plan.backend == AUTO else name
     except KeyboardInterrupt:
         return samples, name, INTERRUPT, ""
     return samples, name, None, ""

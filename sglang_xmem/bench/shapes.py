@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sglang_xmem.errors import ConfigError
+
 #: By name: what `--shape`'s help says of each.
 SHAPES = {
     "qwen3-30b-a3b": "K and V, 98 kB a token",
@@ -23,8 +25,22 @@ SHAPES = {
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """A shape's config.json."""
-    config: dict[str, Any] = json.loads((Path(__file__).with_name("shapes") / f"{name}.json").read_text())
+    """A shape's config.json; of NAME/4 with a quarter of the layers, for contexts that a machine has no memory for.
+
+    Raises:
+        ConfigError: there is no such shape.
+    """
+    shape, _, part = name.partition("/")
+    divisor = int(part) if part.isascii() and part.isdigit() else 0 if part else 1
+    if shape not in SHAPES or divisor < 1:
+        raise ConfigError(f"--shape {name} is not a shape. Choose from {', '.join(SHAPES)}, or NAME/4 for a quarter.")
+    config: dict[str, Any] = json.loads((Path(__file__).with_name("shapes") / f"{shape}.json").read_text())
+    layers, every = config["num_hidden_layers"], config.get("full_attention_interval", 1)
+    if layers % (divisor * every):
+        raise ConfigError(f"--shape {name} has no whole layers: {shape} has {layers} in groups of {every}.")
+    config["num_hidden_layers"] //= divisor
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
     return config
 
 
@@ -34,7 +50,7 @@ def write_shape(name: str, folder: Path) -> Path:
     Returns:
         that folder, as --model-path takes it.
     """
-    path = folder / name
+    path = folder / name.replace("/", "-")
     path.mkdir(parents=True, exist_ok=True)
     config = config_of(name)
     model = {"type": "WordLevel", "vocab": {f"t{n}": n for n in range(config["vocab_size"])}, "unk_token": "t0"}

@@ -267,6 +267,7 @@ def summarize(found: dict[str, Any]) -> Row:
     gaps = [sum(found["itls"][index]) / len(found["itls"][index]) for index in good if found["itls"][index]]
     return {
         "ttft_ms": stats.summary([1e3 * found["ttfts"][index] for index in good]),
+        "e2e_ms": stats.summary([1e3 * (found["ttfts"][index] + sum(found["itls"][index])) for index in good]),
         "inter_token_ms": stats.summary([1e3 * gap for gap in gaps]),
         "hits": hits,
         "hit_ratio": {**share, "total": round(sum(hits.values()) / max(1, prompts), 4)},

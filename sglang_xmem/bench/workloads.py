@@ -114,6 +114,7 @@ class Agents:
         think_s: mean seconds between an answer and the next turn; each is drawn from 0.5 to 1.5 times this.
         seed: equal seeds give equal agents.
         page: tokens.
+        share: (k, n) for every n-th of them from number k on, where several engines share them.
     """
 
     agents: int
@@ -125,6 +126,12 @@ class Agents:
     think_s: float
     seed: int
     page: int
+    share: tuple[int, int] = (0, 1)
+
+    @property
+    def mine(self) -> range:
+        """Numbers of this engine's agents."""
+        return range(self.share[0], self.agents, self.share[1])
 
     def first(self, agent: int) -> Prompt:
         """An agent's first prompt."""
@@ -150,8 +157,8 @@ class Agents:
 
     @property
     def total_tokens(self) -> int:
-        """KV cache of all agents' final contexts, the system prompt once."""
-        return self.system_tokens + self.agents * (self.final_tokens - self.system_tokens)
+        """KV cache of this engine's agents' final contexts, the system prompt once."""
+        return self.system_tokens + len(self.mine) * (self.final_tokens - self.system_tokens)
 
 
 # ---- traces ----

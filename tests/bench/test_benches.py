@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,6 +277,7 @@ def test_whoever_embeds_a_benchmark_hears_of_sigterm(monkeypatch: pytest.MonkeyP
         (("ttft", "--link-gbps", "dram=nan"), "not a list of rates"),
         (("throughput", "--hit-ratios", "0,101"), "not percentages"),
         (("throughput", "--size", "8K", "--concurrency", "400", "--hicache-size", "1"), "Use --hicache-size"),
+        (("ttft", "--shapes", "tiny,nothing"), "--shape nothing is not a shape"),
         (("multiturn", "--device-tokens", "64"), "does not fit into a KV pool"),
         (("multiturn", "--preset", "agentic-174k"), "longer than the model's context"),
         (("trace", "/nowhere.jsonl"), "cannot be read"),
@@ -401,13 +403,82 @@ def test_multiturn(bench: Bench) -> None:
         assert mine[None]["samples"] == 9
 
 
-def test_the_agentic_preset_has_turns_of_174k_tokens() -> None:
+def test_the_agentic_preset_fits_a_test_machine() -> None:
     arguments = cli.parser().parse_args(["bench", "multiturn", "--preset", "agentic-174k", "--page-size", "64"])
     arguments.tiny = False
-    agents, own_pool = multiturn.workload_of(arguments)
-    assert (agents.agents, agents.turns, own_pool) == (10, 5, True)
+    agents = multiturn.workload_of(arguments)
+    assert (agents.agents, agents.turns) == (10, 5)
     turns = [agents.prompt_tokens(turn) for turn in range(5)]
     assert 170 * 1024 <= min(turns) <= sum(turns) / 5 <= 176 * 1024
+    preset = multiturn.PRESETS["agentic-174k"]
+    config = shapes.config_of(preset.shape)
+    gb = agents.total_tokens * KVShape.of(config).rank_bytes / 1e9
+    assert config["max_position_embeddings"] > agents.final_tokens
+    assert 30 < gb < 60, "in a peer of 80 GB or host memory of 128 GB"
+    assert 2 * agents.final_tokens <= agents.total_tokens * preset.on_gpu < agents.total_tokens / 2
+    arguments.scale = 0.1
+    smaller = multiturn.workload_of(arguments)
+    assert smaller.prompt_tokens(0) == pytest.approx(agents.prompt_tokens(0) / 10, abs=2)
+
+
+def test_two_engines_share_the_agents(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """They measure at the same time, and one that fails ends both."""
+    words = "--preset agentic-174k --scale 0.005 --turns 3 --think 0.01 --engines 2 --output-tokens 4"
+    arguments = tuple(words.split())
+    status, rows = bench("multiturn", *arguments, "--agents", "5", "--backends", "stock,dram")
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    assert "5 agents on 2 engines" in out
+    assert "dram: all turns " in out
+    for row in rows:
+        assert (row["preset"], row["engines"], row["scale"]) == ("agentic-174k", 2, 0.005)
+        assert row["samples"] == (15 if row["turn"] is None else 5), "each agent once"
+    warm = next(row for row in rows if (row["backend"], row["turn"]) == ("dram", 1))
+    assert warm["hit_ratio"]["total"] > 0.9
+    status, rows = bench("multiturn", *arguments, "--backends", "dram", how={"fail_after": 12})
+    assert status == 1
+    assert "the fake engine refuses" in capsys.readouterr().err
+    assert bench("multiturn", "--engines", "9", "--agents", "3")[0] == 2
+    assert "--engines 9 is more than --agents 3." in capsys.readouterr().err
+
+
+def test_engines_wait_for_each_other(tmp_path: Path) -> None:
+    gate = {"folder": str(tmp_path), "count": 2}
+    first, second = (engine._Lines(None, {**gate, "name": name}) for name in "ab")
+    waiting = threading.Thread(target=first.together, daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    second.together()
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
+def test_engines_of_one_machine_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.gpus, "visible_gpus", lambda: range(4))
+    args: Any = SimpleNamespace(engines=2, tp_size=1, on_gpu=True, engine_options={}, xmem_config=None)
+    first, second = (runs.engine_number(args, number) for number in (0, 1))
+    assert [one.engine_options["base_gpu_id"] for one in (first, second)] == [0, 1]
+    assert [json.loads(one.xmem_config)["peer"]["gpus"] for one in (first, second)] == [[2], [3]]
+    args.xmem_config = '{"peer": {"gpus": [3]}}'
+    assert json.loads(runs.engine_number(args, 0).xmem_config) == {"peer": {"gpus": [3]}}
+    args.engines = 5
+    with pytest.raises(ConfigError, match="--engines 5 need 5 GPUs, and there are 4"):
+        runs.engine_number(args, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("qwen3-30b-a3b/4", 12), ("qwen3-next-small/2", 24), ("gpt-oss-20b/3", 8), ("tiny", 4)]
+)
+def test_shapes_with_a_part_of_the_layers(name: str, layers: int, tmp_path: Path) -> None:
+    config = json.loads((shapes.write_shape(name, tmp_path) / "config.json").read_text())
+    assert config["num_hidden_layers"] == layers == len(config.get("layer_types", range(layers)))
+
+
+@pytest.mark.parametrize("name", ["gpt-5", "qwen3-8b/5", "qwen3-8b/0", "qwen3-8b/x", "qwen3-next-small/8", ""])
+def test_shapes_that_there_are_not(name: str) -> None:
+    with pytest.raises(ConfigError, match="--shape"):
+        shapes.config_of(name)
 
 
 SERVING = """
@@ -440,6 +511,7 @@ def test_trace(
     assert (row["backend"], row["samples"], row["complete"]) == ("server", 3, False)
     assert row["ttft_ms"]["p50"] == 500
     assert row["inter_token_ms"]["p50"] == 10
+    assert row["e2e_ms"]["p99"] == pytest.approx(540), "0.5 s to the first token and four more"
     assert row["hit_ratio"] == {"device": 0.1333, "host": 0.2, "total": 0.3333}
     assert row["ideal_hit_ratio"] == pytest.approx((512 + 1000 + 1000) / 4000, abs=1e-3)
     monkeypatch.setattr(trace, "GENERATOR", (sys.executable, "-c", "import sys; sys.exit('no server')"))

@@ -79,6 +79,27 @@ def multiturn_row(backend: str, turn: int | None, ms: list[float]) -> dict[str, 
         "samples_unproven": 0,
         "all_ms": ms,
         "shape": "tiny",
+        **({"seconds": 12.5} if turn is None else {}),
+    }
+
+
+def trace_row(backend: str, ms: list[float]) -> dict[str, Any]:
+    times = stats.summary(ms)
+    return {
+        "bench": "trace",
+        "run": "r",
+        "backend": backend,
+        "trace": "conversation_trace.jsonl",
+        "speed": "60",
+        "shape": "tiny",
+        "ttft_ms": times,
+        "e2e_ms": times,
+        "hit_ratio": {"device": 0.31, "host": 0.16, "total": 0.47},
+        "ideal_hit_ratio": 0.473,
+        "samples": 242,
+        "samples_unproven": 0,
+        "tokens_per_s": 123456.7,
+        "seconds": 1234.5,
     }
 
 
@@ -146,6 +167,14 @@ def test_table_says_where_a_tier_does_not_help(capsys: pytest.CaptureFixture[str
     assert "dram at 1K tokens: no gain" not in out
 
 
+def test_a_trace_that_a_tier_does_not_change_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [trace_row(name, ms) for name, ms in (("stock", [9.0, 11.0]), ("dram", [9.0, 12.0]), ("peer", [2.0, 4.0]))]
+    report.print_table(rows)
+    out = capsys.readouterr().out
+    assert "dram: TTFT does not differ from stock's" in out
+    assert "peer: TTFT" not in out
+
+
 def test_factors_over_hbm_say_where_spreads_overlap(capsys: pytest.CaptureFixture[str]) -> None:
     report.print_table([ttft_row("hbm", 256, [558.0, 674.4, 790.0]), ttft_row("dram", 256, [318.0, 663.8, 1009.0])])
     assert "~0.98x" in capsys.readouterr().out
@@ -174,12 +203,12 @@ def test_tables_fit_a_terminal(name: str, columns: int, tmp_path: Path) -> None:
     width, text = widest(columns, str(COMMITTED.with_name(f"{name}.jsonl")))
     assert width <= columns
     assert "…" not in text
-    if name in ROWS:
-        rows = [{**row, "floor_ms": 1.0, "over_floor": 1.0, "machine": "8 x H200"} for row in ROWS[name]]
-        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        width, text = widest(columns, str(tmp_path / "x.jsonl"))
-        assert width <= columns
-        assert "…" not in text
+    long = [trace_row(backend, [123.4, 12345.6, 98765.4]) for backend in ("hbm", "stock", "dram", "peer")]
+    rows = [{**row, "floor_ms": 1.0, "over_floor": 1.0, "machine": "8 x H200"} for row in ROWS.get(name, long)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    width, text = widest(columns, str(tmp_path / "x.jsonl"))
+    assert width <= columns
+    assert "…" not in text
 
 
 def test_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
