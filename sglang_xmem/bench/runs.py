@@ -151,7 +151,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str, *, shap
     add("--page-size", type=at_least(1), default=None, help="tokens; default 64, with --shape tiny 16")
     add("--tp-size", type=at_least(1), default=1, help="GPUs of tensor parallelism; default 1")
     add("--hicache-size", type=at_least(0), default=0, help="GB a rank; default: what the workload needs, and some")
-    add("--stock-layout", default=layouts[0], choices=layouts, help="of stock HiCache's pool; default layer_first")
+    layout = "of stock HiCache's pool; default layer_first, with linear attention page_first, which SGLang needs there"
+    add("--stock-layout", default=None, choices=layouts, help=layout)
     add("--attention-backend", default=None, help="of SGLang; default: its own choice, for K and V flashinfer")
     add("--xmem-config", default=None, help="--hicache-xmem-config of the tiers' engines; default: none")
     add("--engine-args", default="{}", help="JSON object of further sgl.Engine keywords; default: none")
@@ -388,7 +389,7 @@ def engine_options(args: argparse.Namespace, backend: str, need: Need, pool_gb: 
             hicache_size=pool_gb,
         )
         if backend == STOCK:
-            engine["hicache_mem_layout"] = args.stock_layout
+            engine["hicache_mem_layout"] = args.stock_layout or ("page_first" if args.kv.state_bytes else "layer_first")
         else:
             engine.update(hicache_use_xmem=True, hicache_xmem_tier=backend)
             if args.xmem_config:

@@ -140,6 +140,8 @@ def test_a_model_with_states_gets_slots_for_them(tmp_path: Path) -> None:
     assert kv.state_bytes == pytest.approx(77e6, rel=0.01)
     tokens = 114_000
     engine = runs.engine_options(args, "peer", sizing.Need(81920, 16, tokens, 213_000, tokens, 4), 31)
+    stock = runs.engine_options(args, "stock", sizing.Need(81920, 16, tokens, 213_000, tokens, 4), 31)
+    assert stock["hicache_mem_layout"] == "page_first", "SGLang's MambaPoolHost has no layer_first"
     slots = engine["max_mamba_cache_size"]
     args.names, args.tiny = ["hbm"], False
     (plan,) = ttft.plans_of(args)
