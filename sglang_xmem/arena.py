@@ -96,6 +96,12 @@ class Space:
     def clear(self) -> None:
         """Hear that no page holds anything any more, but for those that are kept."""
 
+    def tidy(self) -> None:
+        """Give up what is not needed any more; called each second."""
+
+    def carry(self, sums: SectionSums) -> None:
+        """Let whoever finds a page here find this section's sum of it too."""
+
 
 def _space(spec: SpaceSpec, region: Region) -> Space:
     if region.bank is None:
@@ -261,7 +267,9 @@ class Arena:
         if self.integrity == "off":
             return None
         pinned = self.device.type == "cuda"
-        return SectionSums(planes, self.spaces[space].spec.pages, EVERY[self.integrity], pinned=pinned)
+        sums = SectionSums(planes, self.spaces[space].spec.pages, EVERY[self.integrity], pinned=pinned)
+        self.spaces[space].carry(sums)
+        return sums
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> Program:
         """Prepare a load or store of `steps`; once for a set of pools, since it may wait for the GPU."""

@@ -17,6 +17,7 @@ import os
 import secrets
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,14 +29,19 @@ import numpy.typing as npt
 from sglang_xmem.errors import Unavailable
 from sglang_xmem.mtier.build import PAGES, BuildError, built
 from sglang_xmem.mtier.client import (
+    DAMAGED,
     FIND,
     HOST,
+    INVALID_ARGUMENT,
     JOIN,
     LEAVE,
+    LOOK,
+    NOT_YET,
     PUBLISH,
     SLAB,
     Connection,
     Refused,
+    Reply,
     Silent,
     socket_path,
     unavailable,
@@ -45,9 +51,9 @@ from sglang_xmem.tiers import hostmem
 logger = logging.getLogger(__name__)
 
 # native/pages_protocol.h
-_PAGES_VERSION = 2
+_PAGES_VERSION = 3
 #: Its JoinRequest.
-JOIN_REQUEST = struct.Struct("=IIQQ32s64sQII")
+JOIN_REQUEST = struct.Struct("=IIQQ32s64sQIIQ")
 #: Pages of one message.
 MAX_PAGES = 256
 KEY_BYTES = 32
@@ -55,6 +61,10 @@ KEY_BYTES = 32
 Frames = npt.NDArray[np.uint64]
 _PLACE = np.dtype([("frame", "u8"), ("generation", "u8")])
 _PUBLICATION = np.dtype([("key", "S32"), ("frame", "u8"), ("generation", "u8")])
+#: Seconds between attempts to reach a service that is gone.
+RETRY_S = 1.0
+#: Seconds between two questions whether a new space's memory has been made.
+_MAKING_S = 0.05
 #: Verdicts of a publication.
 NEW, HAVE, STALE = range(3)
 
@@ -70,37 +80,50 @@ class BankSession:
         frame_bytes: of a frame.
         frames: that the session holds at most at one time, however many pages name them.
         label: for people.
+        pool_bytes: of all sessions that hold the engine's pages together, this one's included; 0: of this one alone.
 
     Raises:
         Unavailable: no service answers, or it has no memory for so many frames.
     """
 
-    def __init__(self, identity: bytes | None, frame_bytes: int, frames: int, label: str = "") -> None:
+    def __init__(
+        self, identity: bytes | None, frame_bytes: int, frames: int, label: str = "", pool_bytes: int = 0
+    ) -> None:
         assert identity is None or len(identity) == KEY_BYTES
         self.frame_bytes = frame_bytes
         #: Events by name; a process may put its own counter in its place.
         self.counts: Counter[str] = Counter()
         self._gate = threading.Lock()  # storage threads may still run when the session is closed
         self._handle: int | None = None
+        self._said = False
+        #: Held while the connection is made again; when that was last tried.
+        self._joining = threading.Lock()
+        self._tried = float("-inf")
+        #: The service knows nothing of this session any more: its frames are its own.
+        self._lost = False
+        #: Places of damaged pages that the service has not heard of.
+        self._damaged: list[bytes] = []
+        self._name = secrets.randbits(64) | 1
         try:
             self._library = _library()
         except (BuildError, OSError) as error:
             raise Unavailable(str(error).rstrip(".")) from None
-        asked = JOIN_REQUEST.pack(
+        self._wanted = (
             _PAGES_VERSION,
             identity is None,
             frame_bytes,
             frames,
             identity or b"",
             label.encode("ascii", "replace")[:63],
-            secrets.randbits(64) | 1,
+            self._name,
             HOST,
-            0,
         )
+        self._pool_bytes = pool_bytes
         try:
             self._connection = Connection(socket_path())
             try:
-                joined = self._connection.ask(JOIN, behind=asked)
+                joined = self._join(self._connection, again=False)
+                self._place = self._place_of(joined)
                 self.frames = joined.total
                 try:
                     self._handle = self._library.pages_open(joined.fd, joined.total, joined.num_banks)
@@ -121,7 +144,22 @@ class BankSession:
         if not self._handle:
             self.close()
             raise Unavailable("the bank's ledger cannot be mapped")
-        self._said = False
+
+    def _join(self, connection: Connection, *, again: bool) -> Reply:
+        """Ask for a session, or for the one that this process has; waits for memory that is being made."""
+        asked = JOIN_REQUEST.pack(*self._wanted, again, self._pool_bytes)
+        while True:
+            try:
+                return connection.ask(JOIN, behind=asked)
+            except Refused as error:
+                if error.code != NOT_YET:
+                    raise
+            time.sleep(_MAKING_S)
+
+    @staticmethod
+    def _place_of(joined: Reply) -> tuple[int, int, int, int]:
+        """What a session has at all times: the slab's name, its own number, the slab's frames and bytes."""
+        return joined.allocation, joined.num_banks, joined.total, joined.size
 
     # ---- without the service ----
 
@@ -177,6 +215,19 @@ class BankSession:
         """How many of the first keys' pages are there; 0 where nobody answers."""
         return int(self._find(keys).size)
 
+    def look(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+        """Which of the keys' pages are there, also behind one that is not; none where nobody answers."""
+        there = np.zeros(len(keys), np.bool_)
+        if self._damaged:
+            return there
+        for at in range(0, len(keys), MAX_PAGES):
+            part = keys[at : at + MAX_PAGES]
+            text = self._asked(LOOK, len(part), b"".join(part))
+            if text is None:
+                return np.zeros(len(keys), np.bool_)
+            there[at : at + len(part)] = np.frombuffer(text, _PLACE)["generation"] != 0
+        return there
+
     def adopt(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
         """Hold the pages of the first keys, as many as are there.
 
@@ -195,6 +246,8 @@ class BankSession:
         return self._addresses(out[:got])
 
     def _find(self, keys: Sequence[bytes]) -> npt.NDArray[Any]:
+        if self._damaged:
+            keys = ()
         found = [np.empty(0, _PLACE)]
         for at in range(0, len(keys), MAX_PAGES):
             part = keys[at : at + MAX_PAGES]
@@ -229,15 +282,55 @@ class BankSession:
             self.counts[f"bank:{name}"] += verdicts.count(verdict)
         return verdicts
 
+    def damaged(self, addresses: npt.NDArray[np.int64]) -> None:
+        """Have pages that this session holds found no more; their frames stay with those who hold them.
+
+        Returns at once. The session itself finds nothing until the service has heard of it.
+        """
+        frames = self._numbers(addresses)
+        places = np.empty(frames.size, _PLACE)
+        generations = np.empty_like(frames)
+        with self._gate:
+            if not self._handle or not frames.size:
+                return
+            self._library.pages_generations(self._handle, frames.size, frames.ctypes.data, generations.ctypes.data)
+            places["frame"], places["generation"] = frames, generations
+            reporting = bool(self._damaged)
+            self._damaged += [places[at : at + MAX_PAGES].tobytes() for at in range(0, len(places), MAX_PAGES)]
+        self.counts["bank:damaged"] += len(places)
+        if not reporting:
+            threading.Thread(target=self._report, name="sglang_xmem-bank", daemon=True).start()
+
+    def reported(self, timeout_s: float) -> bool:
+        """Wait until the service has heard of all damaged pages; whether it has."""
+        deadline = time.monotonic() + timeout_s
+        while self._damaged and not self._lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not self._damaged
+
+    def _report(self) -> None:
+        while self._handle and not self._lost:
+            places = self._damaged[0]
+            if self._asked(DAMAGED, len(places) // _PLACE.itemsize, places) is None:
+                time.sleep(RETRY_S)
+                continue
+            with self._gate:
+                del self._damaged[0]
+                if not self._damaged:
+                    return
+
     def _asked(self, op: int, count: int, behind: bytes) -> bytes | None:
         """The reply's text; None where there is none. Says so once in a row."""
+        if self._lost:
+            return None
         try:
+            if not self._connection.alive:
+                self._join_again()
             text = self._connection.ask(op, count, behind).text
         except (Refused, Silent) as error:
             self.counts["bank_questions:unanswered"] += 1
             if not self._said:
-                lasting = "" if self._connection.alive else " Restart this engine to share pages again."
-                logger.warning("sglang_xmem: pages of the bank are missed, for %s.%s", error, lasting)
+                logger.warning("sglang_xmem: pages of the bank are missed, for %s", error)
             self._said = True
             return None
         if self._said:
@@ -245,10 +338,50 @@ class BankSession:
         self._said = False
         return text
 
+    def _join_again(self) -> None:
+        """Have the session over a new connection, as it is in memory: the service may have been started anew.
+
+        Raises:
+            Refused, Silent: not now; or never, where the service has other memory.
+        """
+        with self._joining:
+            if self._connection.alive:  # another thread was faster
+                return
+            if self._lost or not self._handle or time.monotonic() - self._tried < RETRY_S:
+                raise Silent("the mtierd has hung up")
+            try:
+                connection = Connection(socket_path())
+                try:
+                    joined = self._join(connection, again=True)
+                    os.close(joined.fd)
+                    if self._place_of(joined) != self._place:
+                        raise Refused(INVALID_ARGUMENT, "the service has other memory")
+                except BaseException:
+                    connection.close()
+                    raise
+            except Refused as error:
+                if error.code == INVALID_ARGUMENT:
+                    self._lost = True
+                    self.counts["bank_sessions:lost"] += 1
+                    logger.warning(
+                        "sglang_xmem: mtierd was started without the memory of this engine's pages, which keeps them "
+                        "to itself. Restart this engine to share pages again."
+                    )
+                raise
+            finally:
+                self._tried = time.monotonic()
+            self._connection = connection
+            self.counts["bank_sessions:rejoined"] += 1
+
     @property
     def alive(self) -> bool:
         """Whether the service had not hung up when it was last asked."""
         return self._connection.alive
+
+    @property
+    def lost(self) -> bool:
+        """Whether the service was started without this session's memory, so that its pages are its own for good."""
+        return self._lost
 
     def close(self) -> None:
         """Give up all frames; idempotent. No copy to or from them may be under way."""
@@ -256,8 +389,9 @@ class BankSession:
             handle, self._handle = self._handle, None
             if handle:
                 self._library.pages_close(handle)
-        with contextlib.suppress(Refused, Silent):  # else it takes all back when this process ends
-            self._connection.ask(LEAVE)
+        if handle:
+            with contextlib.suppress(Refused, Silent):  # else it takes all back when this process ends
+                self._connection.ask(LEAVE)
         self._connection.close()
         slab = getattr(self, "slab", None)
         if slab is not None:

@@ -7,14 +7,19 @@ engine frees it; a frame that others know too stays in the bank then.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_xmem.arena import Space
-from sglang_xmem.bank import NEW, BankSession
+from sglang_xmem.arena import ALIGNMENT, Space
+from sglang_xmem.bank import HAVE, NEW, BankSession
+from sglang_xmem.sums import SectionSums
+
+#: Bytes at the end of a frame for the sums of its sections, 8 each, in the order in which they were made.
+TRAILER_BYTES = ALIGNMENT
 
 
 class BankSpace(Space):
@@ -31,7 +36,31 @@ class BankSpace(Space):
         #: before may still be about.
         self._epoch: int | None = 0
         self._next_epoch = 0
+        self._sums: list[SectionSums] = []
+        #: Whether a page that the bank has already becomes the bank's, and its own frame is given up when no copy knows
+        #: it any more: where several ranks of an engine store the same bytes.
+        self.gives_way = False
+        #: Whoever calls it gets a function that says whether all copies have ended that are in flight now.
+        self.copies_in_flight: Callable[[], Callable[[], bool]] = lambda: lambda: True
+        #: Frames that gave way to others, and whether the copies have ended that may know them.
+        self._given_up: list[tuple[npt.NDArray[np.int64], Callable[[], bool]]] = []
+        self._giving_up = threading.Lock()
+        self._trailers = self._map_trailers()
         return table
+
+    def _map_trailers(self) -> npt.NDArray[np.int64] | None:
+        """A row a frame; None where the CPU does not address them, so that no sum comes with a page."""
+        bank = self.bank
+        if self.region.owner is None or self.spec.frame_bytes <= TRAILER_BYTES:
+            return None
+        (owner,) = self.region.owner
+        return np.ndarray(
+            (self.region.extents[0].nbytes // bank.frame_bytes, TRAILER_BYTES // 8),
+            np.int64,
+            owner,
+            self.spec.frame_bytes - TRAILER_BYTES,
+            (bank.frame_bytes, 8),
+        )
 
     @property
     def bank(self) -> BankSession:
@@ -72,6 +101,14 @@ class BankSpace(Space):
         self._table[pages] = 0
         self.bank.release(found[found != 0])
 
+    def carry(self, sums: SectionSums) -> None:
+        assert (len(self._sums) + 1) * 8 <= TRAILER_BYTES
+        self._sums.append(sums)
+
+    def damaged(self, addresses: npt.NDArray[np.int64]) -> None:
+        """Have pages whose frames are these, by their addresses, found no more by anybody; returns at once."""
+        self.bank.damaged(np.unique(addresses[addresses != 0]))
+
     def weights_changed(self, name: bytes) -> None:
         """Share nothing until the next `clear`, and from then on with engines that have the weights of that name.
 
@@ -88,6 +125,11 @@ class BankSpace(Space):
         named = self._named(keys)
         return self.bank.find(named) if named else 0
 
+    def look(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+        """Which of the keys' pages the bank has, also behind one that it has not."""
+        named = self._named(keys)
+        return self.bank.look(named) if named else np.zeros(len(keys), np.bool_)
+
     def adopt(self, keys: Sequence[bytes], pages: torch.Tensor) -> int:
         """Let pages be those of the first keys, as far as the bank has them; moves no byte.
 
@@ -102,23 +144,65 @@ class BankSpace(Space):
         addresses = self.bank.adopt(named)
         numbers = pages.numpy()[: addresses.size]
         self._release(numbers)
+        if self._trailers is not None:
+            found = torch.from_numpy(self._trailers[self._rows(addresses)])
+            for column, sums in enumerate(self._sums):
+                sums.take(pages[: addresses.size], found[:, column])
         self._table[numbers] = addresses
         return int(addresses.size)
 
+    def _rows(self, addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return (addresses - self.bank.slab.address) // self.bank.frame_bytes
+
     def publish(self, keys: Sequence[bytes], pages: torch.Tensor) -> int:
-        """Let others find pages whose bytes are in place. Pages that the bank has already stay as they are.
+        """Let others find pages whose bytes are in place.
+
+        A page that the bank has already stays as it is, or becomes the bank's (`gives_way`).
 
         Args:
             pages: int64 (len(keys),), on the CPU; with frames.
 
         Returns: how many others can find from now on that they could not before.
         """
-        addresses = self._table[pages.numpy()]
+        numbers = pages.numpy()
+        addresses = self._table[numbers]
         named = self._named(keys)
         if not named or not addresses.all():
             self.bank.counts["bank:private"] += len(keys)
             return 0
-        return self.bank.publish(named, addresses).count(NEW)
+        if self._trailers is not None:
+            own = self.bank.owned(addresses)  # nobody reads them yet
+            rows = np.zeros((int(own.sum()), TRAILER_BYTES // 8), np.int64)
+            for column, sums in enumerate(self._sums):
+                rows[:, column] = sums.table[pages].numpy()[own]
+            self._trailers[self._rows(addresses[own])] = rows
+        verdicts = self.bank.publish(named, addresses)
+        have = [number for number, verdict in enumerate(verdicts) if verdict == HAVE]
+        if have and self.gives_way:
+            self._give_way([named[number] for number in have], numbers[have], addresses[have])
+        self.tidy()
+        return verdicts.count(NEW)
+
+    def _give_way(self, keys: Sequence[bytes], numbers: npt.NDArray[np.int64], own: npt.NDArray[np.int64]) -> None:
+        """Let pages be the bank's, as far as it has them still."""
+        found = self.bank.adopt(keys)
+        numbers, own = numbers[: found.size], own[: found.size]
+        # Where the bank's page is this very one, the hold that was just made is one too many.
+        pages = torch.from_numpy(numbers[found != own])
+        for sums in self._sums:
+            sums.forget(pages)  # a copy that is under way compares with the page before
+        self._table[numbers] = found
+        with self._giving_up:
+            self._given_up.append((own, self.copies_in_flight()))
+
+    def tidy(self) -> None:
+        with self._giving_up:
+            waiting, self._given_up = self._given_up, []
+            for frames, have_ended in waiting:
+                if have_ended():
+                    self.bank.release(frames)
+                else:
+                    self._given_up.append((frames, have_ended))
 
     def _named(self, keys: Sequence[bytes]) -> list[bytes]:
         """The bank's keys for the engine's; none while nothing is shared."""

@@ -100,11 +100,18 @@ FAMILIES = (
     Family(
         "bank",
         "bank_pages_total",
-        "Pages of the page bank: adopted as they lie, published, there already, or not published.",
+        "Pages of the page bank: adopted as they lie, published, there already, not published, or found damaged.",
         "result",
-        ("adopted", "published", "duplicate", "private"),
+        ("adopted", "published", "duplicate", "private", "damaged"),
     ),
     Family("bank_questions", "bank_questions_total", "Questions to the page bank.", "result", ("unanswered",)),
+    Family(
+        "bank_sessions",
+        "bank_sessions_total",
+        "Spaces of the page bank whose connection was lost: joined again, or lost with the service's memory.",
+        "result",
+        ("rejoined", "lost"),
+    ),
 )
 
 

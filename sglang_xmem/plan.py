@@ -167,16 +167,10 @@ class Placement:
             for c in plan.candidates
         ]
 
-    def share_as(self, identity: bytes | None, label: str) -> None:
-        """Let tiers know what the next allocations hold, so that they are shared with whoever holds the same.
-
-        Args:
-            identity: as MemoryTier.share_as's; None: they are shared with nobody.
-            label: for people.
-        """
-        if identity is not None:
-            for tier in self._tiers:
-                tier.share_as(identity, label)
+    def share_as(self, identities: Sequence[bytes], label: str) -> None:
+        """Let tiers know what the spaces of the next `allocate` hold, as MemoryTier.share_as."""
+        for tier in self._tiers:
+            tier.share_as(identities, label)
 
     def first_tier(self) -> MemoryTier:
         """The tier to size automatic pools for: the first that is still there and has free capacity.
@@ -254,6 +248,11 @@ class Placement:
             policy = common([decide(tier.traits, tier.settings, region, tier.gpu) for region in regions])
             undo.pop_all()
         return Allocation(tier, tuple(regions), policy)
+
+    @property
+    def may_share(self) -> bool:
+        """Whether the next allocation may be one that others find pages in."""
+        return any(tier.traits.shared for tier in self._tiers)
 
     def skip_shared(self, error: Unavailable) -> None:
         """Use no tier whose pages are shared."""

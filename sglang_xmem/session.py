@@ -125,6 +125,9 @@ class Session:
     def _each_second(self) -> None:
         if self.canary is not None:
             self.canary.check_time()
+        for arena in self.arenas:
+            for space in arena.spaces.values():
+                space.tidy()
         if self._exporter is not None:
             self._exporter.export()
 

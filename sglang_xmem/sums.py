@@ -77,10 +77,22 @@ class SectionSums:
         self.planes = tuple(planes)
         self.every = every
         self.table = torch.zeros(pages, dtype=torch.int64, pin_memory=pinned)
+        #: Pages that came with a sum: they are compared, whatever their number.
+        self._given = torch.zeros(pages, dtype=torch.bool)
+
+    def have(self, pages: torch.Tensor) -> torch.Tensor:
+        """Which pages, by their numbers on the CPU, are summed and compared."""
+        return (pages % self.every == 0) | self._given[pages]
 
     def forget(self, pages: torch.Tensor) -> None:
         """Know nothing of pages any more: others will be there."""
         self.table[pages] = 0
+        self._given[pages] = False
+
+    def take(self, pages: torch.Tensor, entries: torch.Tensor) -> None:
+        """Take the sums of pages that somebody else stored: entries of a table, 0 for a page without."""
+        self.table[pages] = entries
+        self._given[pages] = entries != 0
 
     def put(self, page: int, section: npt.NDArray[np.uint8], offset: int) -> None:
         """Take a page that came another way than from the device.
@@ -137,7 +149,7 @@ class Chosen(NamedTuple):
     @classmethod
     def of(cls, sums: SectionSums, pages: torch.Tensor) -> Chosen:
         """Choose among a vector's pages, given by their numbers on the CPU."""
-        (rows,) = torch.nonzero(pages % sums.every == 0, as_tuple=True)
+        (rows,) = torch.nonzero(sums.have(pages), as_tuple=True)
         return cls(rows, pages[rows])
 
 

@@ -140,6 +140,18 @@ class Watch:
                     f"{DEADLINE_VARIABLE}."
                 )
 
+    def in_flight(self) -> Callable[[], bool]:
+        """Returns: whether all copies have ended that are in flight now, also those that are only being enqueued."""
+        entries = dict(self._in_flight)
+
+        def have_ended() -> bool:
+            for number, entry in list(entries.items()):
+                if number not in self._in_flight or (entry.done is not None and entry.done()):
+                    del entries[number]
+            return not entries
+
+        return have_ended
+
     def in_flight_bytes(self) -> int:
         """Bytes of the copies that have begun and not been seen to end."""
         return sum(entry.nbytes for entry in list(self._in_flight.values()))

@@ -25,10 +25,14 @@ _REPLY = struct.Struct("=IHHQiIiIQQQQQ")
 _MAX_REPLY_BYTES = _REPLY.size + (64 << 10)
 _REFUSED = 0
 INFO, JOIN, SLAB, FIND, PUBLISH, LEAVE = range(32, 38)
+LOOK, DAMAGED = 39, 40
 #: MemoryKind of a slab.
 HOST = 1
 
 _OUT_OF_MEMORY = -3
+INVALID_ARGUMENT = -4
+#: To a kJoin: ask again in a moment.
+NOT_YET = -8
 
 
 def socket_path() -> str:
@@ -68,6 +72,7 @@ class Reply(NamedTuple):
     total: int
     available: int
     size: int
+    allocation: int
     text: bytes
     fd: int
 
@@ -144,7 +149,7 @@ class Connection:
                 if len(message) < _REPLY.size:
                     raise ConnectionError("it ended")
                 head = _REPLY.unpack_from(message)
-                magic, version, its_op, number, code, text_bytes, num_banks, _, total, available, size, _, _ = head
+                magic, version, its_op, number, code, text_bytes, num_banks, _, total, available, size, _, name = head
                 text = message[_REPLY.size :]
                 if magic != _MAGIC or len(text) != text_bytes:
                     raise ConnectionError("it does not speak mtierd's protocol")
@@ -157,7 +162,7 @@ class Connection:
                 if code != 0:
                     raise Refused(code, text.decode(errors="replace"))
                 fd, kept = -1, fd
-                return Reply(num_banks, total, available, size, text, kept)
+                return Reply(num_banks, total, available, size, name, text, kept)
             finally:
                 if fd >= 0:
                     os.close(fd)

@@ -6,6 +6,7 @@ maps the slab of its space as a whole, and pins it for its GPU; which frames are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -50,8 +51,10 @@ class BankTier(MemoryTier):
 
     def __init__(self, settings: Any, rank_plan: Any, gpu: int | None) -> None:
         super().__init__(settings, rank_plan, gpu)
-        self._identity: bytes | None = None
+        #: Of the next allocations; those behind them are shared with nobody.
+        self._identities: list[bytes] = []
         self._label = ""
+        self._pool_bytes = 0
         if gpu is None:
             self.traits = msgspec.structs.replace(type(self).traits, link="none")
 
@@ -72,8 +75,11 @@ class BankTier(MemoryTier):
     def waste_bytes(self, granule: int) -> int:
         return granule + GRANULE_BYTES
 
-    def share_as(self, identity: bytes, label: str) -> None:
-        self._identity, self._label = identity, label
+    def share_as(self, identities: Sequence[bytes], label: str) -> None:
+        self._identities, self._label = list(identities), label
+
+    def expect(self, nbytes: int) -> None:
+        self._pool_bytes = nbytes
 
     def _allocate(self, nbytes: int, granule: int) -> Region:
         from sglang_xmem.bank import BankSession
@@ -82,7 +88,8 @@ class BankTier(MemoryTier):
             raise Unavailable(f"the pool needs {nbytes / 1e9:.2f} GB, which the bank does not have", LOWER_SIZE)
         with ExitStack() as undo:
             frame = granule * -(-LEAST_FRAME_BYTES // granule)
-            session = BankSession(self._identity, frame, -(-nbytes // frame), self._label)
+            identity = self._identities.pop(0) if self._identities else None
+            session = BankSession(identity, frame, -(-nbytes // frame), self._label, max(nbytes, self._pool_bytes))
             undo.callback(session.close)
             slab = session.slab
             if self.gpu is not None:

@@ -188,11 +188,11 @@ class MemoryTier(ABC):
             Unavailable: as `capacity_bytes`.
         """
 
-    def share_as(self, identity: bytes, label: str) -> None:  # noqa: B027  most tiers share nothing
+    def share_as(self, identities: Sequence[bytes], label: str) -> None:  # noqa: B027  most tiers share nothing
         """Hear what the next allocations are to hold; for a tier whose memory is shared by those that hold the same.
 
         Args:
-            identity: 32 bytes, equal for pages that are equal.
+            identities: of each of the next allocations, 32 bytes, equal for pages that are equal.
             label: for people.
         """
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import harness
 import pytest
-from harness import BASE_OPTIONS, OUTPUT_TOKENS, PROMPT_TOKENS, ServerClient, prompt
-from kinds import KINDS
+from harness import BASE_OPTIONS, LONGER, OUTPUT_TOKENS, PROMPT_TOKENS, ServerClient, prompt
+from kinds import KINDS, Kind
 from sglang_server import Answer, Server, launch_server_command, tier_in
 
 pytestmark = pytest.mark.cpu_engine
@@ -31,7 +31,7 @@ BANK: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "bank", "
 
 
 class Service:
-    """mtierd, as a user starts it, with a bank of 64 MiB."""
+    """mtierd, as a user starts it, with a bank of 256 MiB."""
 
     def __init__(self, directory: Path) -> None:
         self.socket = directory / "mtierd.sock"
@@ -41,7 +41,7 @@ class Service:
             "sglang_xmem.cli",
             "mtierd",
             "--bank",
-            "host:64MiB",
+            "host:256MiB",
             "--share",
             "50",
             "--socket",
@@ -87,8 +87,8 @@ class Engine:
         self.server = server
         self.client = ServerClient(server)
 
-    def ask(self, name: str) -> Answer:
-        return self.client.generate(prompt(name), OUTPUT_TOKENS, logprobs=True)
+    def ask(self, name: str, n_tokens: int = PROMPT_TOKENS) -> Answer:
+        return self.client.generate(prompt(name, n_tokens), OUTPUT_TOKENS, logprobs=True)
 
     def kill(self) -> None:
         os.killpg(self.server.process.pid, signal.SIGKILL)
@@ -96,8 +96,14 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(model: Path, service: Service, log: Path, options: Mapping[str, Any] = {}) -> Iterator[Engine]:
-    environment = {"MTIER_SOCKET": str(service.socket)}
+def engine(
+    model: Path,
+    service: Service,
+    log: Path,
+    options: Mapping[str, Any] = {},
+    variables: Mapping[str, str] = {},
+) -> Iterator[Engine]:
+    environment = {"MTIER_SOCKET": str(service.socket), **variables}
     everything = {**BASE_OPTIONS, **BANK, "model_path": str(model), **options}
     with Server(launch_server_command(), everything, log, environment) as server:
         try:
@@ -114,6 +120,12 @@ def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def make_model(kind: Kind, directory: Path) -> Path:
+    script = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
+    subprocess.run([sys.executable, str(script), str(directory), *kind.model], check=True)
+    return directory
 
 
 def places(answer: Answer) -> dict[str, int]:
@@ -208,9 +220,7 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
 def test_pools_that_ride_on_a_page_come_with_it(name: str, tmp_path: Path, service: Service) -> None:
     """An indexer's keys and a draft's K and V lie in the frame of the page that they ride on."""
     kind = KINDS[name]
-    model = tmp_path / "model"
-    script = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
-    subprocess.run([sys.executable, str(script), str(model), *kind.model], check=True)
+    model = make_model(kind, tmp_path / "model")
     draft = {"speculative_draft_model_path": str(model)} if kind.draft else {}
     with engine(model, service, tmp_path / "log", {**kind.options, **draft}) as one:
         cold, hit = one.ask("A"), one.ask("A")
@@ -219,3 +229,32 @@ def test_pools_that_ride_on_a_page_come_with_it(name: str, tmp_path: Path, servi
         found = ask_bank(one, "A", cold)
         assert found.logprobs == hit.logprobs
         assert found.verifications == hit.verifications
+
+
+@pytest.mark.parametrize("name", ["swa", "gdn"])
+def test_spaces_of_their_own_are_shared_too(name: str, tmp_path: Path, service: Service) -> None:
+    """A window's pages and a state at a prefix's end come from the bank with the pages of K and V that they belong to.
+
+    Without either of the two, the same hit gives another output.
+    """
+    kind = KINDS[name]
+    model = make_model(kind, tmp_path / "model")
+    tokens, again = kind.prompt_tokens, f"A{LONGER}" if kind.extend else "A"
+    leave_out = tmp_path / "leave_out"
+    variables = {**harness._with_plugin(), harness.LEAVE_OUT: str(leave_out)}
+    with engine(model, service, tmp_path / "first.log", kind.options) as first:
+        first.ask("A", tokens)
+        first.ask(again, tokens)
+        expected = first.ask(again, tokens)
+        assert places(expected) == {"device": kind.hit}
+        until(lambda: not any(space["pages"] == 0 for space in service.status()["spaces"]))
+        with engine(model, service, tmp_path / "second.log", kind.options, variables) as second:
+            found = second.ask(again, tokens)
+            assert places(found) == {"storage": kind.hit}
+            assert (found.output_ids, found.logprobs) == (expected.output_ids, expected.logprobs)
+            for pool in kind.loads:
+                until(second.client.flush_cache)
+                leave_out.write_text(pool)
+                without = second.ask(again, tokens)
+                assert places(without) == {"storage": kind.hit}
+                assert without.output_ids != expected.output_ids

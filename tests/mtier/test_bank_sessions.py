@@ -241,7 +241,7 @@ def test_a_flush_hides_all_pages_and_takes_none(daemon: Daemon) -> None:
 def join_request(
     is_private: int, frame: int, frames: int, identity: bytes, *, label: bytes = b"x", session: int = 1, again: int = 0
 ) -> bytes:
-    return JOIN_REQUEST.pack(2, is_private, frame, frames, identity, label, session, client.HOST, again)
+    return JOIN_REQUEST.pack(3, is_private, frame, frames, identity, label, session, client.HOST, again, 0)
 
 
 def exchange(connection: socket.socket, message: bytes) -> int:
@@ -347,3 +347,67 @@ def test_messages_that_are_not_so_are_refused(daemon: Daemon) -> None:
     assert session.find([key(5)]) == 0
     session.close()
     wait_until(lambda: len(daemon.status()["spaces"][0]["sessions"]) == 1, 5)  # this process's other one
+
+
+def test_pages_behind_a_gap_can_be_looked_for(daemon: Daemon) -> None:
+    session = BankSession(MODEL, FRAME, 8)
+    fill(session, [1, 4])
+    assert session.publish([key(300)], session.claim(1)) == [NEW]
+    assert session.look([key(number) for number in range(1, 320)]).nonzero()[0].tolist() == [0, 3, 299]
+    assert session.look([]).size == 0
+    session.close()
+    assert not session.look([key(1)]).any()
+
+
+def test_spaces_of_one_pool_take_their_parts_of_a_bank(daemon: Daemon) -> None:
+    whole = 8 * MIB
+    first = BankSession(MODEL, FRAME, 8, pool_bytes=16 * FRAME)
+    second = BankSession(OTHER, FRAME, 8, pool_bytes=16 * FRAME)
+    assert [space["frames"] for space in daemon.status()["spaces"]] == [whole // FRAME // 2] * 2
+    first.close()
+    second.close()
+
+
+def test_a_session_finds_nothing_until_its_damaged_pages_are_known(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(client, "PAUSE_S", 0.1)
+    session, other = BankSession(MODEL, FRAME, 8), BankSession(MODEL, FRAME, 8)
+    addresses = fill(session, [1, 2])
+    daemon.process.send_signal(19)  # SIGSTOP
+    session.damaged(addresses[1:])
+    assert not session.reported(0.5)
+    daemon.process.send_signal(18)  # SIGCONT
+    assert not session.look([key(1)]).any()
+    assert session.reported(20)
+    wait_until(lambda: session.find([key(1), key(2)]) == 1, 10)
+    assert other.find([key(1), key(2)]) == 1
+    assert daemon.status()["spaces"][0]["damaged"] == 1
+    # Those who hold the page keep it, and a new page of that key is another one.
+    assert view(session, addresses[1])[0] == 2
+    session.damaged(addresses[1:])
+    assert session.reported(20)
+    assert daemon.status()["spaces"][0]["damaged"] == 1
+    for each in (session, other):
+        each.close()
+
+
+def test_a_service_without_the_memory_leaves_a_session_its_own_frames(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, start_daemon: StartDaemon
+) -> None:
+    monkeypatch.setattr("sglang_xmem.bank.RETRY_S", 0.1)
+    session = BankSession(MODEL, FRAME, 8)
+    addresses = fill(session, [1, 2])
+    daemon.stop(9)
+    assert session.find([key(1)]) == 0
+    another = start_daemon("--bank", f"host:{8 * MIB}")
+    monkeypatch.setenv("MTIER_SOCKET", str(another.socket_path))
+    time.sleep(0.2)
+    assert session.find([key(1)]) == 0
+    assert session.lost
+    assert session.counts["bank_sessions:lost"] == 1
+    assert session.publish([key(3)], session.claim(1)) == [STALE]
+    assert view(session, addresses[0])[0] == 1
+    assert another.status()["spaces"] == []
+    session.close()

@@ -15,8 +15,10 @@ from conftest import StartDaemon
 from service import MIB
 
 from sglang_xmem.arena import SpaceSpec
-from sglang_xmem.bank_space import BankSpace
+from sglang_xmem.bank_space import TRAILER_BYTES, BankSpace
+from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.engines.sglang import sharing
+from sglang_xmem.sums import SectionSums
 from sglang_xmem.tiers.bank import BankRankPlan, BankSettings, BankTier
 
 FRAME = 64 << 10
@@ -34,7 +36,7 @@ def spaces() -> Iterator[list[BankSpace]]:
     made = []
     for _ in range(2):
         tier = BankTier(BankSettings(), BankRankPlan(8 * MIB), None)
-        tier.share_as(b"m" * 32, "model")
+        tier.share_as([b"m" * 32], "model")
         made.append(BankSpace(SpaceSpec("KV", 32, FRAME), tier.allocate(32 * FRAME, FRAME)))
     yield made
     for space in made:
@@ -57,7 +59,7 @@ def pages(*numbers: int) -> torch.Tensor:
 
 def content(space: BankSpace, page: int) -> Any:
     start = offset(space, page)
-    return np.frombuffer(space.bank.slab.owner, np.uint8)[start : start + FRAME]
+    return np.frombuffer(space.bank.slab.owner, np.uint8)[start : start + FRAME - TRAILER_BYTES]
 
 
 def offset(space: BankSpace, page: int) -> int:
@@ -218,3 +220,60 @@ def test_a_canarys_page_keeps_its_frame_when_all_others_are_freed(spaces: list[B
     space.clear()
     assert (offset(space, 0), int(space.table[1])) == (frame, 0)
     assert space.bank.owned(space.table[:1].numpy()).all()
+
+
+def test_sums_come_with_a_page_and_a_damaged_one_is_found_no_more(spaces: list[BankSpace]) -> None:
+    first, second = spaces
+    nbytes = FRAME - TRAILER_BYTES
+    sums = [SectionSums([Plane(0, nbytes, 1, 0, nbytes, 1)], 32, 16, pinned=False) for _ in spaces]
+    store(first, 1, 2, 3)
+    for space, its in zip(spaces, sums, strict=True):
+        space.carry(its)
+    # Page 3 has no sum: what an earlier page left in the frame is not used.
+    first._trailers[:] = 77  # type: ignore[index]
+    for page in (1, 2):
+        sums[0].every = 1
+        sums[0].put(page, content(first, page), 0)
+    sums[0].every = 16
+    assert first.publish(KEYS[1:4], pages(1, 2, 3)) == 3
+    content(first, 2)[1000] ^= 1
+    assert second.adopt(KEYS[1:4], pages(20, 21, 22)) == 3
+    found = pages(20, 21, 22)
+    assert sums[1].have(found).tolist() == [True, True, False]
+    sections = np.stack([content(second, page) for page in found.tolist()])
+    assert sums[1].wrong(found, sections, 0).tolist() == [21]
+    sums[1].forget(found)
+    assert not sums[1].have(found).any()
+    second.damaged(second.table[21:22].numpy())
+    assert second.bank.reported(5)
+    assert (second.find(KEYS[1:4]), first.find(KEYS[2:4]), first.find(KEYS[3:4])) == (1, 0, 1)
+    # A page with the same key is another one.
+    store(second, 5)
+    assert second.publish(KEYS[2:3], pages(5)) == 1
+    assert first.find(KEYS[1:4]) == 3
+
+
+def test_a_page_that_another_rank_stored_first_gives_way_to_it(spaces: list[BankSpace]) -> None:
+    first, second = spaces
+    for space in spaces:
+        store(space, 1, 2)
+    first.publish(KEYS[1:3], pages(1, 2))
+    before = offset(second, 1)
+    second.publish(KEYS[1:3], pages(1, 2))
+    assert offset(second, 1) == before  # one engine's page stays where it is
+    copying = [True]
+    second.gives_way = True
+    second.copies_in_flight = lambda: lambda: not copying[0]
+    second.publish(KEYS[1:3], pages(1, 2))
+    assert [offset(second, page) for page in (1, 2)] == [offset(first, page) for page in (1, 2)]
+    # A load may be reading the frame that it had.
+    assert second.bank.held() == 4
+    assert second.bank.owned(np.array([before + second.bank.slab.address])).all()
+    copying[0] = False
+    second.tidy()
+    assert second.bank.held() == 2
+    # Again, now that it is the bank's.
+    second.publish(KEYS[1:3], pages(1, 2))
+    assert second.bank.held() == 2
+    second.free(pages(1, 2))
+    assert (second.bank.held(), second.find(KEYS[1:3])) == (0, 2)

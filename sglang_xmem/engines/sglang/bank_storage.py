@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName, PoolTransferResult
 
 from sglang_xmem import session
+from sglang_xmem.bank_space import BankSpace
 from sglang_xmem.engines.sglang import sharing
+from sglang_xmem.engines.sglang.geometry import KV, space_of
 from sglang_xmem.errors import refuse
 
 #: What --hicache-storage-backend-extra-config would be; SGLang's default of 256 tokens leaves short prompts out.
@@ -27,47 +31,93 @@ EXTRA_CONFIG = {
 
 
 class BankStorage(HiCacheStorage):
-    """Pages of this rank's space in the bank; nothing where the pool is in another tier.
+    """Pages of this rank's spaces in the bank; nothing where its pools are in another tier.
+
+    A page of the anchor's space is of use with those of all other spaces alone: with each page's (an indexer's), with
+    those of the last few tokens (a window's), or with the state at its end (Mamba's). What rides on a space's numbers
+    lies in that space's frames.
 
     Args:
         storage_config, kwargs: as SGLang gives them.
     """
 
     def __init__(self, storage_config: Any, kwargs: dict[str, Any]) -> None:
-        spaces = sharing.bank_spaces()
-        self._space = spaces[0] if spaces else None
-        if self._space:
-            self._space.bank.counts = session.current().counts
+        self._spaces = {space.spec.name: space for space in sharing.bank_spaces()}
+        for space in self._spaces.values():
+            space.bank.counts = session.current().counts
+            space.copies_in_flight = session.current().watch.in_flight
+        # SGLang would have one rank alone publish pages that all ranks have, and the others would keep theirs. Here all
+        # do: the bank keeps the first, and the others' give way to it.
+        if self._spaces and storage_config.is_mla_model:
+            storage_config.is_mla_model = False
+            self._spaces[KV].gives_way = storage_config.tp_size > 1
         _load_hash()
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
-        return self._space.find(_names(keys)) if self._space else 0
+        return self._spaces[KV].find(_names(keys)) if self._spaces else 0
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
-        got = self._space.adopt(_names(keys), self._pages(host_indices)) if self._space else 0
+        pages = self._pages(host_indices, self.mem_pool_host)
+        got = self._spaces[KV].adopt(_names(keys), pages) if self._spaces else 0
         return [number < got for number in range(len(keys))]
 
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
         """Publish pages. True for each: after a False SGLang would give up those behind it."""
-        if self._space:
-            self._space.publish(_names(keys), self._pages(host_indices))
+        if self._spaces:
+            self._spaces[KV].publish(_names(keys), self._pages(host_indices, self.mem_pool_host))
         return [True] * len(keys)
 
-    def _pages(self, host_indices: torch.Tensor) -> torch.Tensor:
-        slots = self.mem_pool_host.page_size
-        return host_indices[::slots].cpu() // slots
-
-    # Pools that ride on the anchor's numbers lie in its frames: their pages are there with its own.
-
     def batch_exists_v2(self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None) -> Any:
-        found = self.batch_exists(keys)
-        return PoolTransferResult(found, {transfer.name: found for transfer in pool_transfers or ()})
+        names = _names(keys)
+        found = self._spaces[KV].find(names) if self._spaces else 0
+        hits = {PoolName.KV: found}
+        #: Which prefixes, by their pages less one, can be restored.
+        whole = np.ones(found, np.bool_)
+        for transfer in pool_transfers or ():
+            space = self._own_space(transfer)
+            if space is not None and found:
+                needed = max(1, len(transfer.keys or ()))
+                whole &= _with_trailing(space.look(names[:found]), needed)
+            ends = np.flatnonzero(whole)
+            hits[transfer.name] = int(ends[-1]) + 1 if ends.size else 0
+        prefixes = (np.flatnonzero(whole) + 1).tolist()
+        return PoolTransferResult(prefixes[-1] if prefixes else 0, hits, prefixes)
 
     def batch_get_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
-        return {transfer.name: [True] * len(transfer.keys or ()) for transfer in transfers}
+        got: dict[str, list[bool]] = {}
+        for transfer in sorted(transfers, key=lambda transfer: transfer.indices_from_pool is not None):
+            space, keys = self._own_space(transfer), transfer.keys or ()
+            count = len(keys)
+            if space is not None:
+                pages = self._pages_of(transfer)
+                count = space.adopt(_names(keys), pages) if len(pages) == len(keys) else 0
+            elif transfer.indices_from_pool in got:
+                count = sum(got[transfer.indices_from_pool])
+            got[transfer.name] = [number < count for number in range(len(keys))]
+        return got
 
     def batch_set_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
+        """As batch_set_v1."""
+        for transfer in transfers:
+            space, keys = self._own_space(transfer), transfer.keys or ()
+            if space is not None:
+                pages = self._pages_of(transfer)
+                if len(pages) == len(keys):
+                    space.publish(_names(keys), pages)
         return {transfer.name: [True] * len(transfer.keys or ()) for transfer in transfers}
+
+    def _own_space(self, transfer: Any) -> BankSpace | None:
+        """The space whose pages a transfer names by numbers of its own; None for one that rides on another's."""
+        name = space_of(str(getattr(transfer.name, "value", transfer.name)))
+        return self._spaces.get(name) if name != KV and transfer.indices_from_pool is None else None
+
+    def _pages_of(self, transfer: Any) -> torch.Tensor:
+        return self._pages(transfer.host_indices, self.registered_pools[transfer.name])
+
+    @staticmethod
+    def _pages(host_indices: torch.Tensor, pool: Any) -> torch.Tensor:
+        slots = pool.page_size
+        return host_indices[::slots].cpu() // slots
 
     # What SGLang's base class wants and does not call with this interface.
 
@@ -87,6 +137,16 @@ class BankStorage(HiCacheStorage):
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
         return False
+
+
+def _with_trailing(there: npt.NDArray[np.bool_], needed: int) -> npt.NDArray[np.bool_]:
+    """For each number of pages less one, whether the last `needed` of so many, or all where they are fewer, are there.
+
+    Args:
+        there: which pages are.
+    """
+    run = np.arange(len(there)) - np.maximum.accumulate(np.where(there, -1, np.arange(len(there))))
+    return np.asarray(run >= np.minimum(needed, np.arange(len(there)) + 1), np.bool_)
 
 
 def _names(keys: Sequence[str]) -> list[bytes]:

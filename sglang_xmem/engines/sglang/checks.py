@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sglang_xmem import session
+from sglang_xmem.engines.sglang import sharing
 from sglang_xmem.errors import CopyError
 from sglang_xmem.sums import Chosen, Group, Report
 
@@ -87,22 +88,35 @@ class Check:
 
     Args:
         pools: of the groups that were compared.
+        frames: of each of them, the addresses of its pages' frames.
         report: what was found, once the load is done.
         wait: returns when the load is done.
     """
 
-    def __init__(self, pools: Sequence[AdoptedPool], report: Report, wait: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pools: Sequence[AdoptedPool],
+        frames: Sequence[torch.Tensor],
+        report: Report,
+        wait: Callable[[], None],
+    ) -> None:
         self._pools = pools
+        self._frames = frames
         self._report = report
         self._wait = wait
 
     def settle(self) -> str:
-        """Wait for the comparison; returns what is wrong, and counts it. Empty where all is well."""
+        """Wait for the comparison; returns what is wrong, and counts it. Empty where all is well.
+
+        Where something is wrong, nobody finds any page of the load in a page bank from then on: not all were compared.
+        """
         self._wait()
         count, which = self._report.wrong()
         if not count:
             return ""
         session.current().counts[FAILURES] += count
+        for view, frames in zip(self._pools, self._frames, strict=True):
+            sharing.report_damaged(view, frames.cpu().numpy())
         names = ", ".join(type(view.pool).__name__ for view in self._pools)
         return f"{count} pages of {names} came back from the tier with other bytes ({which})"
 
@@ -132,7 +146,8 @@ def compare(arena: Any, checked: Checked | None, vectors: Vectors, wait: Callabl
         _skipped(error)
         return None
     session.current().counts["integrity:checked"] += pages
-    return Check(checked.pools, report, wait)
+    frames = [vectors.pages[mine[0]].frames for mine in checked.vectors]
+    return Check(checked.pools, frames, report, wait)
 
 
 def _skipped(error: CopyError) -> None:
@@ -142,6 +157,8 @@ def _skipped(error: CopyError) -> None:
 
 def damaged(view: AdoptedPool, host_indices: torch.Tensor) -> torch.Tensor:
     """Pages in the tier that do not have their sums, where the CPU that asks is the one that copies; else none.
+
+    Nobody finds them in a page bank from then on.
 
     Args:
         host_indices: of SGLang, into the pool.
@@ -153,4 +170,6 @@ def damaged(view: AdoptedPool, host_indices: torch.Tensor) -> torch.Tensor:
     pages = Chosen.of(view.sums, pages).pages
     section = view.section
     found = arena.sections(section.space, pages, section.offset, section.nbytes)
-    return view.sums.wrong(pages, found, section.offset)
+    wrong = view.sums.wrong(pages, found, section.offset)
+    sharing.report_damaged(view, arena.spaces[section.space].table[wrong].numpy())
+    return wrong

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_xmem.arena import Arena, SpaceSpec, bytes_at
+from sglang_xmem.bank_space import TRAILER_BYTES
 from sglang_xmem.canary import Perch
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
@@ -170,21 +171,24 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
             for name, _, description in (*described, *later)
             if description is not None
         )
+        if active.placement.may_share:
+            frames = {space: nbytes + TRAILER_BYTES for space, nbytes in frames.items()}
         pages: dict[str, int] = {}
         for name, pool, description in (*described, *later):
             if description is not None:
                 space = space_of(name)
                 pages[space] = max(pages.get(space, 0), -(-int(pool.size) // description.slots))
         device = next(d.device for _, _, d in described if d is not None)
-        if len(frames) > 1:
+        if described[0][2] is None:
             active.placement.skip_shared(
-                Unavailable("it has no place for models with several index spaces", Remedy("use_tier", value="dram"))
+                Unavailable(
+                    "it has no place for models whose first pool has no bytes", Remedy("use_tier", value="dram")
+                )
             )
         elif sharing.is_settled(active):
             assert active.facts is not None
-            replicated = sharing.is_replicated(group.anchor_entry.device_pool)
-            identity = sharing.identity(active.facts, placed, [*described, *later], replicated)
-            active.placement.share_as(identity, active.label)
+            identities = [sharing.identity(active.facts, placed, [*described, *later], space) for space in frames]
+            active.placement.share_as(identities, active.label)
         arena = Arena(
             active.placement,
             [SpaceSpec(space, pages[space], nbytes) for space, nbytes in frames.items()],
@@ -197,7 +201,7 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
     active.arenas.append(arena)
     for name, pool, description in described:
         section = placed.get(name, Section(space_of(name), 0, 0))
-        _attach(active, arena, pool, description, section, group.anchor_entry.host_pool)
+        _attach(active, arena, name, pool, description, section, group.anchor_entry.host_pool)
     try:
         arena.begin(_all_planes(active, arena))
     except CopyError as error:
@@ -220,10 +224,10 @@ def adopt_another(active: Session, entry: Any) -> None:
             if section.space in arena.spaces:
                 raise Unsupported(f"pool {name} joins the index space {section.space} after its frames were made")
             if arena.tier.traits.shared:
-                raise Unsupported(f"pool {name} has an index space of its own, for which tier bank has no place")
+                raise Unsupported(f"pool {name} comes after the others, for which tier bank has no place")
             pages = -(-int(entry.host_pool.size) // description.slots)
             arena.extend(SpaceSpec(section.space, pages, frames[section.space]))
-        _attach(active, arena, entry.host_pool, description, section)
+        _attach(active, arena, name, entry.host_pool, description, section)
         arena.begin(_all_planes(active, arena))
     except (Unsupported, ConfigError, CopyError) as error:
         refuse(_sentence(error))
@@ -246,12 +250,13 @@ def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
             f"pool {name} joined HiCache without having been announced. Leave out --hicache-use-xmem for this draft "
             "model, and report it."
         )
-    _attach(active, active.arenas[-1], pool, description, section)
+    _attach(active, active.arenas[-1], name, pool, description, section)
 
 
 def _attach(
     active: Session,
     arena: Arena,
+    name: str,
     pool: Any,
     description: Description | None,
     section: Section | None,
@@ -267,7 +272,7 @@ def _attach(
     pool.prepare_transfer_indices = _as_they_are
     if description is not None:
         storage.attach(view)
-        if pool is anchor:
+        if pool is anchor or view.section.space == name.upper():
             sharing.attach(view)
     if hasattr(pool, "alloc"):
         _forget_what_is_allocated(active, view)

@@ -76,6 +76,7 @@ def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
 
     active = session.current()
     if not alone():
+        sharing.finish_reports()
         end_rank(f"{wrong}, so this rank ends and its supervisor can start it again. Test the memory of the tier.")
     logger.error("sglang_xmem: %s; all requests end with an error and the caches are emptied", wrong)
     active.set_aside(wrong)
@@ -140,9 +141,9 @@ def load(original: Any, self: Any, host_indices: Any, *args: Any, **kwargs: Any)
     if wrong:
         active.counts[checks.FAILURES] += wrong
         if not alone():
+            sharing.finish_reports()
             end_rank(f"{wrong} pages in the tier are damaged, so this rank ends. Test the memory of the tier.")
         logger.error("sglang_xmem: %d pages in the tier are damaged; their request computes them", wrong)
-        _share_nothing_old()
         return None
     return original(self, host_indices, *args, **kwargs)
 

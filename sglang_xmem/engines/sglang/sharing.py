@@ -11,9 +11,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from sglang_xmem import session
 from sglang_xmem.bank_space import BankSpace
@@ -27,9 +30,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Counts changes of what an identity is made of.
-SCHEMA = 1
+SCHEMA = 2
 #: Files that weights are in.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+#: Host pools of latents and of their indexer, which are not split over attention heads.
+_REPLICATED = {"MLATokenToKVPoolHost", "DSAIndexerPoolHost"}
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 #: ServerArgs that a page's bytes depend on, next to the model's own files.
@@ -61,12 +66,13 @@ def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
         server_args: SGLang's record.
         tag: the user's.
     """
+    dummy = server_args.load_format == "dummy"  # weights are made from the configuration and the seed
     settings = {name: str(getattr(server_args, name, None)) for name in _SETTINGS}
-    if server_args.load_format == "dummy":
+    if dummy:
         settings["random_seed"] = str(server_args.random_seed)
     draft = getattr(server_args, "speculative_draft_model_path", None)
     try:
-        weights = weights_digest(server_args.model_path, server_args.revision)
+        weights = weights_digest(server_args.model_path, server_args.revision, has_weights=not dummy)
         if draft:
             settings["draft"] = weights_digest(draft, getattr(server_args, "speculative_draft_model_revision", None))
         scales = getattr(server_args, "quantization_param_path", None)
@@ -87,8 +93,11 @@ def is_settled(active: Session) -> bool:
     return active.facts is not None
 
 
-def weights_digest(model: str, revision: str | None = None) -> str:
+def weights_digest(model: str, revision: str | None = None, *, has_weights: bool = True) -> str:
     """A digest of a model's files: names, sizes, times, samples of the weights, and the whole of what is small.
+
+    Args:
+        has_weights: False: none of the files needs to be of weights.
 
     Raises:
         Unidentified: they are not on this machine.
@@ -97,7 +106,7 @@ def weights_digest(model: str, revision: str | None = None) -> str:
     if not path.exists():
         path = _downloaded(model, revision)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if _counts(file))
-    if not any(file.suffix in _WEIGHTS for file in files):
+    if has_weights and not any(file.suffix in _WEIGHTS for file in files):
         raise Unidentified(f"{path} has no files of weights")
     digest = hashlib.sha256()
     for file in files:
@@ -135,18 +144,19 @@ def identity(
     known: Mapping[str, Any],
     placed: Mapping[str, Section],
     described: Sequence[tuple[str, Any, Description | None]],
-    replicated: bool,
+    space: str,
 ) -> bytes:
     """32 bytes that are equal for two ranks exactly where a page of one is a page of the other.
 
     Args:
         known: `facts`.
         placed, described: pools of the rank and their places in a frame.
-        replicated: all ranks of tensor parallelism hold the same bytes.
+        space: whose pages.
     """
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
+    replicated = is_replicated(pool for name, pool, _ in described if name in placed and placed[name].space == space)
     ranks = {
         "tp": [0 if replicated else parallel.attn_tp_rank, parallel.attn_tp_size],
         "pp": [parallel.pp_rank, parallel.pp_size],
@@ -163,22 +173,32 @@ def identity(
         for name, pool, description in described
         if description is not None
     }
-    text = json.dumps({**known, "ranks": ranks, "pools": pools}, sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()
+    whole = {**known, "ranks": ranks, "pools": pools, "order": list(pools), "space": space}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
 
 
-def is_replicated(device_pool: Any) -> bool:
-    """Whether all ranks of tensor parallelism hold the same bytes, of which SGLang publishes those of one rank."""
-    from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
-    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-
-    return isinstance(device_pool, MLATokenToKVPool | DeepSeekV4TokenToKVPool)
+def is_replicated(pools: Iterable[Any]) -> bool:
+    """Whether all ranks of tensor parallelism have the same bytes in these pools of one space."""
+    return all(any(cls.__name__ in _REPLICATED for cls in type(pool).__mro__) for pool in pools)
 
 
 def bank_spaces() -> list[BankSpace]:
     """Spaces of this rank that lie in the page bank."""
     arenas = session.current().arenas
     return [space for arena in arenas for space in arena.spaces.values() if isinstance(space, BankSpace)]
+
+
+def report_damaged(view: AdoptedPool, addresses: npt.NDArray[np.int64]) -> None:
+    """Have nobody find pages of a pool any more, whose frames are these; nothing to do where nobody can."""
+    space = view.arena.spaces[view.section.space]
+    if isinstance(space, BankSpace):
+        space.damaged(addresses)
+
+
+def finish_reports(timeout_s: float = 2.0) -> None:
+    """Wait until a page bank has heard of damaged pages, for a rank that ends."""
+    for space in bank_spaces():
+        space.bank.reported(timeout_s)
 
 
 def attach(view: AdoptedPool) -> None:

@@ -360,6 +360,18 @@ class Index {
         return Verdict::kNew;
     }
 
+    // A page is found no more; its frame stays with those who hold it. False where it was not to be found.
+    bool forget(Place place) {
+        if (place.frame >= key_of_.size() || !key_of_[place.frame]) return false;
+        auto found = places_.find(*key_of_[place.frame]);
+        if (found == places_.end() || found->second.frame != place.frame ||
+            found->second.generation != place.generation) {
+            return false;
+        }
+        places_.erase(found);
+        return true;
+    }
+
     // No page is found any more; frames that are pinned stay with those who hold them.
     void forget() { places_.clear(); }
 

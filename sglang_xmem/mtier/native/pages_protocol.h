@@ -8,7 +8,7 @@
 namespace mtier::pages {
 
 // In kJoin. A client of another version is refused there, before it can misread anything.
-constexpr std::uint32_t kPagesVersion = 2;
+constexpr std::uint32_t kPagesVersion = 3;
 // Keys, or pages, of one message.
 constexpr std::size_t kMaxPages = 256;
 
@@ -39,6 +39,11 @@ enum class PagesOp : std::uint16_t {
     kLeave = 37,
     // Every page of every space is found no more.
     kForget = 38,
+    // Behind it: `size` keys. Reply: as text a Place for each of them, of generation 0 for one that is not there.
+    kLook = 39,
+    // Behind it: `size` Places that the session holds. Their pages are damaged: they are found no more, and stay with
+    // those who hold them.
+    kDamaged = 40,
 };
 
 struct JoinRequest {
@@ -51,6 +56,9 @@ struct JoinRequest {
     std::uint64_t session;  // a random number of the client's, not 0: the session's name in every kJoin
     MemoryKind kind;        // of the slab
     std::uint32_t again;    // 1: only as the session that the process has already
+    // Of all spaces that the client's pages are spread over, this one's included: a new space gets as much of a bank's
+    // share as it has of these.
+    std::uint64_t pool_bytes;
 };
 
 struct Publication {
@@ -58,7 +66,7 @@ struct Publication {
     Place place;
 };
 
-static_assert(sizeof(JoinRequest) == 136 && sizeof(Publication) == 48 && sizeof(Place) == 16);
+static_assert(sizeof(JoinRequest) == 144 && sizeof(Publication) == 48 && sizeof(Place) == 16);
 static_assert(sizeof(Request) + kMaxPages * sizeof(Publication) <= kMaxRequestBytes);
 
 }  // namespace mtier::pages

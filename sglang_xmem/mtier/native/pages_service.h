@@ -103,7 +103,10 @@ class PageService : public Handler {
                 return answer;
             }
             case PagesOp::kFind:
-                return find(space, request.size, behind);
+            case PagesOp::kLook:
+                return find(space, request.size, behind, static_cast<PagesOp>(request.op) == PagesOp::kLook);
+            case PagesOp::kDamaged:
+                return damaged(session->second, request.size, behind);
             case PagesOp::kPublish:
                 return publish(session->second, request.size, behind);
             case PagesOp::kLeave:
@@ -143,8 +146,8 @@ class PageService : public Handler {
             append(&text, ", \"shared\": %" PRIu64, use.shared);
             append(&text, ", \"pages\": %zu, \"published\": %" PRIu64 ", \"had\": %" PRIu64, space->index.size(),
                    space->verdicts[0], space->verdicts[1]);
-            append(&text, ", \"stale\": %" PRIu64 ", \"found\": %" PRIu64 ", \"sessions\": [", space->verdicts[2],
-                   space->found);
+            append(&text, ", \"stale\": %" PRIu64 ", \"damaged\": %" PRIu64, space->verdicts[2], space->damaged);
+            append(&text, ", \"found\": %" PRIu64 ", \"sessions\": [", space->found);
             const char *comma = "";
             for (const auto &[id, session] : sessions_) {
                 if (session.space != space.get()) continue;
@@ -183,6 +186,7 @@ class PageService : public Handler {
         std::uint64_t last_join = 0;
         std::uint64_t verdicts[3] = {};
         std::uint64_t found = 0;
+        std::uint64_t damaged = 0;
     };
 
     struct Session {
@@ -346,7 +350,9 @@ class PageService : public Handler {
                 if (needed > bank.available()) continue;  // which is in whole granules
                 std::uint64_t granule = bank.granularity();
                 std::uint64_t least = (needed + granule - 1) / granule * granule;
-                std::uint64_t share = bank.total() * share_ / 100 / granule * granule;
+                double part = static_cast<double>(needed) / static_cast<double>(std::max(needed, asked.pool_bytes));
+                auto share = static_cast<std::uint64_t>(static_cast<double>(bank.total() * share_ / 100) * part);
+                share = share / granule * granule;
                 std::uint64_t bytes = asked.is_private == 1 ? least
                                                             : std::max(least, std::min(share, bank.available()));
                 return open(asked, i, bytes, why);
@@ -433,16 +439,18 @@ class PageService : public Handler {
         }
     }
 
-    static Answer find(Space &space, std::uint64_t count, std::string_view behind) {
+    // `all`: also of those behind one that is not there.
+    static Answer find(Space &space, std::uint64_t count, std::string_view behind, bool all) {
         if (count > kMaxPages || behind.size() != count * sizeof(Key)) return not_so();
         Answer answer;
         for (std::uint64_t i = 0; i < count; ++i) {
             Key key;
             std::memcpy(&key, behind.data() + i * sizeof(Key), sizeof(key));
             std::optional<Place> place = space.index.find(space.ledger, key);
-            if (!place) break;
-            answer.text.append(reinterpret_cast<const char *>(&*place), sizeof(*place));
-            ++space.found;
+            if (!place && !all) break;
+            space.found += place ? 1 : 0;
+            Place it = place.value_or(Place{0, 0});
+            answer.text.append(reinterpret_cast<const char *>(&it), sizeof(it));
         }
         return answer;
     }
@@ -460,6 +468,23 @@ class PageService : public Handler {
             session.published += verdict == Verdict::kNew ? 1 : 0;
         }
         return answer;
+    }
+
+    Answer damaged(const Session &session, std::uint64_t count, std::string_view behind) {
+        if (count > kMaxPages || behind.size() != count * sizeof(Place)) return not_so();
+        Space &space = *session.space;
+        std::uint64_t forgotten = 0;
+        for (std::uint64_t i = 0; i < count; ++i) {
+            Place place;
+            std::memcpy(&place, behind.data() + i * sizeof(place), sizeof(place));
+            if (place.frame >= space.ledger.frames()) return Answer::error(kInvalidArgument, "there is no such frame");
+            forgotten += space.index.forget(place) ? 1 : 0;
+        }
+        space.damaged += forgotten;
+        std::string words;
+        append(&words, "%s finds %" PRIu64 " pages of ", session.process->name().c_str(), forgotten);
+        note_(words + space.label + " damaged; they are found no more");
+        return Answer{};
     }
 
     std::vector<std::unique_ptr<SlabSource>> banks_;
