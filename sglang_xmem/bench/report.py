@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sglang_xmem.bench import stats
 from sglang_xmem.errors import ConfigError
@@ -50,8 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", default=None, dest="run_id", help="id of a run in it, see --list; default: the last")
     parser.add_argument("--list", action="store_true", help="the file's runs, and nothing else")
     parser.add_argument("--json", action="store_true", help="a flat JSON object a row on stdout, such as pandas reads")
-    # Plots were the default in 0.1.0, and this its off switch.
-    parser.add_argument("--no-plots", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, default=None, metavar="NAME.png", help="also plot; .png, .svg or .pdf")
 
 
@@ -120,22 +117,17 @@ def check_row(row: Row, path: Path) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a JSON Lines file, over a last line that an ended process left unfinished."""
+    """Add rows to a JSON Lines file; a last line that an ended process left unfinished is removed."""
     with path.open("a+b") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
-            _mend_end(file)
+        file.seek(0)
+        whole, newline, last = file.read().rpartition(b"\n")
+        try:
+            if last:
+                json.loads(last)
+                file.write(b"\n")
+        except ValueError:
+            file.truncate(len(whole + newline))
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def _mend_end(file: BinaryIO) -> None:
-    """End a file's last line if it is whole, else remove it."""
-    file.seek(0)
-    whole, newline, last = file.read().rpartition(b"\n")
-    try:
-        json.loads(last)
-        file.write(b"\n")
-    except ValueError:
-        file.truncate(len(whole + newline))
 
 
 def rows_of_run(rows: Iterable[Row], run_id: str | None) -> list[Row]:
@@ -149,7 +141,7 @@ def identity(row: Row) -> tuple[Any, ...]:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """One row for each identity: samples of several engines and passes (hbm, recompute) put together."""
+    """One row for each identity: samples of several engines (hbm, recompute) put together."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(identity(row), []).append(row)

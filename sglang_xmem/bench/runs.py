@@ -251,7 +251,6 @@ class EnginePlan:
         engine: keywords of sgl.Engine.
         workload: of the benchmark's module, a dataclass.
         steps: of progress that its measuring has, about.
-        sequence: number of the pass, where each backend runs several times.
         more: keywords and workload of each further engine that runs at the same time.
     """
 
@@ -260,7 +259,6 @@ class EnginePlan:
     engine: dict[str, Any]
     workload: Any
     steps: int
-    sequence: int = 0
     more: tuple[tuple[dict[str, Any], Any], ...] = ()
 
     def processes(self, module: str, folder: Path, until: Limit) -> Iterator[EngineProcess]:
@@ -492,8 +490,7 @@ def run_engines(
                     samples, name, problem, log = _listen(plan, engines, progress)
                     # On disk before the engine's processes are waited for.
                     rows = summarize(plan, samples, name)
-                    how = {"engine": name, "pass": plan.sequence, "complete": problem is None}
-                    rows = results.write(rows, **about(plan.args), **how)
+                    rows = results.write(rows, **about(plan.args), engine=name, complete=problem is None)
                     problems = [text for row in rows if (text := check(row))]
                     if problem is not None:
                         problems.append(problem)

@@ -30,6 +30,7 @@ class KVShape:
         tp_size: ranks that move their parts at once.
         hybrid: the model has more state than this, in pools of their own.
         state_bytes: of a prefix's state of linear attention on one rank; 0 without such layers.
+        replicated: all ranks hold the same bytes, as with MLA's latents.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class KVShape:
     tp_size: int
     hybrid: bool
     state_bytes: int = 0
+    replicated: bool = False
 
     @staticmethod
     def of(config: dict[str, Any], tp_size: int = 1, kv_cache_dtype: str = "auto") -> KVShape:
@@ -48,7 +50,7 @@ class KVShape:
         layers = config["num_hidden_layers"]
         if config.get("kv_lora_rank"):  # latents, which all ranks have
             width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
-            return KVShape(layers, layers * width * itemsize, tp_size, hybrid=False)
+            return KVShape(layers, layers * width * itemsize, tp_size, hybrid=False, replicated=tp_size > 1)
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         full = layers // config["full_attention_interval"] if config.get("full_attention_interval") else layers

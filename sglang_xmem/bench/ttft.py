@@ -38,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=runs.at_least(1), default=None, help="samples of each hit; default 5, with --quick 2"
     )
-    parser.add_argument(
-        "--passes", type=runs.at_least(1), default=1, help="runs of each engine; every other one in reverse; default 1"
-    )
     parser.add_argument("--output-tokens", type=runs.at_least(1), default=16, help="that are compared; default 16")
     parser.add_argument(
         "--link-gbps",
@@ -110,11 +107,7 @@ def plans_of(args: argparse.Namespace) -> list[EnginePlan]:
     options = {name: runs.fitting_options(args, name, need, pool_gb) for name in engines}
     for engine in options.values():
         engine.setdefault("enable_metrics", True)  # replies say when the forward pass began and ended
-    return [
-        EnginePlan(args, name, options[name], workload, workload.steps, sequence)
-        for sequence in range(args.passes)
-        for name in (engines if sequence % 2 == 0 else reversed(engines))
-    ]
+    return [EnginePlan(args, name, options[name], workload, workload.steps) for name in engines]
 
 
 @dataclass(frozen=True)
@@ -265,14 +258,19 @@ def summarize(samples: list[Sample], backend: str, kv: KVShape, links: dict[str,
 
 def _transfer(row: Row, proven: list[Sample], kv: KVShape, link: float | None, hbm: Row | None) -> Row:
     """Bytes that a hit moved, the rate that its TTFT amounts to, and how far it is above its floor, with its parts."""
+    label = row["backend"]
     p50, counted = row["ttft_ms"]["p50"], [s["moved_bytes"] for s in proven if "moved_bytes" in s]
     # Stock HiCache does not count bytes.
     moved = round(stats.median(counted) * kv.tp_size) if counted else kv.hit_bytes(row["hits"]["host"])
+    least: float = moved
+    if kv.replicated and label not in ("peer", "mtier"):
+        # Ranks that hold the same bytes can bring a part each over PCIe and pass it on over NVLink.
+        least = moved / kv.tp_size
     found: Row = {"kv_bytes": moved, "gbps": round(moved / p50 / 1e6, 3), "link_gbps": link}
     if counted:
         found["enqueue_us"] = round(stats.median([s["enqueue_us"] for s in proven]), 1)
     if link and hbm is not None and hbm["ttft_ms"]["p50"] and hbm["forward_ms"] and moved:
-        cpu_ms, load_ms = hbm["ttft_ms"]["p50"] - hbm["forward_ms"], moved / link / 1e6
+        cpu_ms, load_ms = hbm["ttft_ms"]["p50"] - hbm["forward_ms"], least / link / 1e6
         floor = stats.floor_ms(cpu_ms, hbm["forward_ms"], load_ms, kv.layers)
         parts = {"cpu_ms": cpu_ms, "hbm_forward_ms": hbm["forward_ms"], "load_ms": load_ms, "floor_ms": floor}
         found.update({name: round(ms, 3) for name, ms in parts.items()}, over_floor=round(p50 / floor, 4))

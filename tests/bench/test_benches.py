@@ -173,13 +173,13 @@ def test_rows_are_written_before_an_engine_has_ended(bench: Bench, tmp_path: Pat
     assert [row for row in rows if row.get("seen_at_shutdown")] == [{"seen_at_shutdown": len(rows) - 1}]
 
 
-def test_floor_and_passes_and_auto(bench: Bench) -> None:
+def test_floor_and_auto(bench: Bench) -> None:
     status, rows = bench(*TTFT, "--backends", "hbm,recompute")
     assert status == 0
     assert {(row["engine"], row["backend"]) for row in rows} == {("hbm", "hbm"), ("hbm", "recompute")}
-    _, rows = bench(*TTFT, "--backends", "stock,auto", "--passes", "2", "--seed", "1")
-    order = list(dict.fromkeys((row["engine"], row["pass"]) for row in rows if row["run"] == rows[-1]["run"]))
-    assert order == [("stock", 0), ("dram", 0), ("dram", 1), ("stock", 1)], "auto goes by its tier's name"
+    _, rows = bench(*TTFT, "--backends", "stock,auto", "--seed", "1")
+    order = list(dict.fromkeys(row["engine"] for row in rows if row["run"] == rows[-1]["run"]))
+    assert order == ["stock", "dram"], "auto goes by its tier's name"
 
 
 def test_unproven_hits_fail(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +303,6 @@ def test_refused_before_it_runs(
     ("arguments", "option"),
     [
         (("ttft", "--rounds", "-1"), "--rounds"),
-        (("ttft", "--passes", "0"), "--passes"),
         (("ttft", "--page-size", "0"), "--page-size"),
         (("ttft", "--max-unproven", "nan"), "--max-unproven"),
         (("ttft", "--timeout", "inf"), "--timeout"),
@@ -346,6 +345,15 @@ def test_links(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr(bandwidth, "run", lambda: ([], "it did not answer within 9.5 s"))
     assert measured(args) == {}
     assert "not known (it did not answer within 9.5 s). Give them as --link-gbps." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("backend", "ms"), [("dram", 3.0), ("stock", 3.0), ("peer", 6.0)])
+def test_the_floor_of_latents_lets_ranks_share_their_links(backend: str, ms: float) -> None:
+    kv = KVShape.of(shapes.config_of("deepseek-v2-lite"), 2)
+    row = {"backend": backend, "ttft_ms": {"p50": 9.0}, "hits": {"host": 81856}}
+    hbm = {"ttft_ms": {"p50": 5.0}, "forward_ms": 4.0}
+    link = 2 * 81856 * kv.rank_bytes / 6e6  # of both ranks together
+    assert ttft._transfer(row, [], kv, link, hbm)["load_ms"] == pytest.approx(ms)
 
 
 def test_sizing_is_sglangs() -> None:

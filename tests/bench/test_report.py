@@ -306,7 +306,7 @@ def test_what_b_did_not_measure_is_told(capsys: pytest.CaptureFixture[str], tmp_
     assert cli.main(["bench", "compare", *reversed(files), "--fail-on-slower"]) == 0
 
 
-def test_passes_put_together_have_rates_of_all() -> None:
+def test_engines_put_together_have_rates_of_all() -> None:
     more: dict[str, Any] = {"kv_bytes": 8_000_000, "floor_ms": 1.0}
     passes = [ttft_row("dram", 256, [ms], gbps=8 / ms, over_floor=ms, **more) for ms in (1.0, 3.0)]
     (row,) = report.merged(passes)
