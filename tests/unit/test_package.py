@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -50,8 +51,8 @@ def pip(*arguments: str, cwd: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the files that git tracks."""
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that git tracks."""
     for tool in ("pip", "setuptools"):
         if importlib.util.find_spec(tool) is None:
             pytest.skip(f"needs {tool}, which this environment does not have")
@@ -64,8 +65,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target, follow_symlinks=False)
     assert (copy / "sglang_xmem" / "kernels").is_symlink()
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the files that git tracks."""
     wheels = tmp_path_factory.mktemp("wheels")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), ".", cwd=copy)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), ".", cwd=checkout)
     (found,) = wheels.glob("*.whl")
     return found
 
@@ -87,6 +94,20 @@ def test_wheel_has_everything(wheel: Path) -> None:
     assert {name.partition("/")[0] for name in names} == {"sglang_xmem", metadata}, "nothing beside the package"
     assert dict(entry_points["sglang.srt.plugins"]) == {"sglang_xmem": "sglang_xmem.plugin:register"}
     assert dict(entry_points["console_scripts"]) == {"sglang-xmem": "sglang_xmem.cli:main"}
+
+
+def test_source_distribution_has_everything(checkout: Path, tmp_path: Path) -> None:
+    """Whoever has it can test, build and patch as in a checkout; results of runs are what it leaves out."""
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(found) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {path for path in tracked_files() if (REPOSITORY / path).exists()}
+    left_out = {path for path in expected if path.startswith("docs/results/")} | {".gitignore"}
+    assert expected - left_out - names == {"sglang_xmem/kernels"} - names, "a file is missing; see MANIFEST.in"
+    assert names & left_out == set()
 
 
 READ_SOURCE = """
