@@ -113,8 +113,10 @@ static __device__ __forceinline__ u64 load_index(const void *address) {
     return value;
 }
 
+static __device__ __forceinline__ void fence_writes() { asm volatile("fence.acq_rel.sys;" : : : "memory"); }
+
 static __device__ __forceinline__ void raise_counter(u32 *counter) {
-    asm volatile("red.release.sys.global.add.u32 [%0], 1;" : : "l"(counter) : "memory");
+    asm volatile("red.relaxed.sys.global.add.u32 [%0], 1;" : : "l"(counter) : "memory");
 }
 
 #if !PAGE_COPY_BULK
@@ -260,9 +262,12 @@ struct Progress {
     // All of the warp's tiles in parts before `part` are in place, as their lanes see. All lanes call this.
     __device__ __forceinline__ void raise(u32 part, u32 lane) {
         if (!due(part)) return;
-        // Each lane's writes before the counter's, for everyone: a stream does not wait on a multiprocessor.
-        __threadfence_system();
+        // All lanes' writes before the barrier, that before the fence, and the fence before each addition: whoever sees a
+        // counter sees the writes, and a stream does not wait on a multiprocessor. One fence for all counters that are
+        // due, since each waits until all that is on its way over the link has arrived: an addition that releases is a
+        // fence too, and a warp with a tile in each fourth part of a small load would wait five times a tile.
         __syncwarp();
+        if (lane == 0) fence_writes();
         do {
             if (lane == 0) raise_counter(counters + raised);
             ++raised;

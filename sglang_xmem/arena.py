@@ -76,6 +76,7 @@ class Space:
             if extent.nbytes >= spec.frame_bytes
         ]
         self.table = self._first_table()
+        self._addresses: npt.NDArray[np.int64] = self.table.numpy()
         #: The first so many pages are never freed: canaries' own.
         self.kept = 0
 
@@ -88,7 +89,7 @@ class Space:
         Args:
             claim: pages that have no frame get one; else all have.
         """
-        return self.table[pages]
+        return torch.from_numpy(self._addresses.take(pages.numpy()))
 
     def free(self, pages: torch.Tensor) -> None:
         """Hear that pages hold nothing any more: int64 (n,), on the CPU, each once."""
@@ -255,7 +256,7 @@ class Arena:
         from sglang_xmem.copies.sums_cuda import CudaSummer
 
         try:
-            return CudaSummer(self.device, self.upload)
+            return CudaSummer(self.device)
         except CopyError as error:
             if self.integrity == "full":
                 raise
@@ -281,26 +282,31 @@ class Arena:
         assert self.copier is not None, "begin() comes first"
         return self.copier.make_counters(num_parts)
 
-    def frames(self, wanted: Sequence[tuple[str, torch.Tensor]], *, claim: bool = True) -> list[torch.Tensor]:
+    def frames(
+        self,
+        wanted: Sequence[tuple[str, torch.Tensor]],
+        *,
+        claim: bool = True,
+        others: Sequence[npt.NDArray[np.int64]] = (),
+    ) -> list[torch.Tensor]:
         """Look up frames, and bring their addresses to the device by one copy on the current stream.
 
         Args:
             wanted: for each vector, its space and its pages: int64 (n,), on the CPU.
             claim: pages that have no frame get one, as a store wants it; else all have.
+            others: vectors that travel with them.
 
-        Returns: int64 (n,) each, on the device.
+        Returns: int64 (n,) each, on the device: frames, then `others`.
         """
-        return self.upload([self.spaces[space].look_up(pages, claim=claim) for space, pages in wanted])
-
-    def upload(self, found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Bring vectors of int64 from the CPU to the device by one copy on the current stream."""
+        found = [self.spaces[space].look_up(pages, claim=claim).numpy() for space, pages in wanted]
+        found += others
         if self.device.type == "cpu":
-            return list(found)
+            return [torch.from_numpy(each) for each in found]
         # Pageable memory would make the copy wait for the stream. torch keeps a pinned block until the copies that
         # read it are done.
-        lengths = [frames.numel() for frames in found]
+        lengths = [len(each) for each in found]
         pinned = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=True)
-        torch.cat(list(found), out=pinned)
+        np.concatenate(found, out=pinned.numpy())
         return list(pinned.to(self.device, non_blocking=True).split(lengths))
 
     def load(self, program: Program, pages: Sequence[Pages], counters: LayerCounters | None = None) -> None:
@@ -445,6 +451,8 @@ class Arena:
         It caches by powers of two, and allocating pinned memory later would stall the GPU.
         """
         most = 2 * 8 * sum(space.spec.pages for space in self.spaces.values())
+        if self.integrity == "full":
+            most *= 4  # what sums take with each frame
         nbytes = 1 << 12
         while nbytes < most:
             torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

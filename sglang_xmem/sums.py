@@ -82,7 +82,11 @@ class SectionSums:
 
     def have(self, pages: torch.Tensor) -> torch.Tensor:
         """Which pages, by their numbers on the CPU, are summed and compared."""
-        return (pages % self.every == 0) | self._given[pages]
+        numbers: npt.NDArray[np.int64] = pages.numpy()
+        # By numpy, as all that is computed for a move: torch deals long vectors to threads, which the scheduler thread
+        # would wait for, and its operations take several times as long when nothing of them is in the CPU's caches.
+        rest = numbers & self.every - 1 if self.every & self.every - 1 == 0 else numbers % self.every
+        return torch.from_numpy((rest == 0) | self._given.numpy()[numbers])
 
     def forget(self, pages: torch.Tensor) -> None:
         """Know nothing of pages any more: others will be there."""
@@ -149,8 +153,8 @@ class Chosen(NamedTuple):
     @classmethod
     def of(cls, sums: SectionSums, pages: torch.Tensor) -> Chosen:
         """Choose among a vector's pages, given by their numbers on the CPU."""
-        (rows,) = torch.nonzero(sums.have(pages), as_tuple=True)
-        return cls(rows, pages[rows])
+        rows = np.flatnonzero(sums.have(pages).numpy())
+        return cls(torch.from_numpy(rows), torch.from_numpy(pages.numpy()[rows]))
 
 
 class Report(ABC):
@@ -169,11 +173,23 @@ class Summer(ABC):
         """Make ready for moves of these groups; once for a set of pools, since it may wait for the GPU."""
 
     @abstractmethod
-    def write(self, prepared: Any, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> None:
-        """Enqueue: sum the chosen pages of each group, as they are on the device, into the groups' tables."""
+    def lists(self, prepared: Any, chosen: Sequence[Chosen]) -> list[npt.NDArray[np.int64]]:
+        """What `write` and `compare` want on the device, so that it travels with the frames of the move."""
 
     @abstractmethod
-    def compare(self, prepared: Any, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> Report:
+    def write(
+        self, prepared: Any, pages: Sequence[Pages], chosen: Sequence[Chosen], lists: Sequence[torch.Tensor]
+    ) -> None:
+        """Enqueue: sum the chosen pages of each group, as they are on the device, into the groups' tables.
+
+        Args:
+            lists: what `lists` gave for these pages, on the device; used once.
+        """
+
+    @abstractmethod
+    def compare(
+        self, prepared: Any, pages: Sequence[Pages], chosen: Sequence[Chosen], lists: Sequence[torch.Tensor]
+    ) -> Report:
         """Enqueue: sum as `write`, and compare with the tables."""
 
 
@@ -198,11 +214,26 @@ class CpuSummer(Summer):
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
         return list(groups)
 
-    def write(self, prepared: list[Group], pages: Sequence[Pages], chosen: Sequence[Chosen]) -> None:
+    def lists(self, prepared: list[Group], chosen: Sequence[Chosen]) -> list[npt.NDArray[np.int64]]:
+        return []
+
+    def write(
+        self,
+        prepared: list[Group],
+        pages: Sequence[Pages],
+        chosen: Sequence[Chosen],
+        lists: Sequence[torch.Tensor] = (),
+    ) -> None:
         for group, these in zip(prepared, chosen, strict=True):
             group.sums.table[these.pages] = self._entries(group, pages, these)
 
-    def compare(self, prepared: list[Group], pages: Sequence[Pages], chosen: Sequence[Chosen]) -> CpuReport:
+    def compare(
+        self,
+        prepared: list[Group],
+        pages: Sequence[Pages],
+        chosen: Sequence[Chosen],
+        lists: Sequence[torch.Tensor] = (),
+    ) -> CpuReport:
         wrong = []
         for group, these in zip(prepared, chosen, strict=True):
             known = group.sums.table[these.pages]

@@ -2,7 +2,8 @@
 
     python scripts/bench/copy_moves.py --out copy_moves.jsonl
 
-Needs one GPU for host memory, two for a peer's. A failure of one case is a line with "error"; the others go on.
+`--source` takes the kernel from another file, such as an earlier commit's, for before and after on one machine. Needs
+one GPU for host memory, two for a peer's. A failure of one case is a line with "error"; the others go on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sglang_xmem.copies import CopyPolicy, make_program
+from sglang_xmem.copies import CopyPolicy, cuda, make_program
 from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
 from sglang_xmem.copies.geometry import Plane, Slab
 
@@ -272,7 +273,11 @@ def main() -> int:
     parser.add_argument("--peer", type=int, default=1, help="GPU whose memory is the tier")
     parser.add_argument("--copy", default="{}", help='JSON, settings such as {"load": {"ctas": 16}}')
     parser.add_argument("--label", default="", help="kept in each line")
+    parser.add_argument("--source", type=Path, default=None, help="page_copy.cu to run; default: the package's")
     arguments = parser.parse_args()
+    if arguments.source is not None:
+        text = arguments.source.read_text(encoding="utf-8")
+        cuda.source = lambda name: text
     torch.cuda.set_device(arguments.rank)
     most = max(sum((space.pages + SPARE) * space.frame_bytes for space in CASES[name]) for name in arguments.cases)
     failures = 0

@@ -24,7 +24,7 @@ import torch
 from sglang_xmem.copies import make_program
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane, Slab
-from sglang_xmem.copies.sums_cuda import CudaSummer
+from sglang_xmem.copies.sums_cuda import CudaReport, CudaSummer, CudaSums
 from sglang_xmem.sums import EVERY, Chosen, Group, SectionSums
 
 GPU = torch.device("cuda:0")
@@ -50,6 +50,15 @@ def _in_turn(*steps: Callable[[], object]) -> None:
         step()
 
 
+def _lists(summer: CudaSummer, prepared: CudaSums, chosen: list[Chosen]) -> list[torch.Tensor]:
+    found = summer.lists(prepared, chosen)
+    return [torch.from_numpy(each).pin_memory().to(GPU, non_blocking=True) for each in found]
+
+
+def _compare(summer: CudaSummer, prepared: CudaSums, pages: list[Pages], chosen: list[Chosen]) -> CudaReport:
+    return summer.compare(prepared, pages, chosen, _lists(summer, prepared, chosen))
+
+
 def main() -> None:
     """Append a row per level."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,24 +82,24 @@ def main() -> None:
     )
     copier.store(program, pages)
     load = functools.partial(copier.load, program, pages, None)
-    summer = CudaSummer(GPU, lambda vectors: [vector.pin_memory().to(GPU, non_blocking=True) for vector in vectors])
+    summer = CudaSummer(GPU)
 
     with arguments.output.open("a") as file:
         for level, every in EVERY.items():
             group = Group(SectionSums(planes, PAGES, every, pinned=True), tuple((plane, 0) for plane in planes))
             chosen = [Chosen.of(group.sums, numbers)]
             prepared = summer.prepare([group])
-            summer.write(prepared, pages, chosen)
+            summer.write(prepared, pages, chosen, _lists(summer, prepared, chosen))
             torch.cuda.synchronize()
             enqueue = []
             for _ in range(arguments.rounds):
                 begun = time.perf_counter()
-                report = summer.compare(prepared, pages, chosen)
+                report = _compare(summer, prepared, pages, chosen)
                 enqueue.append(time.perf_counter() - begun)
                 torch.cuda.synchronize()
                 assert report.wrong()[0] == 0, report.wrong()
 
-            compare = functools.partial(summer.compare, prepared, pages, chosen)
+            compare = functools.partial(_compare, summer, prepared, pages, chosen)
             alone, loads = median_ms(compare, arguments.rounds), median_ms(load, arguments.rounds)
             with_sums = median_ms(functools.partial(_in_turn, load, compare), arguments.rounds)
             row = {

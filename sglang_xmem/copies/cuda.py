@@ -189,10 +189,7 @@ class Kernel:
         *,
         load: bool,
     ) -> None:
-        from cuda.bindings import driver
-
         self._function = nvrtc.load(_image(tuning, alignment, capability), "page_copy", runner, tuning.shared_bytes)
-        self._launch: Any = driver.cuLaunchKernel
         self._device, self._runner = program.copier.device, runner
         self.tuning = tuning
         self._threads = 32 * tuning.warps
@@ -222,17 +219,11 @@ class Kernel:
         for (frames, slots), count in zip(pages, counts, strict=True):
             numbers += (frames.data_ptr(), slots.data_ptr(), slots.stride(0), count)
         self._parameters.pack(counters, numbers)
-        launch, function, threads, shared = self._launch, self._function, self._threads, tuning.shared_bytes
-        parameters = self._parameters.address
+        threads, shared, parameters = self._threads, tuning.shared_bytes, self._parameters.address
         if order is None:
             stream = torch.cuda.current_stream(self._device).cuda_stream
-            status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
-        if order is not None or status.value:
-            # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that
-            # question out of every other launch. torch.cuda.device alone would not create a context.
+            nvrtc.launch(self._function, grid, threads, shared, stream, parameters, self._runner)
+        else:
             with torch.cuda.device(self._runner):
-                torch.cuda.current_stream(self._runner).query()
-                status = launch(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)[0]
-        if status.value:
-            raise CopyError(f"The driver refuses to launch the copy kernel: {status.name}.")
+                nvrtc.launch(self._function, grid, threads, shared, stream, parameters, self._runner)
         return grid * tuning.warps

@@ -122,6 +122,41 @@ def load(image: bytes, symbol: str, device: torch.device, shared_bytes: int = 0)
     return function
 
 
+def launch(
+    function: Any, grid: int, threads: int, shared_bytes: int, stream: int, parameters: int, device: torch.device
+) -> None:
+    """Enqueue a kernel.
+
+    Args:
+        function: from `load`, for `device`.
+        grid, threads: thread blocks, and threads of each.
+        shared_bytes: dynamic shared memory of a block.
+        stream: of `device`, as an address.
+        parameters: address of the array of the parameters' addresses; read during the call.
+        device: whose context is current, or was when this thread last used CUDA, as a rule.
+
+    Raises:
+        CopyError: the driver refuses; nothing is enqueued.
+    """
+    call = _cu_launch_kernel()
+    (status,) = call(function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, 0)
+    if status.value:
+        import torch
+
+        # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that question out of
+        # every other launch. torch.cuda.device alone would not create a context.
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device).query()
+            (status,) = call(function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, 0)
+    if status.value:
+        raise CopyError(f"The driver refuses to launch a kernel of copies or sums: {status.name}.")
+
+
+@functools.cache
+def _cu_launch_kernel() -> Any:
+    return _bindings("driver").cuLaunchKernel
+
+
 def _bindings(name: str) -> Any:
     """Module `cuda.bindings.<name>`."""
     import importlib

@@ -30,17 +30,19 @@ class CopyingGpu:
         self._rank = rank
         self._stream = torch.cuda.Stream(self.device, priority=-1)
         self._before, self._after = torch.cuda.Event(), torch.cuda.Event()
+        self._behind: torch.cuda.Stream
 
     def begin(self) -> int:
         """Order what follows behind the rank's current stream; returns the stream to launch on, as an address."""
-        self._before.record(torch.cuda.current_stream(self._rank))
+        self._behind = torch.cuda.current_stream(self._rank)
+        self._before.record(self._behind)
         self._stream.wait_event(self._before)
         return int(self._stream.cuda_stream)
 
     def end(self) -> None:
-        """Let the rank's current stream go on behind what was launched."""
+        """Let the stream that `begin` found go on behind what was launched."""
         self._after.record(self._stream)
-        torch.cuda.current_stream(self._rank).wait_event(self._after)
+        self._behind.wait_event(self._after)
 
 
 def give_access(gpu: int, rank: torch.device) -> None:

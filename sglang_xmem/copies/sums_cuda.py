@@ -5,16 +5,17 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sglang_xmem.copies import nvrtc
 from sglang_xmem.copies.base import Pages
 from sglang_xmem.copies.geometry import MAX_VECTORS
 from sglang_xmem.copies.table import magic
-from sglang_xmem.errors import CopyError
 from sglang_xmem.kernels import source
 from sglang_xmem.sums import Chosen, Group, Report, Summer
 
@@ -113,23 +114,19 @@ class CudaSummer(Summer):
 
     Args:
         device: of the pools.
-        upload: brings vectors of int64 from the CPU to the device, on the current stream.
 
     Raises:
         CopyError: the kernel cannot be made.
     """
 
-    def __init__(
-        self, device: torch.device, upload: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
-    ) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._upload = upload
         properties: Any = torch.cuda.get_device_properties(device)
         self._capability = (properties.major, properties.minor)
         # One thread block per multiprocessor: memory sets the pace, so the forward pass is disturbed for least long.
         self._ctas: int = properties.multi_processor_count
         # Allocating pinned memory later would stall the GPU.
-        self._reports = torch.zeros((_REPORTS, 2), dtype=torch.int64, pin_memory=True)
+        self._reports = list(torch.zeros((_REPORTS, 2), dtype=torch.int64, pin_memory=True))
         self._next = 0
         self._function(8)
 
@@ -141,37 +138,33 @@ class CudaSummer(Summer):
     def prepare(self, groups: Sequence[Group]) -> CudaSums:
         return CudaSums(groups, self._function(piece_bytes(groups)), self._device)
 
-    def write(self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> None:
-        self._launch(prepared, pages, chosen, None)
+    def lists(self, prepared: CudaSums, chosen: Sequence[Chosen]) -> list[npt.NDArray[np.int64]]:
+        rows = [these.rows.numpy() for these in chosen]
+        scratch = np.zeros(2 * sum(map(len, rows)) + 2, dtype=np.int64)  # two words a page, and the report
+        return [*rows, *prepared.entries(chosen), scratch]
 
-    def compare(self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen]) -> CudaReport:
+    def write(
+        self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen], lists: Sequence[torch.Tensor]
+    ) -> None:
+        self._launch(prepared, pages, lists, 0)
+
+    def compare(
+        self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen], lists: Sequence[torch.Tensor]
+    ) -> CudaReport:
         words = self._reports[self._next]
         self._next = (self._next + 1) % _REPORTS
-        words.zero_()
-        self._launch(prepared, pages, chosen, words)
+        counted = lists[-1][-2:]
+        self._launch(prepared, pages, lists, counted.data_ptr())
+        words.copy_(counted, non_blocking=True)
         return CudaReport(words, chosen)
 
-    def _launch(
-        self, prepared: CudaSums, pages: Sequence[Pages], chosen: Sequence[Chosen], words: torch.Tensor | None
-    ) -> None:
-        from cuda.bindings import driver
-
-        found = self._upload([*(these.rows for these in chosen), *prepared.entries(chosen)])
-        rows, entries = found[: len(chosen)], found[len(chosen) :]
-        meetings = 2 * sum(these.numel() for these in rows)
-        scratch = torch.zeros(meetings + 2, dtype=torch.int64, device=self._device)
-        report = 0 if words is None else scratch[meetings:].data_ptr()
+    def _launch(self, prepared: CudaSums, pages: Sequence[Pages], lists: Sequence[torch.Tensor], report: int) -> None:
+        *found, scratch = lists
+        rows, entries = found[: len(found) // 2], found[len(found) // 2 :]
         items = prepared.parameters.pack(pages, rows, entries, scratch=scratch.data_ptr(), report=report)
         grid = min(self._ctas, -(-items // WARPS))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        with torch.cuda.device(self._device):
-            (status,) = driver.cuLaunchKernel(
-                prepared.function, grid, 1, 1, 32 * WARPS, 1, 1, 0, stream, prepared.parameters.address, 0
-            )
-        if status.value:
-            raise CopyError(f"The driver refuses to launch the kernel of sums: {status.name}.")
-        if words is not None:
-            words.copy_(scratch[meetings:], non_blocking=True)
+        nvrtc.launch(prepared.function, grid, 32 * WARPS, 0, stream, prepared.parameters.address, self._device)
 
 
 class CudaSums:
@@ -179,10 +172,11 @@ class CudaSums:
 
     def __init__(self, groups: Sequence[Group], function: Any, device: torch.device) -> None:
         self.function = function
-        self._tables = [group.sums.table for group in groups]
+        self._tables = [group.sums.table.data_ptr() for group in groups]
+        self._kept = groups  # with their tables
         self._planes = nvrtc.upload(bytearray(records(groups)), device)
         self.parameters = Parameters(self._planes.data_ptr(), groups)
 
-    def entries(self, chosen: Sequence[Chosen]) -> list[torch.Tensor]:
+    def entries(self, chosen: Sequence[Chosen]) -> list[npt.NDArray[np.int64]]:
         """Addresses of the chosen pages' sums, which the GPU reaches where the CPU does."""
-        return [table.data_ptr() + 8 * these.pages for table, these in zip(self._tables, chosen, strict=True)]
+        return [table + 8 * these.pages.numpy() for table, these in zip(self._tables, chosen, strict=True)]

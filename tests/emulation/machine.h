@@ -71,6 +71,7 @@ struct Warp {
     Lane lanes[32];
     u64 values[2][32];
     u32 round = 0;
+    bool unfenced = false;  // something was written since the last fence
 };
 
 static ucontext_t scheduler;
@@ -134,6 +135,7 @@ static void read(Store &store) {
 static void write(Store &store) {
     read(store);
     std::memcpy((void *)store.global, store.data.data(), store.bytes);
+    warp->unfenced = true;
 }
 
 // Some of what is under way happens now.
@@ -165,7 +167,6 @@ static u32 __ballot_sync(u32, bool value) {
     return bits;
 }
 static void __syncwarp() { machine::meet("syncwarp", 0); }
-static void __threadfence_system() {}
 static u32 __popc(u32 value) { return (u32)__builtin_popcount(value); }
 static u64 __umul64hi(u64 a, u64 b) { return (u64)(((unsigned __int128)a * b) >> 64); }
 static u32 min(u32 a, u32 b) { return a < b ? a : b; }
@@ -176,7 +177,11 @@ static u64 load_index(const void *address) {
     machine::check(machine::readable, (u64)address, 8, "a read of a table");
     return *(const u64 *)address;
 }
-static void raise_counter(u32 *counter) { machine::raised(counter); }
+static void fence_writes() { machine::warp->unfenced = false; }
+static void raise_counter(u32 *counter) {
+    if (machine::warp->unfenced) machine::fail("a counter that is raised with writes before it that no fence follows");
+    machine::raised(counter);
+}
 
 #ifdef PIECE_BYTES  // page_sum.cu
 
@@ -216,6 +221,7 @@ static void store_vec(u64 address, const Vec &v) {
     if (address % VEC_BYTES) machine::fail("a misaligned store");
     machine::check(machine::writable, address, VEC_BYTES, "a store");
     std::memcpy((void *)address, &v, VEC_BYTES);
+    machine::warp->unfenced = true;
 }
 
 #else

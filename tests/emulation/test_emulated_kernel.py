@@ -116,6 +116,12 @@ WRONG = {
         "bulk",
     ),
     "tells of the tile at hand": ("part > raised", "part + 1 > raised", "register"),
+    "raises counters without a fence": ("        if (lane == 0) fence_writes();\n", "", "register"),
+    "fences one lane's writes alone": (
+        "        __syncwarp();\n        if (lane == 0) fence_writes();\n",
+        "        if (lane == 0) fence_writes();\n        __syncwarp();\n",
+        "register",
+    ),
     "forgets to tell at the end": ("    progress.raise(num_parts, lane);\n}", "}", "register"),
     "ends before its copies": ("    bulk_wait_all();\n    progress.raise(num_parts, lane);", "", "bulk"),
     "reads past a vector's end": ("min((u64)page + lane, pages.count - 1)", "(u64)page + lane", "register"),

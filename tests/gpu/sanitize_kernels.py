@@ -10,7 +10,7 @@ import torch
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.cuda import CudaPageCopier
 from sglang_xmem.copies.geometry import Plane, Slab
-from sglang_xmem.copies.sums_cuda import CudaSummer
+from sglang_xmem.copies.sums_cuda import CudaSummer, CudaSums
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, CudaTuning
 from sglang_xmem.sums import Chosen, Group, SectionSums
 
@@ -63,10 +63,14 @@ def copies(device: torch.device) -> tuple[int, int]:
     return cases, wrong
 
 
+def _lists(summer: CudaSummer, prepared: CudaSums, chosen: list[Chosen]) -> list[torch.Tensor]:
+    return [torch.from_numpy(each).to("cuda") for each in summer.lists(prepared, chosen)]
+
+
 def sums(device: torch.device) -> tuple[int, int]:
     """Cases and wrong ones of the kernel of sums: equal pages are equal, a changed one is found."""
     wrong = cases = 0
-    summer = CudaSummer(device, lambda vectors: [vector.to(device) for vector in vectors])
+    summer = CudaSummer(device)
     for units, divisor, every in itertools.product([[5], [16, 656], [24] * 3, [65536, 1023, 8448]], (1, 48), (1, 3)):
         pools = [torch.randint(0, 256, (2 * PAGES, nbytes), dtype=torch.uint8, device=device) for nbytes in units]
         offsets = [0, *itertools.accumulate(units)]
@@ -79,13 +83,13 @@ def sums(device: torch.device) -> tuple[int, int]:
         pages = [Pages(torch.zeros(PAGES, dtype=torch.int64, device=device), slots * divisor)]
         chosen = [Chosen.of(group.sums, numbers)]
         prepared = summer.prepare([group])
-        summer.write(prepared, pages, chosen)
-        equal = summer.compare(prepared, pages, chosen)
+        summer.write(prepared, pages, chosen, _lists(summer, prepared, chosen))
+        equal = summer.compare(prepared, pages, chosen, _lists(summer, prepared, chosen))
         torch.cuda.synchronize()
         wrong += equal.wrong()[0] != 0
         if len(chosen[0].rows):
             pools[-1][slots[int(chosen[0].rows[-1])], -1] ^= 1
-            changed = summer.compare(prepared, pages, chosen)
+            changed = summer.compare(prepared, pages, chosen, _lists(summer, prepared, chosen))
             torch.cuda.synchronize()
             wrong += changed.wrong()[0] != 1
         cases += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ GPU = torch.device("cuda:0")
 PAGES = 64
 
 
-def upload(vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [vector.to(GPU) for vector in vectors]
+def lists(summer: CudaSummer, prepared: Any, chosen: Sequence[Chosen]) -> list[torch.Tensor]:
+    return [torch.from_numpy(each).to(GPU) for each in summer.lists(prepared, chosen)]
 
 
 class Scene:
@@ -64,16 +65,16 @@ class Scene:
 
 @pytest.mark.parametrize("alignment", [1, 2, 4, 8])
 def test_sums_are_those_of_the_cpu_and_a_changed_byte_is_found(alignment: int) -> None:
-    summer, cpu = CudaSummer(GPU, upload), CpuSummer()
+    summer, cpu = CudaSummer(GPU), CpuSummer()
     for seed in range(12):
         scene = Scene(seed, alignment, every=1 + seed % 3)
         prepared = summer.prepare(scene.groups)
-        summer.write(prepared, scene.pages, scene.chosen)
+        summer.write(prepared, scene.pages, scene.chosen, lists(summer, prepared, scene.chosen))
         cpu.write(cpu.prepare(scene.twins), scene.twin_pages, scene.chosen)
         torch.cuda.synchronize()
         for group, twin in zip(scene.groups, scene.twins, strict=True):
             assert torch.equal(group.sums.table, twin.sums.table)
-        report = summer.compare(prepared, scene.pages, scene.chosen)
+        report = summer.compare(prepared, scene.pages, scene.chosen, lists(summer, prepared, scene.chosen))
         torch.cuda.synchronize()
         assert report.wrong() == (0, "")
 
@@ -84,6 +85,6 @@ def test_sums_are_those_of_the_cpu_and_a_changed_byte_is_found(alignment: int) -
         row = int(scene.chosen[number].rows[-1])
         unit = int(scene.twin_pages[vector].slots[row]) // plane.divisor
         bytes_at(plane.device_address + unit * plane.device_stride, plane.unit_bytes, GPU)[-1] ^= 0x10
-        report = summer.compare(prepared, scene.pages, scene.chosen)
+        report = summer.compare(prepared, scene.pages, scene.chosen, lists(summer, prepared, scene.chosen))
         torch.cuda.synchronize()
         assert report.wrong() == (1, f"page {int(scene.chosen[number].pages[-1])} of pool {number}")

@@ -32,11 +32,13 @@ class Vectors(NamedTuple):
 
     Attributes:
         pages: of each vector.
-        numbers: of each vector's pages in their index space, on the CPU. One tensor may serve several vectors.
+        chosen: the pages of each of the move's groups that have sums.
+        lists: what the summer wants of these on the device; empty where no page has a sum.
     """
 
     pages: list[Pages]
-    numbers: list[torch.Tensor]
+    chosen: list[Chosen]
+    lists: list[torch.Tensor]
 
 
 class Checked(NamedTuple):
@@ -71,15 +73,19 @@ class Checked(NamedTuple):
         vectors = tuple(tuple(dict.fromkeys(vector for _, vector in group.planes)) for group in made)
         return cls(pools, vectors, arena.summer.prepare(made))
 
-    def chosen(self, vectors: Vectors) -> list[Chosen]:
-        """The pages of each group that have sums; none of a group whose vectors are of several sets of pages."""
+    def chosen(self, numbers: Sequence[torch.Tensor]) -> list[Chosen]:
+        """The pages of each group that have sums; none of a group whose vectors are of several sets of pages.
+
+        Args:
+            numbers: of each vector's pages in their index space, on the CPU. One tensor may serve several vectors.
+        """
         found = []
         for view, mine in zip(self.pools, self.vectors, strict=True):
-            numbers = vectors.numbers[mine[0]]
-            if any(vectors.numbers[vector] is not numbers for vector in mine):
-                numbers = numbers[:0]
+            pages = numbers[mine[0]]
+            if any(numbers[vector] is not pages for vector in mine):
+                pages = pages[:0]
             assert view.sums is not None
-            found.append(Chosen.of(view.sums, numbers))
+            found.append(Chosen.of(view.sums, pages))
         return found
 
 
@@ -123,25 +129,22 @@ class Check:
 
 def write(arena: Any, checked: Checked | None, vectors: Vectors) -> None:
     """Sum what a store has read; on the stream that it is on."""
-    if checked is not None:
-        chosen = checked.chosen(vectors)
-        if any(len(these.rows) for these in chosen):
-            try:
-                arena.summer.write(checked.prepared, vectors.pages, chosen)
-            except CopyError as error:  # nothing is known of these pages then
-                _skipped(error)
+    if checked is not None and any(len(these.rows) for these in vectors.chosen):
+        try:
+            arena.summer.write(checked.prepared, vectors.pages, vectors.chosen, vectors.lists)
+        except CopyError as error:  # nothing is known of these pages then
+            _skipped(error)
 
 
 def compare(arena: Any, checked: Checked | None, vectors: Vectors, wait: Callable[[], None]) -> Check | None:
     """Compare what a load has brought; on the stream that it is on. None where no page of it has a sum."""
     if checked is None:
         return None
-    chosen = checked.chosen(vectors)
-    pages = sum(len(these.rows) for these in chosen)
+    pages = sum(len(these.rows) for these in vectors.chosen)
     if not pages:
         return None
     try:
-        report = arena.summer.compare(checked.prepared, vectors.pages, chosen)
+        report = arena.summer.compare(checked.prepared, vectors.pages, vectors.chosen, vectors.lists)
     except CopyError as error:
         _skipped(error)
         return None

@@ -93,13 +93,13 @@ def _load(
     counters = None
     if moves:
         arena = adopted(moves[0]).arena
-        vectors = _vectors(arena, moves, claim=False)
-        pages = vectors.pages
         counters = _counters_of(event, arena, num_parts)
         key = ("load", num_parts, *_identity(moves))
         prepared = arena.programs.get(key)
         if prepared is None:
             prepared = arena.programs[key] = Prepared.of(arena, moves, load_steps(moves, num_parts), num_parts)
+        vectors = _vectors(arena, moves, prepared.checked, claim=False)
+        pages = vectors.pages
         wait = completion.finish_event.synchronize
         if counters is None and on_layer_done is not None and arena.device.type != "cpu":
             _load_by_layers(arena, ("layers", *key), prepared, pages, num_parts, on_layer_done)
@@ -150,7 +150,7 @@ def _store(moves: Sequence[Any]) -> None:
     prepared = arena.programs.get(key)
     if prepared is None:
         prepared = arena.programs[key] = Prepared.of(arena, moves, _store_steps(moves), 1)
-    vectors = _vectors(arena, moves, claim=True)
+    vectors = _vectors(arena, moves, prepared.checked, claim=True)
     pages = vectors.pages
     try:
         arena.store(prepared.program, pages)
@@ -242,8 +242,11 @@ def _make_counters(event: Any, arena: Any, num_layers: int) -> Any:
     return made
 
 
-def _vectors(arena: Any, moves: Sequence[Any], *, claim: bool) -> Vectors:
-    """One vector per pool; pools that ride on another's numbers share the tensor of its frames' addresses."""
+def _vectors(arena: Any, moves: Sequence[Any], checked: Checked | None, *, claim: bool) -> Vectors:
+    """One vector per pool; pools that ride on another's numbers share the tensor of its frames' addresses.
+
+    All that goes to the device does so in one copy.
+    """
     wanted: list[tuple[str, torch.Tensor]] = []
     known: dict[tuple[int, str, int], int] = {}
     numbers, slots = [], []
@@ -254,12 +257,27 @@ def _vectors(arena: Any, moves: Sequence[Any], *, claim: bool) -> Vectors:
         number = known.get(key)
         if number is None:
             number = known[key] = len(wanted)
-            wanted.append((pool.section.space, _on_cpu(host)[:: pool.slots] // pool.slots))
+            wanted.append((pool.section.space, _pages_of(_on_cpu(host), pool.slots)))
         numbers.append(number)
         slots.append(device[:: pool.slots])
-    frames = arena.frames(wanted, claim=claim)
-    pages = [Pages(frames[number], slot) for number, slot in zip(numbers, slots, strict=True)]
-    return Vectors(pages, [wanted[number][1] for number in numbers])
+    chosen = [] if checked is None else checked.chosen([wanted[number][1] for number in numbers])
+    some = checked is not None and any(len(these.rows) for these in chosen)
+    others = arena.summer.lists(checked.prepared, chosen) if checked is not None and some else []
+    found = arena.frames(wanted, claim=claim, others=others)
+    pages = [Pages(found[number], slot) for number, slot in zip(numbers, slots, strict=True)]
+    return Vectors(pages, chosen, found[len(wanted) :])
+
+
+def _pages_of(indices: torch.Tensor, slots: int) -> torch.Tensor:
+    """Numbers of pages: int64 (n / slots,), on the CPU.
+
+    Args:
+        indices: of all slots of each page, in order.
+    """
+    if slots == 1:
+        return indices
+    first = indices.numpy()[::slots]
+    return torch.from_numpy(first >> slots.bit_length() - 1 if slots & slots - 1 == 0 else first // slots)
 
 
 def _on_cpu(indices: torch.Tensor) -> torch.Tensor:
