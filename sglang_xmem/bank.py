@@ -126,12 +126,12 @@ class BankSession:
                 self._place = self._place_of(joined)
                 self.frames = joined.total
                 try:
-                    self._handle = self._library.pages_open(joined.fd, joined.total, joined.num_banks)
+                    self._handle = self._library.pages_open(joined.fd, joined.available, joined.total, joined.num_banks)
                 finally:
                     os.close(joined.fd)
                 slab = self._connection.ask(SLAB)
                 try:
-                    self.slab = hostmem.map_file(slab.fd, 0, slab.size)
+                    self.slab = hostmem.map_file(slab.fd, slab.available, slab.size)
                 finally:
                     os.close(slab.fd)
             except BaseException:
@@ -408,7 +408,7 @@ def _library() -> Any:
     library = ctypes.CDLL(str(Path(built()) / PAGES))
     handle, number, pointer = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p
     for name, result, arguments in (
-        ("pages_open", handle, (ctypes.c_int, number, ctypes.c_int)),
+        ("pages_open", handle, (ctypes.c_int, number, number, ctypes.c_int)),
         ("pages_close", None, (handle,)),
         ("pages_claim", ctypes.c_int, (handle, number, pointer)),
         ("pages_adopt", number, (handle, number, pointer, pointer, pointer)),

@@ -108,7 +108,7 @@ class Connection:
         """Whether the service had not hung up when it was last asked."""
         return self._socket is not None
 
-    def ask(self, op: int, count: int = 0, behind: bytes = b"") -> Reply:
+    def ask(self, op: int, count: int = 0, behind: bytes = b"", kind: int = 0) -> Reply:
         """Send a request and wait for its reply.
 
         Raises:
@@ -122,7 +122,7 @@ class Connection:
                 raise Silent(f"the mtierd at {self._path} did not answer a moment ago")
             self._number += 1
             try:
-                reply = self._exchange(self._socket, op, count, behind)
+                reply = self._exchange(self._socket, op, count, behind, kind)
             except TimeoutError:
                 pause = min(PAUSE_S * 2**self._failures, MOST_PAUSE_S)
                 self._failures += 1
@@ -134,10 +134,10 @@ class Connection:
             self._failures = 0
             return reply
 
-    def _exchange(self, connection: socket.socket, op: int, count: int, behind: bytes) -> Reply:
+    def _exchange(self, connection: socket.socket, op: int, count: int, behind: bytes, kind: int) -> Reply:
         end = time.monotonic() + DEADLINE_S
         connection.settimeout(DEADLINE_S)
-        connection.send(_REQUEST.pack(_MAGIC, _PROTOCOL_VERSION, op, self._number, 0, 0, count, 0) + behind)
+        connection.send(_REQUEST.pack(_MAGIC, _PROTOCOL_VERSION, op, self._number, kind, 0, count, 0) + behind)
         while True:
             left = end - time.monotonic()
             if left <= 0:
@@ -190,7 +190,7 @@ def bank_info() -> BankInfo:
     try:
         connection = Connection(socket_path())
         try:
-            reply = connection.ask(INFO)
+            reply = connection.ask(INFO, kind=HOST)
         finally:
             connection.close()
     except (Refused, Silent) as error:

@@ -67,7 +67,7 @@ def used(gpu: int) -> int:
 
 def is_named(daemon: Daemon, gpu: int) -> bool:
     """Whether NVML names the service on a GPU: it has a context there."""
-    return daemon.process.pid in gpus.processes(gpu)
+    return daemon.serving in gpus.processes(gpu)
 
 
 def run(script: str, daemon: Daemon, *arguments: str) -> str:

@@ -68,7 +68,7 @@ void run_model(std::uint64_t operations, std::uint32_t seed) {
     std::vector<std::unique_ptr<Holding>> clients;
     std::vector<std::vector<Page>> pages(kClients);
     for (int c = 0; c < kClients; ++c) clients.push_back(std::make_unique<Holding>(ledger, c));
-    std::uint64_t published = 0, adopted = 0, evicted = 0, kills = 0;
+    std::uint64_t published = 0, adopted = 0, evicted = 0, kills = 0, restarts = 0;
 
     auto gone = [&](std::uint64_t frame) {  // the frame is somebody else's: what it held is gone
         CHECK(model.holds[frame].empty());
@@ -154,8 +154,27 @@ void run_model(std::uint64_t operations, std::uint32_t seed) {
             case 15: {  // a kill, now and then in the middle of taking a frame; once in a while a flush of the service
                 if (below(4) != 0) break;
                 if (below(50) == 0) {
-                    index.forget();
+                    index.forget(&ledger);
                     model.where.clear();
+                    break;
+                }
+                if (below(10) == 0) {  // the service is started anew; somebody's key was damaged
+                    std::uint64_t damaged = below(kFrames);
+                    Key was = memory.bytes[damaged + 1].key;
+                    memory.bytes[damaged + 1].key.bytes[below(32)] ^= 1;
+                    index = Index(kFrames);
+                    index.restore(ledger);
+                    std::size_t lost = 0;
+                    for (const auto &[key, frame] : model.where) {
+                        bool found = index.find(ledger, key_of(key)).has_value();
+                        CHECK(found == (frame != damaged));
+                        lost += found ? 0 : 1;
+                    }
+                    CHECK(index.size() == model.where.size() - lost);
+                    memory.bytes[damaged + 1].key = was;
+                    index = Index(kFrames);
+                    index.restore(ledger);
+                    ++restarts;
                     break;
                 }
                 std::uint64_t half = kFrames;
@@ -191,8 +210,9 @@ void run_model(std::uint64_t operations, std::uint32_t seed) {
             CHECK(phase != Phase::kEvicting);
         }
     }
-    CHECK(operations < 100000 || (published > 1000 && adopted > 1000 && evicted > 1000 && kills > 100));
-    std::printf("published %llu adopted %llu evicted %llu kills %llu\n", static_cast<unsigned long long>(published),
+    CHECK(operations < 100000 || (published > 1000 && adopted > 1000 && evicted > 1000 && kills > 100 && restarts > 10));
+    std::printf("restarts %llu published %llu adopted %llu evicted %llu kills %llu\n",
+                static_cast<unsigned long long>(restarts), static_cast<unsigned long long>(published),
                 static_cast<unsigned long long>(adopted), static_cast<unsigned long long>(evicted),
                 static_cast<unsigned long long>(kills));
 }

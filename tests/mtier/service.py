@@ -63,6 +63,23 @@ class Daemon:
     def log(self) -> str:
         return self.log_path.read_text()
 
+    @property
+    def serving(self) -> int:
+        """Process id of the service itself; `process` is its keeper. 0 while there is none."""
+        return service_of(self.process.pid)
+
+    def send(self, number: int) -> None:
+        """Send the service itself a signal."""
+        os.kill(self.serving, number)
+
+    def restart(self) -> int:
+        """Kill the service, and wait until its keeper has started it again. Returns its process id."""
+        before = self.serving
+        os.kill(before, signal.SIGKILL)
+        wait_until(lambda: self.serving not in (0, before), 20)
+        assert self.status()["pid"] == self.serving
+        return self.serving
+
     def status(self) -> dict[str, Any]:
         command = [self._program, "--status", "--socket", str(self.socket_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -72,8 +89,13 @@ class Daemon:
         return int(self.status()["banks"][bank]["available"])
 
     def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal the keeper, and wait until both have ended. Returns its status."""
         if self.process.poll() is None:
+            serving = self.serving
             self.process.send_signal(number)
+            status = self.process.wait(20)
+            wait_until(lambda: not os.path.exists(f"/proc/{serving}") or serving == 0, 20)
+            return status
         return self.process.wait(20)
 
     def __enter__(self) -> Daemon:
@@ -81,6 +103,12 @@ class Daemon:
 
     def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGKILL)
+
+
+def service_of(keeper: int) -> int:
+    """Process id of the service that a keeper runs; 0 while there is none."""
+    children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    return int(children[0]) if children else 0
 
 
 class Status(ctypes.Structure):

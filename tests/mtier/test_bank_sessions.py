@@ -209,13 +209,13 @@ def test_a_service_that_is_killed_or_stopped_is_a_miss_in_time(daemon: Daemon, m
     monkeypatch.setattr(client, "PAUSE_S", 0.2)
     session = BankSession(MODEL, FRAME, 8)
     addresses = fill(session, [1, 2])
-    daemon.process.send_signal(19)  # SIGSTOP
+    daemon.send(19)  # SIGSTOP
     begun = time.monotonic()
     assert session.find([key(1)]) == 0
     assert session.find([key(1)]) == 0  # not asked
     assert session.publish([key(3)], session.claim(1)) == [STALE]
     assert time.monotonic() - begun < 1
-    daemon.process.send_signal(18)  # SIGCONT
+    daemon.send(18)  # SIGCONT
     wait_until(lambda: session.find([key(1)]) == 1, 5)  # the late answers are thrown away
     assert session.alive
     daemon.stop(9)
@@ -375,10 +375,10 @@ def test_a_session_finds_nothing_until_its_damaged_pages_are_known(
     monkeypatch.setattr(client, "PAUSE_S", 0.1)
     session, other = BankSession(MODEL, FRAME, 8), BankSession(MODEL, FRAME, 8)
     addresses = fill(session, [1, 2])
-    daemon.process.send_signal(19)  # SIGSTOP
+    daemon.send(19)  # SIGSTOP
     session.damaged(addresses[1:])
     assert not session.reported(0.5)
-    daemon.process.send_signal(18)  # SIGCONT
+    daemon.send(18)  # SIGCONT
     assert not session.look([key(1)]).any()
     assert session.reported(20)
     wait_until(lambda: session.find([key(1), key(2)]) == 1, 10)

@@ -45,7 +45,7 @@ def test_banks_and_verdict(build: Path, start_daemon: StartDaemon) -> None:
 
 def test_a_service_that_does_not_answer(build: Path, start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
-    daemon.process.send_signal(signal.SIGSTOP)
+    daemon.send(signal.SIGSTOP)
     _, found = doctor(build, daemon.socket_path)
     assert found["xmem"]["banks"] is None
     reason = found["tiers"]["found"][0]["reason"]

@@ -157,7 +157,7 @@ def test_service_survives_hostile_messages(
     driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_FAULT": str(fault), "FAKE_CUDA_CONTEXT": "0"}
     calls = tmp_path / "calls"
     daemon = start_daemon(*banks, binaries=sanitized, environment={**driver, "FAKE_CUDA_CALLS": str(calls)})
-    descriptors = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+    descriptors = len(os.listdir(f"/proc/{daemon.serving}/fd"))
     fuzzer = Fuzzer(daemon.socket_path, SEED)
     r = random.Random(SEED)
     for number in range(MESSAGES):
@@ -170,7 +170,7 @@ def test_service_survives_hostile_messages(
     fuzzer.close()
     assert fuzzer.answered > MESSAGES // 2
     wait_until(lambda: daemon.available(0) == 64 * MIB and daemon.available(1) == 32 * MIB, 5)
-    wait_until(lambda: len(os.listdir(f"/proc/{daemon.process.pid}/fd")) == descriptors, 5)
+    wait_until(lambda: len(os.listdir(f"/proc/{daemon.serving}/fd")) == descriptors, 5)
     with ClientProcess(build, daemon.socket_path, driver) as client:
         assert client.ask("lib.init()") == SUCCESS
         assert client.ask("lib.malloc(0, 64 << 20)[0]") == SUCCESS

@@ -84,7 +84,7 @@ class Machine:
         return sum("fake-gpu" in link for link in self.descriptors())
 
     def descriptors(self) -> list[str]:
-        folder = f"/proc/{self.daemon.process.pid}/fd"
+        folder = f"/proc/{self.daemon.serving}/fd"
         return [os.readlink(f"{folder}/{name}") for name in os.listdir(folder)]
 
 
@@ -253,9 +253,9 @@ def test_a_stall_leaves_the_account(machine: Machine) -> None:
     daemon = machine.start()
     with machine.client(MTIER_TIMEOUT_MS="500") as client:
         assert client.ask(KEEP.format(bank=0, nbytes=40 * MIB)) == SUCCESS
-        daemon.process.send_signal(signal.SIGSTOP)
+        daemon.send(signal.SIGSTOP)
         assert client.ask("lib.status()[0]") == SERVER_ERROR
-        daemon.process.send_signal(signal.SIGCONT)
+        daemon.send(signal.SIGCONT)
         wait_until(lambda: daemon.status()["clients"][0]["connected"] is False, 2)
         assert daemon.available() == 24 * MIB
         wait_until(lambda: client.ask(f"lib.malloc(0, {30 * MIB})[0]") == OUT_OF_MEMORY, 10)

@@ -26,6 +26,7 @@ from service import (
     SUCCESS,
     ClientProcess,
     Daemon,
+    service_of,
     wait_until,
 )
 
@@ -62,7 +63,7 @@ def test_a_log_that_nobody_reads_any_more_ends_nothing(build: Path, tmp_path: Pa
 def test_a_limit_of_file_sizes_is_an_allocation_s_error(build: Path, tmp_path: Path) -> None:
     path = tmp_path / "mtierd.sock"
     process = serve(build, path, stderr=subprocess.DEVNULL, restore_signals=True)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MIB, MIB))
+    resource.prlimit(service_of(process.pid), resource.RLIMIT_FSIZE, (MIB, MIB))
     try:
         with ClientProcess(build, path) as client:
             assert client.ask("lib.init()") == SUCCESS
@@ -180,7 +181,7 @@ def test_who_holds_nothing_keeps_no_connection(build: Path, start_daemon: StartD
     daemon = start_daemon()
 
     def n_connections() -> int:
-        folder = Path(f"/proc/{daemon.process.pid}/fd")
+        folder = Path(f"/proc/{daemon.serving}/fd")
         return sum("socket:" in os.readlink(each) for each in folder.iterdir())
 
     before = n_connections()

@@ -34,6 +34,7 @@ from service import (
     ClientProcess,
     Daemon,
     request,
+    service_of,
     wait_until,
 )
 
@@ -124,9 +125,9 @@ def test_a_stall_leaves_the_account(build: Path, start_daemon: StartDaemon) -> N
     with ClientProcess(build, daemon.socket_path, {"MTIER_TIMEOUT_MS": "500"}) as client:
         assert client.ask("lib.init()") == SUCCESS
         assert client.ask(KEEP_40) == SUCCESS
-        daemon.process.send_signal(signal.SIGSTOP)
+        daemon.send(signal.SIGSTOP)
         assert client.ask("lib.bank(0)[0]") == SERVER_ERROR
-        daemon.process.send_signal(signal.SIGCONT)
+        daemon.send(signal.SIGCONT)
         wait_until(lambda: daemon.status()["clients"][0]["connected"] is False, 2)
         assert daemon.available() == 24 * MIB
         with ClientProcess(build, daemon.socket_path) as other:
@@ -143,9 +144,9 @@ def test_a_free_that_the_service_missed_is_made_up_for(build: Path, start_daemon
     with ClientProcess(build, daemon.socket_path, {"MTIER_TIMEOUT_MS": "500"}) as client:
         assert client.ask("lib.init()") == SUCCESS
         assert client.ask(KEEP_40) == SUCCESS
-        daemon.process.send_signal(signal.SIGSTOP)
+        daemon.send(signal.SIGSTOP)
         assert client.ask("lib.free(lib.p[1])") == SERVER_ERROR
-        daemon.process.send_signal(signal.SIGCONT)
+        daemon.send(signal.SIGCONT)
         wait_until(lambda: client.ask("lib.bank(0)[1].available_memory") == 64 * MIB, 10)
         assert daemon.available() == 64 * MIB
 
@@ -355,9 +356,9 @@ def test_kernels_without_pidfds(build: Path, tmp_path: Path, refused: str) -> No
             for client in (one, two):
                 assert client.ask("lib.init()") == SUCCESS
                 assert client.ask(f"[setattr(lib, 'p', lib.malloc(0, {16 * MIB})), lib.p[0]][1]") == SUCCESS
-            service.send_signal(signal.SIGSTOP)
+            os.kill(service_of(service.pid), signal.SIGSTOP)
             assert one.ask("lib.bank(0)[0]") == SERVER_ERROR
-            service.send_signal(signal.SIGCONT)
+            os.kill(service_of(service.pid), signal.SIGCONT)
             time.sleep(0.2)
             assert two.ask("lib.bank(0)[1].available_memory") == 32 * MIB
             wait_until(lambda: one.ask("lib.bank(0)[1].available_memory") == 32 * MIB, 10)

@@ -63,7 +63,8 @@ import os, signal, sys, xmem
 from xmem import mtier_sdk as sdk
 
 sdk.malloc(0, 1)
-os.kill(int(sys.argv[1]), signal.SIGKILL)
+for process in sys.argv[1:]:
+    os.kill(int(process), signal.SIGKILL)
 for call in (sdk.get_status, lambda: sdk.get_bank_status(0), lambda: sdk.malloc(0, 1), sdk.get_logs, sdk.init):
     try:
         call()
@@ -93,4 +94,4 @@ def test_thin_calls(build: Path, start_daemon: StartDaemon) -> None:
 
 def test_errors_of_a_killed_service(build: Path, start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
-    assert run_sdk(KILLED_SERVICE, build, daemon.socket_path, str(daemon.process.pid)) == "done\n"
+    assert run_sdk(KILLED_SERVICE, build, daemon.socket_path, str(daemon.process.pid), str(daemon.serving)) == "done\n"

@@ -310,13 +310,13 @@ def test_a_stopped_service_is_an_error_in_time(
     daemon = start_daemon()
     assert lib.init() == SUCCESS
     monkeypatch.setenv("MTIER_TIMEOUT_MS", "300")
-    daemon.process.send_signal(signal.SIGSTOP)
+    daemon.send(signal.SIGSTOP)
     start = time.monotonic()
     assert lib.status()[0] == SERVER_ERROR
     assert "in time" in lib.error()
     assert lib.malloc(0, 1)[0] == SERVER_ERROR
     assert time.monotonic() - start < 2
-    daemon.process.send_signal(signal.SIGCONT)
+    daemon.send(signal.SIGCONT)
     wait_until(lambda: lib.status()[0] == SUCCESS, 5)
     assert lib.bank(0)[1].available_memory == 64 * MIB  # the malloc that nobody waited for has not stayed
 
@@ -444,20 +444,20 @@ def test_a_client_that_never_reads_holds_up_nobody(build: Path, start_daemon: St
         start = time.monotonic()
         daemon.status()
         assert time.monotonic() - start < 2
-        descriptors = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+        descriptors = len(os.listdir(f"/proc/{daemon.serving}/fd"))
         assert descriptors < 40
     wait_until(lambda: daemon.available() == 64 * MIB, 1)
 
 
 def test_descriptors_that_a_client_sends_are_not_kept(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
-    before = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+    before = len(os.listdir(f"/proc/{daemon.serving}/fd"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client, open(os.devnull, "rb") as file:
         client.connect(str(daemon.socket_path))
         for _ in range(50):
             socket.send_fds(client, [request(BANK_STATUS)], [file.fileno()] * 4)
             assert REPLY_HEAD.unpack_from(client.recv(1 << 17))[4] == SUCCESS
-        assert len(os.listdir(f"/proc/{daemon.process.pid}/fd")) == before + 2  # the connection and its process
+        assert len(os.listdir(f"/proc/{daemon.serving}/fd")) == before + 2  # the connection and its process
 
 
 def test_a_client_cannot_touch_another_s_memory(start_daemon: StartDaemon) -> None:

@@ -187,7 +187,8 @@ def test_rank_plans_capacity_and_errors(build: Path, start_daemon: StartDaemon) 
 
     auto = plan(tier="auto")
     assert [candidate.tier for candidate in auto.candidates] == ["mtier", "bank", "dram"]
-    os.kill(int(sys.argv[1]), signal.SIGKILL)
+    for process in sys.argv[1:]:
+        os.kill(int(process), signal.SIGKILL)
     placement = Placement(auto, 0, lambda _: 1 << 40)
     allocation = placement.allocate([(MIB, 1)])
     assert allocation.tier.name == "dram"
@@ -197,7 +198,7 @@ def test_rank_plans_capacity_and_errors(build: Path, start_daemon: StartDaemon) 
     print("done")
     """
     environment = client_environment(build, daemon.socket_path)
-    assert run(script, str(daemon.process.pid), environment=environment) == "done"
+    assert run(script, str(daemon.process.pid), str(daemon.serving), environment=environment) == "done"
 
 
 @needs_sdk

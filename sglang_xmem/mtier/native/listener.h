@@ -9,8 +9,10 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <optional>
 #include <string>
+#include <thread>
 
 #include "channel.h"
 #include "paths.h"
@@ -30,12 +32,9 @@ class Listener {
             ::close(fd_);
             remove_if_own(path_, socket_);
         }
-        if (lock_ >= 0) {
-            remove_if_own(lock_path_, locked_);
-            ::close(lock_);
-        }
+        let_go_of_lock();
         if (folder_ >= 0) ::close(folder_);
-        fd_ = lock_ = folder_ = -1;
+        fd_ = folder_ = -1;
     }
 
     int fd() const { return fd_; }
@@ -58,10 +57,15 @@ class Listener {
             folder_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
             ::flock(folder_, LOCK_SH | LOCK_NB);
         }
-        if (auto refused = take_lock()) return refused;
-        // Somebody may have removed a running service's lock.
-        if (answers(address)) return another();
-        return std::nullopt;
+        // A service that was killed is still there for a moment.
+        for (auto until = std::chrono::steady_clock::now() + kLeaveTaking;;) {
+            std::optional<std::string> refused = take_lock();
+            // Somebody may have removed a running service's lock.
+            if (!refused && answers(address)) refused = another();
+            if (!refused || std::chrono::steady_clock::now() > until) return refused;
+            let_go_of_lock();
+            std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        }
     }
 
     // Returns a sentence where there can be no socket.
@@ -92,6 +96,15 @@ class Listener {
     }
 
   private:
+    static constexpr std::chrono::milliseconds kLeaveTaking{2000};
+
+    void let_go_of_lock() {
+        if (lock_ < 0) return;
+        remove_if_own(lock_path_, locked_);
+        ::close(lock_);
+        lock_ = -1;
+    }
+
     static bool same(const struct stat &one, const struct stat &other) {
         return one.st_ino == other.st_ino && one.st_dev == other.st_dev;
     }

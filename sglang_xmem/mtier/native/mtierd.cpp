@@ -1,5 +1,7 @@
 // mtierd: owns banks of memory and hands them out to processes of its own user over a Unix socket.
 //
+// Two processes: the keeper (keeper.h), which this is at first, and the service, its child.
+//
 // One thread answers (loop.h, connections.h, service.h), and each bank has one of its own, since the driver may take
 // its time. What a client has is its process's and comes back when nobody has it any more. Nothing that a client sends
 // or leaves unread may stop the service or make it wait.
@@ -13,12 +15,13 @@
 #include "channel.h"
 #include "connections.h"
 #include "host_memory.h"
+#include "keeper.h"
 #include "listener.h"
 #include "metrics.h"
-#include "notify.h"
 #include "options.h"
 #include "pages_service.h"
 #include "service.h"
+#include "slabs.h"
 
 namespace {
 
@@ -26,7 +29,7 @@ using namespace mtier;
 
 constexpr int kFailed = 1, kWrongOptions = 2;
 constexpr int kStatusTimeoutMs = 5000;
-constexpr std::chrono::milliseconds kStopPatience{5000};
+constexpr std::chrono::milliseconds kStopPatience{5000}, kBeat{5000};
 
 int complain(const std::string &sentence, int status = kFailed) {
     std::fprintf(stderr, "mtierd: %s.\n", sentence.c_str());
@@ -50,26 +53,11 @@ int ask(const std::string &path, std::uint16_t op) {
     return 0;
 }
 
-// Slabs of the page bank in the account of a bank of host memory, which grants to clients too.
-class SlabsOfBank : public pages::SlabSource {
-  public:
-    SlabsOfBank(Service &service, std::size_t bank) : service_(service), bank_(bank) {}
-    std::uint64_t total() const override { return service_.bank(bank_).total(); }
-    std::uint64_t available() const override { return service_.available(bank_); }
-    std::uint64_t granularity() const override { return service_.bank(bank_).granularity(); }
-    void take(std::uint64_t bytes) override { service_.set_aside(bank_, bytes); }
-    void give_back(std::uint64_t bytes) override { service_.give_back(bank_, bytes); }
-
-  private:
-    Service &service_;
-    const std::size_t bank_;
-};
-
-std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(Service &service) {
+std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(Service &service, Kept &kept) {
     std::vector<std::unique_ptr<pages::SlabSource>> sources;
     for (std::size_t i = 0; i < service.banks(); ++i) {
         if (service.bank(i).kind() != MemoryKind::kHostFile) continue;
-        sources.push_back(std::make_unique<SlabsOfBank>(service, i));
+        sources.push_back(std::make_unique<pages::HostSlabs>(service, i, kept));
     }
     return sources;
 }
@@ -77,14 +65,16 @@ std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(Service &service) {
 // Grants and pages over the same connections.
 class Both : public Handler {
   public:
-    Both(Service &service, pages::PageService &pages) : service_(service), pages_(pages) {}
+    Both(Service &service, pages::PageService &pages, unsigned restarts)
+        : service_(service), pages_(pages), restarts_(restarts) {}
 
     std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) override {
         if (request.op >= kFirstPagesOp) return pages_.handle(peer, request, behind);
         std::optional<Answer> answer = service_.handle(peer, request, behind);
         if (answer && request.op == static_cast<std::uint16_t>(Op::kReport)) {
             answer->text.back() = ',';
-            answer->text += " " + pages_.json() + "}";
+            append(&answer->text, " \"keeper\": %d, \"restarts\": %u, ", static_cast<int>(::getppid()), restarts_);
+            answer->text += pages_.json() + "}";
         }
         return answer;
     }
@@ -100,6 +90,7 @@ class Both : public Handler {
   private:
     Service &service_;
     pages::PageService &pages_;
+    const unsigned restarts_;
 };
 
 // SIGTERM and SIGINT end the loop; nothing else may end the process. Blocked before the first thread and the socket are
@@ -144,28 +135,23 @@ std::optional<std::string> open_banks(const Options &options, std::vector<std::u
     return std::nullopt;
 }
 
-void beat(Loop &loop, const Notify &notify) {
-    if (notify.beat().count() == 0) return;
-    notify.send("WATCHDOG=1");
-    loop.after(notify.beat(), [&] { beat(loop, notify); });
+void beat(Loop &loop, Kept &kept) {
+    kept.beat();
+    loop.after(kBeat, [&] { beat(loop, kept); });
 }
 
-int serve(const Options &options) {
+// The service itself, on a socket that listens.
+int serve(const Options &options, int listener, Kept &kept) {
     int signals = take_signals();
     if (signals < 0) return complain("signals cannot be waited for: " + words_of(errno));
-    raise_file_limit();
     std::vector<std::unique_ptr<Bank>> banks;
     if (auto refused = open_banks(options, &banks)) return complain(*refused);
-    Listener listener;
-    if (auto refused = listener.lock(options.socket)) return complain(*refused);
     Journal journal;
     std::string why;
     if (!journal.open(options.socket + ".ledger", &why)) return complain(why + "; give another --socket");
-    if (auto refused = listener.listen()) return complain(*refused);
 
     Loop loop;
     Log log;
-    Notify notify;
     Processes processes(loop);
     Service service(loop, log, processes, journal, std::move(banks), {options.quota, options.allow_reset});
     Metrics metrics(loop, [&] { return service.metrics(); });
@@ -175,12 +161,12 @@ int serve(const Options &options) {
     }
     bool in_time = true;
     {
-        pages::PageService pages(processes, slab_sources(service), static_cast<unsigned>(options.share),
+        pages::PageService pages(processes, kept, slab_sources(service, kept), static_cast<unsigned>(options.share),
                                  [&log](const std::string &words) { log.line("%s", words.c_str()); });
-        Both both(service, pages);
+        Both both(service, pages, kept.restarts());
         Connections connections(loop, log, processes, both);
         service.answer_over(connections);
-        connections.listen(listener.fd());
+        connections.listen(listener);
         loop.watch(signals, POLLIN, [&](short) {
             signalfd_siginfo info{};
             if (::read(signals, &info, sizeof(info)) == static_cast<ssize_t>(sizeof(info))) {
@@ -189,23 +175,30 @@ int serve(const Options &options) {
             loop.stop();
         });
         log.line("serving %s", options.socket.c_str());
-        if (!options.library.empty()) {
+        if (!options.library.empty() && kept.restarts() == 0) {
             std::printf("MTIER_LIB_PATH=%s\n", options.library.c_str());
             std::fflush(stdout);
         }
-        notify.send("READY=1");
-        beat(loop, notify);
+        kept.ready();
+        beat(loop, kept);
         loop.run();
-        notify.send("STOPPING=1");
         in_time = service.idle_within(kStopPatience);
     }
     ::close(signals);
     if (!in_time) {  // a call of the driver hangs, and its thread with it
         log.line("a bank does not finish; ending without it");
-        listener.remove();
         std::_Exit(kFailed);
     }
     return 0;
+}
+
+int keep(const Options &options) {
+    ::signal(SIGPIPE, SIG_IGN);  // nobody reads what it says
+    raise_file_limit();
+    Listener listener;
+    if (auto refused = listener.lock(options.socket)) return complain(*refused);
+    if (auto refused = listener.listen()) return complain(*refused);
+    return Keeper().run([&](Kept &kept) { return serve(options, listener.fd(), kept); });
 }
 
 int run(int argc, char **argv) {
@@ -215,7 +208,7 @@ int run(int argc, char **argv) {
     if (options.status) return ask(options.socket, static_cast<std::uint16_t>(Op::kReport));
     if (options.flush) return ask(options.socket, static_cast<std::uint16_t>(pages::PagesOp::kForget));
     if (options.banks.empty()) return complain("there is no bank to serve; give --bank host:BYTES", kWrongOptions);
-    return serve(options);
+    return keep(options);
 }
 
 }  // namespace

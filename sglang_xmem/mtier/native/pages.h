@@ -7,6 +7,10 @@
 // A frame is free, owned by the session that fills it, or valid: then its bytes and key do not change until a session
 // that finds it unpinned takes it. Each time that a frame becomes somebody's its generation grows, so that an entry
 // made before is known to be old.
+//
+// The ledger outlives the service, and the service after it makes its index of it anew: a frame that is valid has its
+// key next to it, and a seal, a sum over both that was written before the frame became valid. A frame without it is
+// nobody's page, whatever else is there.
 #pragma once
 
 #include <algorithm>
@@ -59,8 +63,8 @@ struct alignas(64) Frame {
     std::atomic<std::uint64_t> state;
     std::atomic<std::uint64_t> pins;  // bit s: session s holds it
     std::atomic<std::uint64_t> used;  // when, by the ledger's clock
-    std::uint64_t reserved;
-    Key key;  // of a valid frame; written by the service before it is valid
+    std::atomic<std::uint64_t> seal;  // of a valid frame that can be found; the service's, as the key
+    Key key;                          // of a valid frame; written by the service before it is valid
 };
 
 struct alignas(64) LedgerHead {
@@ -70,6 +74,18 @@ struct alignas(64) LedgerHead {
 
 static_assert(sizeof(Frame) == 64 && sizeof(LedgerHead) == 64);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+
+// A sum of memory, of whole words, that another word anywhere changes.
+inline std::uint64_t sum_of(const void *memory, std::size_t bytes, std::uint64_t sum) {
+    const char *at = static_cast<const char *>(memory);
+    for (const char *end = at + bytes; at < end; at += sizeof(std::uint64_t)) {
+        std::uint64_t word = 0;
+        std::memcpy(&word, at, sizeof(word));
+        sum = (sum ^ word) * 0x9E3779B97F4A7C15ULL;  // odd, so that it can be undone, as the next step
+        sum ^= sum >> 32;
+    }
+    return sum;
+}
 
 // A view of a ledger in memory that somebody else keeps. Zeros are a ledger whose frames are all free, but for the
 // count of them.
@@ -183,8 +199,21 @@ class Ledger {
         if (frames_[frame].state.load() != word) return false;
         // Should the session let go of the frame now, the key means nothing: only this function makes a frame valid.
         frames_[frame].key = key;
+        frames_[frame].seal.store(seal_of(frame, generation, key));
         return frames_[frame].state.compare_exchange_strong(word, State{Phase::kValid, 0, generation}.word());
     }
+
+    // The key of a page that a service before this one published, and its generation.
+    std::optional<std::pair<Key, std::uint64_t>> published(std::uint64_t frame) const {
+        State now = state(frame);
+        if (now.phase != Phase::kValid) return std::nullopt;
+        Key key = frames_[frame].key;
+        if (frames_[frame].seal.load() != seal_of(frame, now.generation, key)) return std::nullopt;
+        return std::make_pair(key, now.generation);
+    }
+
+    // Lets no service after this one find what is in a frame now.
+    void unseal(std::uint64_t frame) { frames_[frame].seal.store(0); }
 
     // Takes back everything of a session whose process has ended.
     void fence(int session) {
@@ -207,6 +236,10 @@ class Ledger {
     static constexpr int kPasses = 64;
 
     static std::uint64_t bit(int session) { return 1ULL << session; }
+
+    static std::uint64_t seal_of(std::uint64_t frame, std::uint64_t generation, const Key &key) {
+        return sum_of(key.bytes.data(), key.bytes.size(), (generation << 1 | 1) ^ frame << 48) | 1;  // never 0
+    }
 
     void free_owned(int session, std::uint64_t frame, std::uint64_t word) {
         State state = State::of(word);
@@ -360,8 +393,9 @@ class Index {
         return Verdict::kNew;
     }
 
-    // A page is found no more; its frame stays with those who hold it. False where it was not to be found.
-    bool forget(Place place) {
+    // A page is found no more, nor by a service after this one; its frame stays with those who hold it. False where it
+    // was not to be found.
+    bool forget(Ledger *ledger, Place place) {
         if (place.frame >= key_of_.size() || !key_of_[place.frame]) return false;
         auto found = places_.find(*key_of_[place.frame]);
         if (found == places_.end() || found->second.frame != place.frame ||
@@ -369,11 +403,23 @@ class Index {
             return false;
         }
         places_.erase(found);
+        ledger->unseal(place.frame);
         return true;
     }
 
-    // No page is found any more; frames that are pinned stay with those who hold them.
-    void forget() { places_.clear(); }
+    // No page is found any more, nor by a service after this one; frames that are pinned stay with those who hold them.
+    void forget(Ledger *ledger) {
+        places_.clear();
+        for (std::uint64_t frame = 0; frame < ledger->frames(); ++frame) ledger->unseal(frame);
+    }
+
+    // Finds what a service before this one published.
+    void restore(const Ledger &ledger) {
+        for (std::uint64_t frame = 0; frame < ledger.frames(); ++frame) {
+            auto page = ledger.published(frame);
+            if (page && places_.emplace(page->first, Place{frame, page->second}).second) key_of_[frame] = page->first;
+        }
+    }
 
     std::size_t size() const { return places_.size(); }
 

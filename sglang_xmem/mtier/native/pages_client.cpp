@@ -25,10 +25,10 @@ struct Session {
 
 }  // namespace
 
-// `fd` stays the caller's. nullptr where the ledger cannot be mapped.
-EXPORT Session *pages_open(int fd, std::uint64_t frames, int number) {
+// `fd` stays the caller's, with the ledger at `offset`. nullptr where that cannot be mapped.
+EXPORT Session *pages_open(int fd, std::uint64_t offset, std::uint64_t frames, int number) {
     std::size_t nbytes = Ledger::bytes_for(frames);
-    void *memory = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *memory = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset));
     if (memory == MAP_FAILED) return nullptr;
     try {
         return new Session(memory, frames, number);

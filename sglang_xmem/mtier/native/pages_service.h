@@ -1,10 +1,7 @@
 // The page bank: handlers of the messages in pages_protocol.h, for mtierd's one thread.
 #pragma once
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/random.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -12,7 +9,6 @@
 #include <functional>
 #include <iterator>
 #include <memory>
-#include <new>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -20,52 +16,25 @@
 #include <vector>
 
 #include "connections.h"
+#include "keeper.h"
 #include "pages.h"
 #include "pages_protocol.h"
 #include "processes.h"
+#include "slabs.h"
+#include "space_record.h"
 #include "text.h"
 
 namespace mtier::pages {
-
-// A descriptor that is closed.
-class Descriptor {
-  public:
-    explicit Descriptor(int fd = -1) : fd_(fd) {}
-    Descriptor(Descriptor &&other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-    Descriptor &operator=(Descriptor &&other) noexcept {
-        std::swap(fd_, other.fd_);
-        return *this;
-    }
-    ~Descriptor() {
-        if (fd_ >= 0) ::close(fd_);
-    }
-    int get() const { return fd_; }
-    // Another one of the same, to be sent; -1 where there is none to be had.
-    int duplicate() const { return ::fcntl(fd_, F_DUPFD_CLOEXEC, 0); }
-
-  private:
-    int fd_;
-};
-
-// A bank of host memory, as far as slabs come from it.
-class SlabSource {
-  public:
-    virtual ~SlabSource() = default;
-    virtual std::uint64_t total() const = 0;
-    virtual std::uint64_t available() const = 0;
-    virtual std::uint64_t granularity() const = 0;
-    // Whole granules, no more than available(), which are missing from it until they are given back.
-    virtual void take(std::uint64_t bytes) = 0;
-    virtual void give_back(std::uint64_t bytes) = 0;
-};
 
 class PageService : public Handler {
   public:
     using Note = std::function<void(const std::string &)>;
 
     // `share`: percent of a bank that one space gets where its engines ask for less.
-    PageService(Processes &processes, std::vector<std::unique_ptr<SlabSource>> banks, unsigned share, Note note)
-        : banks_(std::move(banks)), share_(share), note_(std::move(note)) {
+    PageService(Processes &processes, Kept &kept, std::vector<std::unique_ptr<SlabSource>> banks, unsigned share,
+                Note note)
+        : processes_(processes), kept_(kept), banks_(std::move(banks)), share_(share), note_(std::move(note)) {
+        restore();
         processes.when_gone([this](const Process &process) {
             for (auto it = sessions_.begin(); it != sessions_.end();) {
                 auto each = it++;
@@ -77,13 +46,13 @@ class PageService : public Handler {
     std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) override {
         switch (static_cast<PagesOp>(request.op)) {
             case PagesOp::kInfo:
-                return behind.empty() ? info() : not_so();
+                return behind.empty() ? info(static_cast<MemoryKind>(request.bank)) : not_so();
             case PagesOp::kJoin:
                 return behind.size() == sizeof(JoinRequest) ? join(peer, behind) : not_so();
             case PagesOp::kForget:
                 if (!behind.empty()) return not_so();
                 note_(peer.process->name() + " makes the bank forget all pages");
-                for (auto &[key, space] : spaces_) space->index.forget();
+                for (auto &[key, space] : spaces_) space->index.forget(&space->ledger);
                 return Answer{};
             default:
                 break;
@@ -95,11 +64,13 @@ class PageService : public Handler {
             case PagesOp::kSlab: {
                 if (!behind.empty()) return not_so();
                 Answer answer;
-                answer.fd = space.slab.duplicate();
+                answer.fd = space.slab->memory.fd.duplicate();
                 if (answer.fd < 0) return no_descriptor();
                 session->second.mapped = true;
-                answer.fields.size = space.slab_bytes;
-                answer.fields.kind = MemoryKind::kHostFile;
+                answer.fields.size = space.slab->memory.bytes;
+                answer.fields.available = space.slab->memory.offset;
+                answer.fields.kind = banks_[space.bank]->kind();
+                answer.fields.granularity = banks_[space.bank]->granularity();
                 return answer;
             }
             case PagesOp::kFind:
@@ -137,17 +108,18 @@ class PageService : public Handler {
         std::string text = "\"spaces\": [";
         const char *between = "";
         for (const auto &[key, space] : spaces_) {
-            append(&text, "%s{\"label\": \"%s\", \"private\": %s", between, space->label.c_str(),
-                   space->is_private ? "true" : "false");
+            append(&text, "%s{\"label\": \"%s\", \"private\": %s", between, space->head().label,
+                   space->head().is_private != 0 ? "true" : "false");
             append(&text, ", \"bank\": %zu, \"frames\": %" PRIu64 ", \"frame_bytes\": %" PRIu64, space->bank,
-                   space->ledger.frames(), space->frame_bytes);
+                   space->ledger.frames(), space->head().frame_bytes);
             Ledger::Use use = space->ledger.use();
             append(&text, ", \"free\": %" PRIu64 ", \"cached\": %" PRIu64, use.free, use.cached);
             append(&text, ", \"shared\": %" PRIu64, use.shared);
             append(&text, ", \"pages\": %zu, \"published\": %" PRIu64 ", \"had\": %" PRIu64, space->index.size(),
                    space->verdicts[0], space->verdicts[1]);
             append(&text, ", \"stale\": %" PRIu64 ", \"damaged\": %" PRIu64, space->verdicts[2], space->damaged);
-            append(&text, ", \"found\": %" PRIu64 ", \"sessions\": [", space->found);
+            append(&text, ", \"found\": %" PRIu64 ", \"restored\": %zu", space->found, space->restored);
+            text += ", \"sessions\": [";
             const char *comma = "";
             for (const auto &[id, session] : sessions_) {
                 if (session.space != space.get()) continue;
@@ -166,19 +138,22 @@ class PageService : public Handler {
 
   private:
     struct Space {
-        Space(void *memory, std::uint64_t frames) : ledger(memory, frames), index(frames) {}
-        ~Space() { ::munmap(memory, Ledger::bytes_for(ledger.frames())); }
+        // `memory`: of the slab's record and ledger, mapped; unmapped with this.
+        Space(std::size_t bank, std::shared_ptr<Slab> its, void *memory, std::uint64_t frames)
+            : bank(bank),
+              slab(std::move(its)),
+              record(static_cast<SpaceRecord *>(memory)),
+              ledger(static_cast<char *>(memory) + kLedgerOffset, frames),
+              index(frames) {}
+        ~Space() { ::munmap(record, control_bytes(ledger.frames())); }
         Space(const Space &) = delete;
         Space &operator=(const Space &) = delete;
 
-        const std::uint64_t epoch = random_number();
-        std::string label;
-        bool is_private = false;
-        std::size_t bank = 0;
-        std::uint64_t frame_bytes = 0;
-        std::uint64_t slab_bytes = 0;
-        Descriptor slab, control;
-        void *memory = nullptr;  // of the ledger
+        const SpaceHead &head() const { return record->head; }
+
+        const std::size_t bank;
+        const std::shared_ptr<Slab> slab;
+        SpaceRecord *const record;
         Ledger ledger;
         Index index;
         std::uint64_t bits = 0;      // sessions
@@ -187,6 +162,7 @@ class PageService : public Handler {
         std::uint64_t verdicts[3] = {};
         std::uint64_t found = 0;
         std::uint64_t damaged = 0;
+        std::size_t restored = 0;  // pages that were there when the service started
     };
 
     struct Session {
@@ -213,17 +189,18 @@ class PageService : public Handler {
         return std::any_of(joined_.begin(), joined_.end(), [id](const auto &each) { return each.second == id; });
     }
 
-    Answer info() const {
+    Answer info(MemoryKind kind) const {
         Answer answer;
         for (std::size_t i = 0; i < banks_.size(); ++i) {
             const SlabSource &bank = *banks_[i];
+            if (bank.kind() != kind) continue;
             ++answer.fields.num_banks;
             answer.fields.total += bank.total();
             // What is not promised, whether pages of the past lie there or not.
             std::uint64_t open = bank.available();
             for (const auto &[key, space] : spaces_) {
-                if (space->bank != i || space->is_private) continue;
-                open += space->slab_bytes - space->promised * space->frame_bytes;
+                if (space->bank != i || space->head().is_private != 0) continue;
+                open += space->slab->memory.bytes - space->promised * space->head().frame_bytes;
             }
             answer.fields.available = std::max(answer.fields.available, open);
         }
@@ -256,22 +233,25 @@ class PageService : public Handler {
             return Answer::error(kServerError, "the service cannot watch the client's process; let both see each other "
                                                "(one PID namespace, or Linux 6.5)");
         }
-        if (asked.kind != MemoryKind::kHostFile) {
+        if (std::none_of(banks_.begin(), banks_.end(), [&](auto &bank) { return bank->kind() == asked.kind; })) {
             return Answer::error(kOutOfMemory, "the service has no bank of that memory");
         }
         if (asked.is_private == 1) asked.space = private_key(asked.session);
         std::string why;
         Space *space = space_for(asked, &why);
+        if (space == nullptr && why.empty()) {
+            return Answer::error(kMallocError, "the bank's memory is being made ready");
+        }
         if (space == nullptr) return Answer::error(kOutOfMemory, why);
         int bit = 0;
         while ((space->bits >> bit & 1) != 0) ++bit;
-        auto session = sessions_.emplace(asked.session, Session{space, bit, asked.frames, peer.process}).first;
-        space->bits |= 1ULL << bit;
-        space->promised += asked.frames;
         space->last_join = ++joins_;
+        space->record->write(bit, asked.session, asked.frames, peer.process->pid(), peer.process->key());
+        kept_.leave(name_of(*peer.process), peer.process->fd());
+        auto session = admit(*space, asked.session, bit, asked.frames, peer.process);
         std::string words;
-        append(&words, "%s joins %s with %" PRIu64, peer.process->name().c_str(), space->label.c_str(), asked.frames);
-        append(&words, " of %" PRIu64 " frames of %" PRIu64 " bytes", space->ledger.frames(), space->frame_bytes);
+        append(&words, "%s joins %s with %" PRIu64, peer.process->name().c_str(), space->head().label, asked.frames);
+        append(&words, " of %" PRIu64 " frames of %" PRIu64 " bytes", space->ledger.frames(), space->head().frame_bytes);
         note_(words);
         Answer answer = answer_as(peer, session);
         if (answer.fd < 0) end(session, "no descriptor was left for it");
@@ -282,7 +262,7 @@ class PageService : public Handler {
     Answer answer_as(const Peer &peer, Sessions::iterator session) {
         const Space &space = *session->second.space;
         Answer answer;
-        answer.fd = space.control.duplicate();
+        answer.fd = space.slab->control.fd.duplicate();
         if (answer.fd < 0) return no_descriptor();
         for (auto it = joined_.begin(); it != joined_.end();) {
             it = it->second == session->first ? joined_.erase(it) : std::next(it);
@@ -290,9 +270,10 @@ class PageService : public Handler {
         joined_[peer.number] = session->first;
         answer.fields.num_banks = session->second.bit;
         answer.fields.total = space.ledger.frames();
-        answer.fields.size = space.slab_bytes;
-        answer.fields.kind = MemoryKind::kHostFile;
-        answer.fields.allocation = space.epoch;
+        answer.fields.size = space.slab->memory.bytes;
+        answer.fields.available = space.slab->control.offset + kLedgerOffset;
+        answer.fields.kind = banks_[space.bank]->kind();
+        answer.fields.allocation = space.slab->id;
         return answer;
     }
 
@@ -303,22 +284,19 @@ class PageService : public Handler {
         return key;
     }
 
-    static std::uint64_t random_number() {
-        std::uint64_t number = 0;
-        while (number == 0) {
-            if (::getrandom(&number, sizeof(number), 0) != sizeof(number)) throw std::bad_alloc();
-        }
-        return number;
-    }
-
-    // The space that is asked for, with enough frames for one session more; nullptr with a sentence.
+    // The space that is asked for, with enough frames for one session more. nullptr with a sentence, or without where
+    // it is being made.
     Space *space_for(const JoinRequest &asked, std::string *why) {
         auto found = spaces_.find(asked.space);
         if (found != spaces_.end()) {
             Space &space = *found->second;
-            if (space.frame_bytes != asked.frame_bytes) {
+            if (space.head().frame_bytes != asked.frame_bytes) {
                 append(why, "the space has frames of %" PRIu64 " bytes, and %" PRIu64 " were asked for",
-                       space.frame_bytes, asked.frame_bytes);
+                       space.head().frame_bytes, asked.frame_bytes);
+                return nullptr;
+            }
+            if (banks_[space.bank]->kind() != asked.kind) {
+                *why = "the pages are in another kind of the service's memory; let all engines of a model name the same";
                 return nullptr;
             }
             std::uint64_t frames = space.ledger.frames();
@@ -328,24 +306,40 @@ class PageService : public Handler {
             }
             if (asked.frames <= frames - space.promised) return &space;
             if (space.promised != 0) {
-                append(why, "the pool needs %.2f GB", static_cast<double>(asked.frames * space.frame_bytes) / 1e9);
+                append(why, "the pool needs %.2f GB", static_cast<double>(asked.frames * asked.frame_bytes) / 1e9);
                 append(why, " and %.2f GB of the %.2f GB that the bank has for this model are promised to no other",
-                       static_cast<double>((frames - space.promised) * space.frame_bytes) / 1e9,
-                       static_cast<double>(frames * space.frame_bytes) / 1e9);
+                       static_cast<double>((frames - space.promised) * asked.frame_bytes) / 1e9,
+                       static_cast<double>(frames * asked.frame_bytes) / 1e9);
                 return nullptr;
             }
             drop(asked.space);  // too small, and nobody uses it
         }
-        return create(asked, why);
+        auto begun = making_.find(asked.space);
+        if (begun == making_.end()) {
+            if (!begin(asked, why)) return nullptr;
+            begun = making_.find(asked.space);
+        }
+        if (begun->second.slab->state == Slab::State::kMaking) return nullptr;
+        Making made = std::move(begun->second);
+        making_.erase(begun);
+        if (made.slab->state == Slab::State::kFailed) {
+            *why = "the service could not make a slab: " + made.slab->why;
+            return nullptr;
+        }
+        Space *space = open(made, why);
+        // Others may have asked for another size.
+        return space == nullptr || made.asked.frame_bytes == asked.frame_bytes ? space : space_for(asked, why);
     }
 
-    Space *create(const JoinRequest &asked, std::string *why) {
+    // Has a slab made for a space. False with a sentence where no bank has the memory.
+    bool begin(const JoinRequest &asked, std::string *why) {
         std::uint64_t needed = asked.frames > UINT64_MAX / asked.frame_bytes ? UINT64_MAX
                                                                              : asked.frames * asked.frame_bytes;
         std::uint64_t most = 0;
         for (bool may_drop = false;; may_drop = true) {
             for (std::size_t i = 0; i < banks_.size(); ++i) {
-                const SlabSource &bank = *banks_[i];
+                SlabSource &bank = *banks_[i];
+                if (bank.kind() != asked.kind) continue;
                 most = std::max(most, bank.available());
                 if (needed > bank.available()) continue;  // which is in whole granules
                 std::uint64_t granule = bank.granularity();
@@ -355,49 +349,114 @@ class PageService : public Handler {
                 share = share / granule * granule;
                 std::uint64_t bytes = asked.is_private == 1 ? least
                                                             : std::max(least, std::min(share, bank.available()));
-                return open(asked, i, bytes, why);
+                Making &making = making_[asked.space];
+                making = {i, asked, nullptr};
+                making.slab = bank.make(bytes, control_bytes(bytes / asked.frame_bytes));
+                return true;
             }
             if (may_drop && !drop_idle()) break;
         }
         append(why, "the pool needs %.2f GB and the bank has %.2f GB for it", static_cast<double>(needed) / 1e9,
                static_cast<double>(most) / 1e9);
-        return nullptr;
+        return false;
     }
 
-    Space *open(const JoinRequest &asked, std::size_t bank, std::uint64_t bytes, std::string *why) {
-        Descriptor slab = sealed_file("mtier", bytes);
-        std::uint64_t frames = bytes / asked.frame_bytes;
-        std::uint64_t size = Ledger::bytes_for(frames);
-        Descriptor control = sealed_file("mtier-pages", size);
-        void *memory = MAP_FAILED;
-        if (slab.get() >= 0 && control.get() >= 0) {
-            memory = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, control.get(), 0);
-        }
+    struct Making {
+        std::size_t bank = 0;
+        JoinRequest asked{};
+        std::shared_ptr<Slab> slab;
+    };
+
+    // The space of a slab that is ready. nullptr with a sentence.
+    Space *open(const Making &made, std::string *why) {
+        Slab &slab = *made.slab;
+        std::uint64_t frames = slab.memory.bytes / made.asked.frame_bytes;
+        void *memory = map(slab, frames);
         if (memory == MAP_FAILED) {
-            *why = "the service could not make a slab: " + words_of(errno);
+            *why = "the service could not map a ledger: " + words_of(errno);
+            banks_[made.bank]->discard(slab);
             return nullptr;
         }
-        banks_[bank]->take(bytes);
-        auto space = std::make_unique<Space>(memory, frames);
-        space->label = printable(asked.label);
-        space->is_private = asked.is_private == 1;
-        space->bank = bank;
-        space->frame_bytes = asked.frame_bytes;
-        space->slab_bytes = bytes;
-        space->slab = std::move(slab);
-        space->control = std::move(control);
-        space->memory = memory;
+        SpaceHead head{};
+        head.magic = SpaceHead::kMagic;
+        head.epoch = slab.id;
+        head.key = made.asked.space;
+        put_text(head.label, printable(made.asked.label));
+        put_text(head.bank, banks_[made.bank]->name());
+        put_text(head.boot, boot_id());
+        head.frame_bytes = made.asked.frame_bytes;
+        head.frames = frames;
+        head.slab_bytes = slab.memory.bytes;
+        head.kind = banks_[made.bank]->kind();
+        head.is_private = made.asked.is_private;
+        head.sum = head.right_sum();
+        auto space = std::make_unique<Space>(made.bank, made.slab, memory, frames);
         space->ledger.begin();
-        return (spaces_[asked.space] = std::move(space)).get();
+        space->record->head = head;
+        return (spaces_[head.key] = std::move(space)).get();
     }
 
-    // Of fixed size: a client cannot take more than that, nor lose what it maps.
-    static Descriptor sealed_file(const char *name, std::uint64_t bytes) {
-        Descriptor file(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
-        bool made = file.get() >= 0 && ::ftruncate(file.get(), static_cast<off_t>(bytes)) == 0 &&
-                    ::fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
-        return made ? std::move(file) : Descriptor();
+    static void *map(const Slab &slab, std::uint64_t frames) {
+        return ::mmap(nullptr, control_bytes(frames), PROT_READ | PROT_WRITE, MAP_SHARED, slab.control.fd.get(),
+                      static_cast<off_t>(slab.control.offset));
     }
+
+    // ---- what services before this one left ----
+
+    void restore() {
+        for (std::size_t i = 0; i < banks_.size(); ++i) {
+            for (const std::shared_ptr<Slab> &slab : banks_[i]->left()) restore(i, slab);
+        }
+        for (const std::string &name : kept_.found("")) kept_.remove(name);  // halves, and processes without sessions
+        for (const auto &[key, space] : spaces_) {
+            std::string words;
+            append(&words, "%zu pages of %s are still there, and %d sessions", space->restored, space->head().label,
+                   __builtin_popcountll(space->bits));
+            note_(words);
+        }
+    }
+
+    void restore(std::size_t bank, const std::shared_ptr<Slab> &slab) {
+        std::optional<SpaceHead> head = read_head(slab->control);
+        void *memory = head && spaces_.count(head->key) == 0 ? map(*slab, head->frames) : MAP_FAILED;
+        if (memory == MAP_FAILED) return banks_[bank]->discard(*slab);
+        Space &space = *(spaces_[head->key] = std::make_unique<Space>(bank, slab, memory, head->frames));
+        for (int bit = 0; bit < kSessions; ++bit) {
+            const SessionLine &line = space.record->sessions[bit];
+            std::shared_ptr<Process> process = space.record->has(bit) ? process_of(line) : nullptr;
+            if (process == nullptr || process->gone() || sessions_.count(line.id) != 0) {
+                space.ledger.fence(bit);
+                space.record->erase(bit);
+                continue;
+            }
+            admit(space, line.id, bit, line.quota, process)->second.mapped = true;
+        }
+        space.index.restore(space.ledger);
+        space.restored = space.index.size();
+        if (space.promised == 0 && head->is_private != 0) drop(head->key);
+    }
+
+    // Who a session's line speaks of; nullptr where that has ended. One of which nobody can say whether it lives has no
+    // pidfd, and keeps its session until it comes back.
+    std::shared_ptr<Process> process_of(const SessionLine &line) {
+        auto pid = static_cast<pid_t>(line.pid);
+        Descriptor fd = kept_.take(name_of(pid, line.process));
+        std::shared_ptr<Process> process = fd.get() >= 0 ? std::make_shared<Process>(pid, fd.release(), line.process)
+                                                         : Process::of_key(pid, line.process);
+        return process == nullptr ? nullptr : processes_.shared(process);
+    }
+
+    Sessions::iterator admit(Space &space, std::uint64_t id, int bit, std::uint64_t quota,
+                             std::shared_ptr<Process> process) {
+        space.bits |= 1ULL << bit;
+        space.promised += quota;
+        return sessions_.emplace(id, Session{&space, bit, quota, std::move(process)}).first;
+    }
+
+    static std::string name_of(pid_t pid, const std::string &key) {
+        return "process " + std::to_string(pid) + " " + key;
+    }
+    static std::string name_of(const Process &process) { return name_of(process.pid(), process.key()); }
 
     static std::string printable(const char *label) {
         std::string text = label;
@@ -409,19 +468,25 @@ class PageService : public Handler {
 
     void drop(const Key &key) {
         auto found = spaces_.find(key);
-        banks_[found->second->bank]->give_back(found->second->slab_bytes);
+        banks_[found->second->bank]->discard(*found->second->slab);
         spaces_.erase(found);
     }
 
     // Drops the space that nobody has used for the longest time. False where all are in use.
     bool drop_idle() {
+        for (auto it = making_.begin(); it != making_.end(); ++it) {  // whoever asked for it asks no more
+            if (it->second.slab->state == Slab::State::kMaking) continue;
+            if (it->second.slab->state == Slab::State::kReady) banks_[it->second.bank]->discard(*it->second.slab);
+            making_.erase(it);
+            return true;
+        }
         auto oldest = spaces_.end();
         for (auto it = spaces_.begin(); it != spaces_.end(); ++it) {
             if (it->second->promised != 0) continue;
             if (oldest == spaces_.end() || it->second->last_join < oldest->second->last_join) oldest = it;
         }
         if (oldest == spaces_.end()) return false;
-        note_("the pages of " + oldest->second->label + " make place for another model's");
+        note_("the pages of " + std::string(oldest->second->head().label) + " make place for another model's");
         drop(Key(oldest->first));
         return true;
     }
@@ -429,11 +494,16 @@ class PageService : public Handler {
     void end(Sessions::iterator session, const char *why) {
         Space *space = session->second.space;
         space->ledger.fence(session->second.bit);
+        space->record->erase(session->second.bit);
         space->bits &= ~(1ULL << session->second.bit);
         space->promised -= session->second.quota;
-        note_(session->second.process->name() + " is no session of " + space->label + " any more (" + why + ")");
+        note_(session->second.process->name() + " is no session of " + space->head().label + " any more (" + why + ")");
+        std::shared_ptr<Process> process = session->second.process;
         sessions_.erase(session);
-        if (!space->is_private) return;
+        bool has_others = std::any_of(sessions_.begin(), sessions_.end(),
+                                      [&](const auto &each) { return each.second.process->key() == process->key(); });
+        if (!has_others) kept_.remove(name_of(*process));
+        if (space->head().is_private == 0) return;
         for (auto it = spaces_.begin(); it != spaces_.end(); ++it) {
             if (it->second.get() == space) return drop(Key(it->first));
         }
@@ -478,19 +548,22 @@ class PageService : public Handler {
             Place place;
             std::memcpy(&place, behind.data() + i * sizeof(place), sizeof(place));
             if (place.frame >= space.ledger.frames()) return Answer::error(kInvalidArgument, "there is no such frame");
-            forgotten += space.index.forget(place) ? 1 : 0;
+            forgotten += space.index.forget(&space.ledger, place) ? 1 : 0;
         }
         space.damaged += forgotten;
         std::string words;
         append(&words, "%s finds %" PRIu64 " pages of ", session.process->name().c_str(), forgotten);
-        note_(words + space.label + " damaged; they are found no more");
+        note_(words + space.head().label + " damaged; they are found no more");
         return Answer{};
     }
 
+    Processes &processes_;
+    Kept &kept_;
     std::vector<std::unique_ptr<SlabSource>> banks_;
     const unsigned share_;
     Note note_;
     std::unordered_map<Key, std::unique_ptr<Space>, KeyHash> spaces_;
+    std::unordered_map<Key, Making, KeyHash> making_;
     Sessions sessions_;
     std::unordered_map<std::uint64_t, std::uint64_t> joined_;  // connection -> session
     std::uint64_t joins_ = 0;

@@ -70,6 +70,8 @@ class Process {
         return pid_ != 0 ? "process " + std::to_string(pid_) : "process " + key_ + " of another PID namespace";
     }
     bool gone() const { return fd_ >= 0 && gone(fd_); }
+    // Takes the pidfd of another object of the same process.
+    void know(Process &other) { fd_ = std::exchange(other.fd_, -1); }
 
   private:
     static constexpr long kPidfs = 0x50494446;
@@ -111,7 +113,7 @@ class Process {
     }
 
     const pid_t pid_;
-    const int fd_;
+    int fd_;
     const std::string key_;
 };
 

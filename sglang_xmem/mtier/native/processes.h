@@ -23,19 +23,26 @@ class Processes {
     // The object that all who know the process share.
     std::shared_ptr<Process> shared(const std::shared_ptr<Process> &process) {
         std::weak_ptr<Process> &known = known_[process->key()];
-        if (std::shared_ptr<Process> found = known.lock()) return found;
+        if (std::shared_ptr<Process> found = known.lock()) {
+            if (found->fd() >= 0 || process->fd() < 0) return found;
+            found->know(*process);
+            watch(*found);
+            return found;
+        }
         std::shared_ptr<Process> mine(process.get(), [this, process](Process *) {
             if (process->fd() >= 0) loop_.forget(process->fd());
             known_.erase(process->key());
         });
         known = mine;
-        if (process->fd() >= 0) {
-            loop_.watch(process->fd(), POLLIN, [this, key = process->key()](short) { ended(key); });
-        }
+        if (process->fd() >= 0) watch(*process);
         return mine;
     }
 
   private:
+    void watch(const Process &process) {
+        loop_.watch(process.fd(), POLLIN, [this, key = process.key()](short) { ended(key); });
+    }
+
     void ended(const std::string &key) {
         std::shared_ptr<Process> process = known_[key].lock();
         if (process == nullptr) return;

@@ -1,0 +1,42 @@
+// File descriptors that close themselves, and memory in a file that cannot change its size.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+namespace mtier {
+
+class Descriptor {
+  public:
+    explicit Descriptor(int fd = -1) : fd_(fd) {}
+    Descriptor(Descriptor &&other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+    Descriptor &operator=(Descriptor &&other) noexcept {
+        std::swap(fd_, other.fd_);
+        return *this;
+    }
+    ~Descriptor() {
+        if (fd_ >= 0) ::close(fd_);
+    }
+    int get() const { return fd_; }
+    int release() { return std::exchange(fd_, -1); }
+    // Another one of the same, to be sent; -1 where there is none to be had.
+    int duplicate() const { return ::fcntl(fd_, F_DUPFD_CLOEXEC, 0); }
+
+  private:
+    int fd_;
+};
+
+// Zeroed host memory of fixed size: a client cannot take more than that, nor lose what it maps. -1 with errno.
+inline Descriptor sealed_file(const char *name, std::uint64_t bytes) {
+    Descriptor file(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    bool made = file.get() >= 0 && ::ftruncate(file.get(), static_cast<off_t>(bytes)) == 0 &&
+                ::fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
+    return made ? std::move(file) : Descriptor();
+}
+
+}  // namespace mtier

@@ -1,0 +1,283 @@
+// The process that outlives the service: it holds the service's socket and the descriptors of what has to survive it,
+// starts it again when it ends without a signal to stop, and does nothing else that could fail.
+//
+// The service is a child of it that is forked and not executed, so it has all descriptors by inheritance. It sends new
+// ones over a pair of sockets: what was sent is the keeper's, also where the service ends right behind the call. Memory
+// of which the keeper has a descriptor lives on: host memory, and GPU memory by the driver's descriptors, which takes
+// no CUDA in the keeper. When the keeper ends, however it does, the service does too.
+#pragma once
+
+#include <poll.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "descriptor.h"
+#include "notify.h"
+#include "text.h"
+
+namespace mtier {
+
+constexpr std::size_t kMaxKeptName = 200;
+
+// The service's end: what it finds, and what it leaves.
+class Kept {
+  public:
+    // `found`: what services before this one left.
+    Kept(int keeper, std::map<std::string, Descriptor> found, unsigned restarts)
+        : keeper_(keeper), found_(std::move(found)), restarts_(restarts) {}
+
+    // How often the service was started again.
+    unsigned restarts() const { return restarts_; }
+
+    std::vector<std::string> found(std::string_view prefix) const {
+        std::vector<std::string> names;
+        for (const auto &[name, fd] : found_) {
+            if (std::string_view(name).substr(0, prefix.size()) == prefix) names.push_back(name);
+        }
+        return names;
+    }
+    // What was left under that name, once; -1 where nothing was.
+    Descriptor take(const std::string &name) {
+        auto node = found_.extract(name);
+        return node.empty() ? Descriptor() : std::move(node.mapped());
+    }
+
+    // Leaves a descriptor for the service after this one; it stays the caller's too. False where it cannot be left now.
+    bool leave(const std::string &name, int fd) { return send('+', name, fd); }
+    void remove(const std::string &name) { send('-', name, -1); }
+    void ready() { send('r', "", -1); }
+    void beat() { send('b', "", -1); }
+
+  private:
+    // Does not wait: the keeper may be stopped.
+    bool send(char what, std::string_view name, int fd) {
+        std::string message = what + std::string(name.substr(0, kMaxKeptName));
+        iovec part{message.data(), message.size()};
+        alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+        msghdr header{};
+        header.msg_iov = &part;
+        header.msg_iovlen = 1;
+        if (fd >= 0) {
+            header.msg_control = control;
+            header.msg_controllen = sizeof(control);
+            cmsghdr *c = CMSG_FIRSTHDR(&header);
+            c->cmsg_level = SOL_SOCKET;
+            c->cmsg_type = SCM_RIGHTS;
+            c->cmsg_len = CMSG_LEN(sizeof(int));
+            std::memcpy(CMSG_DATA(c), &fd, sizeof(int));
+        }
+        return ::sendmsg(keeper_.get(), &header, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0;
+    }
+
+    Descriptor keeper_;
+    std::map<std::string, Descriptor> found_;
+    const unsigned restarts_;
+};
+
+class Keeper {
+  public:
+    // Runs `serve` in a child until that ends as it should. Returns the status to end with.
+    int run(const std::function<int(Kept &)> &serve) {
+        sigset_t handled;
+        sigemptyset(&handled);
+        for (int number : {SIGTERM, SIGINT, SIGCHLD}) sigaddset(&handled, number);
+        sigset_t before;
+        ::sigprocmask(SIG_BLOCK, &handled, &before);
+        Descriptor signals(::signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK));
+        if (signals.get() < 0) return complain("signals cannot be waited for: " + words_of(errno));
+        signals_ = signals.get();
+        std::chrono::milliseconds pause = kFirstPause;
+        unsigned in_vain = 0;  // starts in a row that came to nothing
+        for (unsigned starts = 0;; ++starts) {
+            int ends[2];
+            if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) {
+                return complain("no sockets can be made: " + words_of(errno));
+            }
+            Descriptor own(ends[0]), its(ends[1]);
+            std::fflush(nullptr);
+            pid_t keeper = ::getpid();
+            pid_t service = ::fork();
+            if (service < 0) return complain("no process can be made: " + words_of(errno));
+            if (service == 0) {
+                ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+                if (::getppid() != keeper) std::_Exit(1);  // it has ended already
+                ::sigprocmask(SIG_SETMASK, &before, nullptr);
+                own = Descriptor();
+                signals = Descriptor();
+                std::exit(child(serve, its.release(), starts));  // no destructor of the keeper runs here
+            }
+            its = Descriptor();
+            ready_ = false;
+            auto begun = Clock::now();
+            int status = attend(service, own.get());
+            bool as_it_should = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+            if (stopping_ || as_it_should || (starts == 0 && !ready_)) {
+                return WIFEXITED(status) ? WEXITSTATUS(status) : complain("the service " + words_for(status));
+            }
+            in_vain = ready_ ? 0 : in_vain + 1;
+            if (in_vain == kMostInVain) return complain("the service " + words_for(status) + " at every start");
+            if (in_vain == kTrust && !kept_.empty()) {
+                complain("the service cannot start with what was left to it, so that is given up");
+                kept_.clear();
+            }
+            if (Clock::now() - begun > kLong) pause = kFirstPause;
+            complain("the service " + words_for(status) + " and is started again");
+            if (rest(pause)) return 1;
+            pause = std::min(pause * 2, kLongestPause);
+        }
+    }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    static constexpr std::chrono::milliseconds kTurn{1000}, kFirstPause{20}, kLongestPause{5000};
+    static constexpr std::chrono::seconds kLong{60};
+    static constexpr std::chrono::milliseconds kSilence{30'000}, kPatience{10'000};  // the second: once asked to stop
+    static constexpr unsigned kTrust = 3, kMostInVain = 8;
+
+    // With a service whose main loop is stuck.
+    static std::chrono::milliseconds patience() {
+#ifdef MTIER_TESTING
+        if (const char *chosen = std::getenv("MTIER_SILENCE_MS")) {
+            return std::chrono::milliseconds(std::strtol(chosen, nullptr, 10));
+        }
+#endif
+        return kSilence;
+    }
+
+    int child(const std::function<int(Kept &)> &serve, int end, unsigned restarts) {
+        Kept kept(end, std::move(kept_), restarts);
+        try {
+            return serve(kept);
+        } catch (const std::exception &error) {
+            return complain(error.what());
+        }
+    }
+
+    static int complain(const std::string &sentence) {
+        // A pipe that nobody reads must not hold who watches the service.
+        pollfd out{STDERR_FILENO, POLLOUT, 0};
+        if (::poll(&out, 1, 0) == 1 && (out.revents & POLLOUT) != 0) {
+            std::fprintf(stderr, "mtierd: %s.\n", sentence.c_str());
+        }
+        return 1;
+    }
+
+    static std::string words_for(int status) {
+        if (WIFSIGNALED(status)) return "was ended by signal " + std::to_string(WTERMSIG(status));
+        return "ended with status " + std::to_string(WEXITSTATUS(status));
+    }
+
+    // Waits for the service's end and does meanwhile what it asks. Returns its status.
+    int attend(pid_t service, int end) {
+        std::chrono::milliseconds silent{0}, stopping{0};
+        for (;;) {
+            auto before = Clock::now();
+            pollfd entries[] = {{end, POLLIN, 0}, {signals_, POLLIN, 0}};
+            auto most = notify_.beat().count() == 0 ? kTurn : std::min(kTurn, notify_.beat());
+            ::poll(entries, 2, static_cast<int>(most.count()));
+            // This process may have been stopped itself.
+            auto turn = std::min(most, std::chrono::ceil<std::chrono::milliseconds>(Clock::now() - before));
+            silent = drain(end) ? std::chrono::milliseconds(0) : silent + turn;
+            if (has_to_stop() && !stopping_) {
+                stopping_ = true;
+                notify_.send("STOPPING=1");
+                ::kill(service, SIGTERM);
+            }
+            if (stopping_) stopping += turn;
+            if (stopping > kPatience || silent > patience()) ::kill(service, SIGKILL);
+            beat();
+            int status = 0;
+            if (::waitpid(service, &status, WNOHANG) == service) {
+                drain(end);
+                return status;
+            }
+            // Its end is closed a moment before it has ended: that is no event to wait for.
+            if ((entries[0].revents & POLLHUP) != 0) ::usleep(1000);
+        }
+    }
+
+    // Does what messages of the service say. False where there was none.
+    bool drain(int end) {
+        bool any = false;
+        for (;;) {
+            char name[kMaxKeptName + 2];
+            iovec part{name, sizeof(name)};
+            alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+            msghdr message{};
+            message.msg_iov = &part;
+            message.msg_iovlen = 1;
+            message.msg_control = control;
+            message.msg_controllen = sizeof(control);
+            ssize_t n = ::recvmsg(end, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+            if (n <= 0) return any;
+            any = true;
+            Descriptor fd;
+            for (cmsghdr *c = CMSG_FIRSTHDR(&message); c != nullptr; c = CMSG_NXTHDR(&message, c)) {
+                int number = -1;
+                std::memcpy(&number, CMSG_DATA(c), sizeof(number));
+                fd = Descriptor(number);
+            }
+            std::string which(name + 1, static_cast<std::size_t>(n - 1));
+            if (name[0] == '+' && fd.get() >= 0) kept_[which] = std::move(fd);
+            if (name[0] == '-') kept_.erase(which);
+            if (name[0] == 'r') {
+                ready_ = true;
+                notify_.send("READY=1");
+            }
+        }
+    }
+
+    // Lets systemd's watchdog know that this process lives; whether the service does is this one's own concern.
+    void beat() {
+        if (notify_.beat().count() == 0 || Clock::now() - beat_at_ < notify_.beat()) return;
+        beat_at_ = Clock::now();
+        notify_.send("WATCHDOG=1");
+    }
+
+    bool has_to_stop() const {
+        signalfd_siginfo info{};
+        bool found = false;
+        while (::read(signals_, &info, sizeof(info)) == static_cast<ssize_t>(sizeof(info))) {
+            found = found || info.ssi_signo != SIGCHLD;
+        }
+        return found;
+    }
+
+    // True where it has to stop meanwhile.
+    bool rest(std::chrono::milliseconds pause) const {
+        for (auto end = Clock::now() + pause; Clock::now() < end;) {
+            pollfd entry{signals_, POLLIN, 0};
+            ::poll(&entry, 1, static_cast<int>(std::min<std::int64_t>(pause.count(), kTurn.count())));
+            if (has_to_stop()) return true;
+        }
+        return false;
+    }
+
+    Notify notify_;
+    std::map<std::string, Descriptor> kept_;
+    int signals_ = -1;
+    bool stopping_ = false;
+    bool ready_ = false;
+    Clock::time_point beat_at_{};
+};
+
+}  // namespace mtier

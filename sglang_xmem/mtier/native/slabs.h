@@ -1,0 +1,198 @@
+// Slabs of the page bank out of the service's banks: one class a kind of memory. A slab is memory for frames and, next to
+// it, memory that the CPU of service and engines can reach for its record and ledger (space_record.h).
+#pragma once
+
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "descriptor.h"
+#include "keeper.h"
+#include "service.h"
+#include "space_record.h"
+#include "text.h"
+
+namespace mtier::pages {
+
+// A range of a file or device.
+struct Part {
+    Descriptor fd;
+    std::uint64_t offset = 0;
+    std::uint64_t bytes = 0;
+};
+
+struct Slab {
+    enum class State { kMaking, kReady, kFailed };
+    State state = State::kMaking;
+    std::string why;  // of one that failed: a clause
+    std::uint64_t id = 0;  // of this one alone, for ever
+    Part memory, control;
+    bool discarded = false;
+};
+
+class SlabSource {
+  public:
+    virtual ~SlabSource() = default;
+    virtual MemoryKind kind() const = 0;
+    // Of this source alone in the service, also in one that is started anew.
+    virtual std::string name() const = 0;
+    virtual std::uint64_t total() const = 0;
+    virtual std::uint64_t available() const = 0;
+    virtual std::uint64_t granularity() const = 0;
+    // Begins to make a slab of zeroed memory of whole granules, no more than available(), where they are missing until
+    // it is discarded or has failed.
+    virtual std::shared_ptr<Slab> make(std::uint64_t bytes, std::uint64_t control) = 0;
+    // Slabs that services before this one made; each once.
+    virtual std::vector<std::shared_ptr<Slab>> left() = 0;
+    // Lets go of a slab, whoever maps it.
+    virtual void discard(Slab &slab) = 0;
+};
+
+inline std::uint64_t random_number() {
+    std::uint64_t number = 0;
+    while (number == 0) {
+        if (::getrandom(&number, sizeof(number), 0) != sizeof(number)) throw std::bad_alloc();
+    }
+    return number;
+}
+
+// The head of a slab's record; none where it is not whole, or of another start of the machine.
+inline std::optional<SpaceHead> read_head(const Part &control) {
+    void *memory = ::mmap(nullptr, kLedgerOffset, PROT_READ, MAP_SHARED, control.fd.get(),
+                          static_cast<off_t>(control.offset));
+    if (memory == MAP_FAILED) return std::nullopt;
+    SpaceHead head = static_cast<SpaceRecord *>(memory)->head;
+    ::munmap(memory, kLedgerOffset);
+    if (!head.is_sound() || control_bytes(head.frames) > control.bytes) return std::nullopt;
+    return head;
+}
+
+// Slabs of a bank that has an account with the service, whose descriptors the keeper has.
+class SlabsOfBank : public SlabSource {
+  public:
+    SlabsOfBank(Service &service, std::size_t bank, Kept &kept) : service_(service), bank_(bank), kept_(kept) {}
+
+    MemoryKind kind() const override { return service_.bank(bank_).kind(); }
+    std::string name() const override { return std::to_string(bank_) + " " + service_.bank(bank_).label(); }
+    std::uint64_t total() const override { return service_.bank(bank_).total(); }
+    std::uint64_t available() const override { return service_.available(bank_); }
+    std::uint64_t granularity() const override { return service_.bank(bank_).granularity(); }
+
+    std::vector<std::shared_ptr<Slab>> left() override {
+        std::vector<std::shared_ptr<Slab>> slabs;
+        const std::string prefix = "control " + name() + " ";
+        for (const std::string &control : kept_.found(prefix)) {
+            auto slab = std::make_shared<Slab>();
+            slab->id = std::strtoull(control.c_str() + prefix.size(), nullptr, 10);
+            slab->control.fd = kept_.take(control);
+            slab->memory.fd = kept_.take(kept_name("slab", *slab));
+            slab->control.bytes = size_of(slab->control.fd);
+            std::optional<SpaceHead> head = read_head(slab->control);
+            if (!head || head->epoch != slab->id || name() != head->bank || slab->memory.fd.get() < 0 ||
+                head->slab_bytes > available() || !has(*slab, head->slab_bytes)) {
+                forget(*slab);
+                continue;
+            }
+            slab->memory.bytes = head->slab_bytes;
+            slab->state = Slab::State::kReady;
+            service_.set_aside(bank_, slab->memory.bytes);
+            resume(*slab);
+            slabs.push_back(std::move(slab));
+        }
+        return slabs;
+    }
+
+    void discard(Slab &slab) override {
+        slab.discarded = true;
+        forget(slab);
+        service_.give_back(bank_, slab.memory.bytes);
+    }
+
+  protected:
+    // One whose bytes are set aside and its record's memory there; kFailed where that is not to be had.
+    std::shared_ptr<Slab> begin(std::uint64_t bytes, std::uint64_t control) {
+        auto slab = std::make_shared<Slab>();
+        slab->id = random_number();
+        slab->memory.bytes = bytes;
+        slab->control.bytes = control;
+        service_.set_aside(bank_, bytes);
+        slab->control.fd = sealed_file("mtier-pages", control);
+        if (slab->control.fd.get() < 0) fail(*slab, words_of(errno));
+        return slab;
+    }
+
+    void finish(Slab &slab) {
+        slab.state = Slab::State::kReady;
+        // One without the other is nothing: the slab first.
+        if (!kept_.leave(kept_name("slab", slab), slab.memory.fd.get()) ||
+            !kept_.leave(kept_name("control", slab), slab.control.fd.get())) {
+            std::fprintf(stderr, "mtierd: pages of a slab cannot outlast this service (%s).\n",
+                         words_of(errno).c_str());
+        }
+    }
+
+    void fail(Slab &slab, std::string why) {
+        slab.state = Slab::State::kFailed;
+        slab.why = std::move(why);
+        discard(slab);
+    }
+
+    // Whether what was left has so many bytes.
+    virtual bool has(const Slab &slab, std::uint64_t bytes) const = 0;
+    // A slab that was left is in use again.
+    virtual void resume(Slab &slab) = 0;
+
+    static std::uint64_t size_of(const Descriptor &fd) {
+        struct stat info {};
+        return ::fstat(fd.get(), &info) == 0 ? static_cast<std::uint64_t>(info.st_size) : 0;
+    }
+
+    Service &service_;
+    const std::size_t bank_;
+
+  private:
+    std::string kept_name(const char *what, const Slab &slab) const {
+        return what + (" " + name() + " ") + std::to_string(slab.id);
+    }
+    void forget(const Slab &slab) {
+        kept_.remove(kept_name("slab", slab));
+        kept_.remove(kept_name("control", slab));
+    }
+
+    Kept &kept_;
+};
+
+// Anonymous files, which engines map and pin.
+class HostSlabs : public SlabsOfBank {
+  public:
+    using SlabsOfBank::SlabsOfBank;
+
+    std::shared_ptr<Slab> make(std::uint64_t bytes, std::uint64_t control) override {
+        std::shared_ptr<Slab> slab = begin(bytes, control);
+        if (slab->state == Slab::State::kFailed) return slab;
+        slab->memory.fd = sealed_file("mtier", bytes);
+        if (slab->memory.fd.get() < 0) {
+            fail(*slab, words_of(errno));
+        } else {
+            finish(*slab);
+        }
+        return slab;
+    }
+
+  protected:
+    bool has(const Slab &slab, std::uint64_t bytes) const override { return size_of(slab.memory.fd) == bytes; }
+    void resume(Slab &) override {}
+};
+
+}  // namespace mtier::pages

@@ -1,0 +1,97 @@
+// What lies in front of a space's ledger: what the space is and who its sessions are, for the service after this one.
+//
+// The service alone writes and maps it; engines map the ledger. The head never changes, and a session's line has a sum
+// that is written last and cleared first. So a service that is killed leaves nothing that the next one could misread:
+// what has no right sum is not there.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <type_traits>
+
+#include "pages.h"
+#include "protocol.h"
+
+namespace mtier::pages {
+
+// Of the running system, which no other has; what lies in memory that survives services does not survive it.
+inline std::string boot_id() {
+    std::string id;
+    std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
+    return id;
+}
+
+// Copies text into a field, with a zero behind it.
+template <std::size_t kBytes>
+void put_text(char (&field)[kBytes], const std::string &text) {
+    std::memset(field, 0, kBytes);
+    std::memcpy(field, text.data(), std::min(text.size(), kBytes - 1));
+}
+
+struct SpaceHead {
+    std::uint64_t magic;
+    std::uint64_t epoch;
+    Key key;
+    char label[64];
+    char bank[64];  // its label
+    char boot[64];
+    std::uint64_t frame_bytes, frames, slab_bytes;
+    MemoryKind kind;
+    std::uint32_t is_private;
+    std::uint64_t sum;
+
+    static constexpr std::uint64_t kMagic = 0x3153'4547'4150'544dULL;  // with the layout's version
+    std::uint64_t right_sum() const { return sum_of(this, offsetof(SpaceHead, sum), kMagic); }
+    bool is_sound() const {
+        return magic == kMagic && sum == right_sum() && boot_id() == boot && frame_bytes != 0 && frames != 0 &&
+               frames <= slab_bytes / frame_bytes;
+    }
+};
+
+struct SessionLine {
+    std::uint64_t id;
+    std::uint64_t quota;
+    std::int64_t pid;
+    char process[72];  // its key
+    std::uint64_t sum;  // 0: no session
+
+    std::uint64_t right_sum(int bit) const {
+        return sum_of(this, offsetof(SessionLine, sum), static_cast<std::uint64_t>(bit) + 1) | 1;
+    }
+};
+
+struct SpaceRecord {
+    SpaceHead head;
+    alignas(64) SessionLine sessions[kSessions];
+
+    void write(int bit, std::uint64_t id, std::uint64_t quota, std::int64_t pid, const std::string &process) {
+        SessionLine &line = sessions[bit];
+        line.id = id;
+        line.quota = quota;
+        line.pid = pid;
+        put_text(line.process, process);
+        seal(line, line.right_sum(bit));
+    }
+    void erase(int bit) { seal(sessions[bit], 0); }
+    bool has(int bit) const { return sessions[bit].sum != 0 && sessions[bit].sum == sessions[bit].right_sum(bit); }
+
+  private:
+    // What was written before is there before the sum is, whenever this process ends.
+    static void seal(SessionLine &line, std::uint64_t sum) {
+        __atomic_signal_fence(__ATOMIC_SEQ_CST);
+        __atomic_store_n(&line.sum, sum, __ATOMIC_SEQ_CST);
+    }
+};
+
+// Where the ledger begins: whole pages of every machine.
+constexpr std::uint64_t kLedgerOffset = 64 << 10;
+
+static_assert(sizeof(SpaceRecord) <= kLedgerOffset && std::is_trivially_copyable_v<SpaceRecord>);
+static_assert(offsetof(SpaceHead, sum) % 8 == 0 && offsetof(SessionLine, sum) % 8 == 0);
+
+inline std::uint64_t control_bytes(std::uint64_t frames) { return kLedgerOffset + Ledger::bytes_for(frames); }
+
+}  // namespace mtier::pages
