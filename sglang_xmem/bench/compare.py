@@ -1,8 +1,7 @@
-"""What changed between two results, with the spread in view.
+"""Compares two results, and separates changes from noise.
 
-A and B are JSON Lines files, or ids of runs in the files under --results. Of a file the last run counts, or with
-FILE#RUN the one that is named. A difference smaller than the spread of either side is called noise, and where a side
-has one sample, nothing is said.
+A and B are JSON Lines files, or ids of runs in the files under --results. A file means its last run; FILE#RUN names
+another. A difference smaller than the spread of either side is noise. With one sample on a side there is no verdict.
 """
 
 from __future__ import annotations

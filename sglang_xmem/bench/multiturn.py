@@ -1,8 +1,8 @@
 """Agents that share a system prompt, each with a context that grows by turns: TTFT by turn.
 
-A turn's prompt is all of the turns before it with the model's answers, and what the turn adds. Between an answer and
-the next turn an agent thinks. TTFT by turn, and what share of the prompts came from which cache. Each backend is an
-engine in its own process. (For a server that runs already, sglang.bench_serving has the dataset agentic-trace.)
+A turn's prompt consists of all earlier turns, the model's answers and the turn's own tokens. An agent waits between an
+answer and its next turn. Reports TTFT by turn, and the share of prompt tokens that came from each cache. Each backend
+runs in its own engine process. (For a running server, sglang.bench_serving has the dataset agentic-trace.)
 """
 
 from __future__ import annotations

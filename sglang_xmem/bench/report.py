@@ -1,7 +1,6 @@
-"""Tables and plots of results that were written before.
+"""Tables and plots of written results.
 
-The other benchmarks use it for the run that they have just made. Plots need matplotlib (pip install matplotlib), no
-display and no GPU.
+The other benchmarks print their run with it. Plots need matplotlib (pip install matplotlib), no display and no GPU.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ IDENTITY = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="JSON Lines file of a benchmark")
     parser.add_argument("--run", default=None, dest="run_id", help="id of a run in it, see --list; default: the last")
-    parser.add_argument("--list", action="store_true", help="the file's runs, and nothing else")
-    parser.add_argument("--json", action="store_true", help="a flat JSON object a row on stdout, such as pandas reads")
+    parser.add_argument("--list", action="store_true", help="list the file's runs and exit")
+    parser.add_argument("--json", action="store_true", help="print one flat JSON object per row, for pandas")
     parser.add_argument("--plot", type=Path, default=None, metavar="NAME.png", help="also plot; .png, .svg or .pdf")
 
 

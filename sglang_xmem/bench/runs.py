@@ -141,30 +141,39 @@ def add_engine_arguments(parser: argparse.ArgumentParser, backends: str, *, shap
     layouts = ["layer_first", "page_first"]
     add("--backends", default=backends, help=f"comma-separated, of {names}; default {backends}")
     model = parser.add_mutually_exclusive_group()
-    about = f"with dummy weights, NAME/4 with a quarter of its layers: {about}; default: the first"
+    about = f"runs with dummy weights; NAME/4 has a quarter of the layers. {about}. Default: the first, or the preset's"
     default = "qwen3-30b-a3b"
     if shape_list:
-        model.add_argument("--shapes", "--shape", dest="shape", default=default, help=f"comma-separated, {about}")
+        model.add_argument("--shapes", "--shape", dest="shape", default=default, help=f"comma-separated; {about}")
     else:
         model.add_argument("--shape", default=default, help=about)
     model.add_argument("--model", help="path of a model to run with its weights")
     add("--page-size", type=at_least(1), default=None, help="tokens; default 64, with --shape tiny 16")
-    add("--tp-size", type=at_least(1), default=1, help="GPUs of tensor parallelism; default 1")
-    add("--hicache-size", type=at_least(0), default=0, help="GB a rank; default: what the workload needs, and some")
+    add("--tp-size", type=at_least(1), default=1, help="GPUs for tensor parallelism; default 1")
+    add(
+        "--hicache-size",
+        type=at_least(0),
+        default=0,
+        help="GB per rank; default: what the workload needs and a reserve",
+    )
     layout = "of stock HiCache's pool; default layer_first, with linear attention page_first, which SGLang needs there"
     add("--stock-layout", default=None, choices=layouts, help=layout)
-    add("--attention-backend", default=None, help="of SGLang; default: its own choice, for K and V flashinfer")
-    add("--xmem-config", default=None, help="--hicache-xmem-config of the tiers' engines; default: none")
+    add(
+        "--attention-backend",
+        default=None,
+        help="SGLang's option; default flashinfer for K and V, else SGLang's choice",
+    )
+    add("--xmem-config", default=None, help="--hicache-xmem-config of engines with a tier; default: none")
     add("--engine-args", default="{}", help="JSON object of further sgl.Engine keywords; default: none")
     add("--seed", type=int, default=0, help="of the prompts; default 0")
-    add("--timeout", type=at_least(1, float), default=1800, help="seconds an engine may take; default 1800")
-    limit = "seconds for the whole command; engines that it leaves no time for are left out; default: none"
+    add("--timeout", type=at_least(1, float), default=1800, help="seconds per engine; default 1800")
+    limit = "seconds for the whole command; later engines are not started; default: none"
     add("--time-limit", type=at_least(1, float), default=None, help=limit)
     parser.set_defaults(began=time.monotonic(), engines=1)
-    add("--quick", action="store_true", help="the least that still shows something; says little")
-    unproven = "share of samples without proof of their hit that fails a run; default 0.2"
+    add("--quick", action="store_true", help="the smallest useful run; not for conclusions")
+    unproven = "a run fails if a larger share of samples has no proof of its hit; default 0.2"
     add("--max-unproven", type=at_least(0, float, 1), default=0.2, help=unproven)
-    add("--verbose", action="store_true", help="let the engines' logs through to stderr")
+    add("--verbose", action="store_true", help="print the engines' logs on stderr")
 
 
 def add_output_argument(parser: argparse.ArgumentParser, bench: str) -> None:

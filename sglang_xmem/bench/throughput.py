@@ -1,9 +1,9 @@
-"""tokens/s where a given share of each prompt hits, at several concurrencies.
+"""tokens/s at given hit ratios and concurrencies.
 
-Each backend is an engine in its own process. Prompts that were asked before share their beginning with new ones: at a
-hit ratio of 80 %, the first 80 % of each prompt lie in the tier and the rest is new. Before each cell a flood pushes
-all prompts out of the GPU's pool, and the samples prove by `cached_tokens_details` where their hits came from.
-`hbm` keeps all prompts in the GPU's pool; `recompute` has no cache, so it is measured without hits alone.
+Each backend runs in its own engine process. New prompts begin like earlier ones: at a hit ratio of 80 %, the first 80 %
+of each prompt are in the tier and the rest is new. Before each cell, a flood of other prompts evicts all prompts from
+the GPU's pool, and `cached_tokens_details` proves where hits came from. `hbm` keeps all prompts in the GPU's pool;
+`recompute` has no cache and is measured at 0 % only.
 """
 
 from __future__ import annotations

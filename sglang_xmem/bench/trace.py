@@ -1,10 +1,10 @@
 """A recorded trace of requests in Mooncake's JSON Lines format, replayed by sglang.bench_serving's load generator.
 
-A line has `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, one for each block of 512 tokens;
-equal ids are equal content. bench_serving's own dataset of that format makes prompts of about a quarter of the recorded
-length, of which all blocks are nearly the same words; here each has its recorded length and content of its own. At real
-or scaled time requests are sent when the trace says, whatever the server has still to do; with `--speed max` as many
-run at once as --concurrency says. The GPU's own KV cache is on.
+Each line has `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, one per block of 512 tokens;
+equal ids mean equal content. bench_serving's own dataset of this format makes prompts of a quarter of the recorded
+length, with nearly the same words in all blocks; here prompts have their recorded length and distinct content. At real
+or scaled time, requests are sent at the trace's times, even if earlier ones are still running; with `--speed max`,
+--concurrency requests run at once. The GPU's own KV cache is on.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Time to first token of a hit in each backend, by prompt length, with a proof of each hit, a floor and a ceiling.
+"""Time to first token of a hit in each backend, by prompt length, with proof of each hit, a floor and a ceiling.
 
-Wall time of `generate` with one output token. Each backend is an engine in its own process, on the same prompts. A
-sample counts as a hit of the tier only where SGLang's `cached_tokens_details` says so; the others are counted and
-shown, and too many fail the run. A hit in the GPU's own pool (`hbm`) and the prompt computed again (`recompute`) are
-measured in every engine; named alone they get one of stock SGLang without HiCache. `floor` is the least that a hit of a
-tier could take: what the CPU does, then the slower of forward pass and link, and one layer of the faster one. Of
-several shapes each has all backends before the next; engines find the kernels that earlier ones compiled in the caches
-of the user's home folder.
+Measures the wall time of `generate` with one output token. Each backend runs in its own engine process, on the same
+prompts. A sample counts as a hit of the tier only if SGLang's `cached_tokens_details` confirms it. Other samples are
+counted and shown; too many fail the run. Every engine also measures hits in the GPU's own pool (`hbm`) and prompts
+without a cached prefix (`recompute`); named alone, these use stock SGLang without HiCache. The floor is the least time
+of a tier hit: CPU time, plus the slower of forward pass and link, plus one layer of the faster one. With several
+shapes, each runs all backends before the next; engines share compiled kernels through the caches in the user's home.
 """
 
 from __future__ import annotations

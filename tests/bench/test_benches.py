@@ -37,7 +37,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
         shape = [] if "--shapes" in arguments else ["--shape", "tiny"]
         status = cli.main(["bench", *arguments, *shape, "--output", str(output)])
         if status == cli.INTERRUPTED:
-            raise KeyboardInterrupt  # pytest's own; the command has dealt with its part of it
+            raise KeyboardInterrupt  # pytest's own; the command has done its part
         rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
         return status, rows
 

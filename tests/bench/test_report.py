@@ -342,10 +342,10 @@ def test_copies_compare_by_rate() -> None:
 
 
 def test_outputs_that_are_all_alike_are_not_called_equal(capsys: pytest.CaptureFixture[str]) -> None:
-    for tells, words in (
+    for differ, words in (
         (None, "each hit's are those"),
         (True, "each hit's are those"),
         (False, "say nothing of the KV"),
     ):
-        report.print_table([ttft_row("dram", 1024, [1.0, 2.0], outputs_tell_prompts_apart=tells)])
+        report.print_table([ttft_row("dram", 1024, [1.0, 2.0], outputs_tell_prompts_apart=differ)])
         assert words in capsys.readouterr().out
