@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -85,12 +85,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a random model whose output depends on its prompt's prefix; made once a session."""
-    directory = tmp_path_factory.mktemp("model") / "tiny_qwen3"
-    script = REPOSITORY / "scripts" / "make_tiny_model.py"
-    subprocess.run([sys.executable, str(script), str(directory)], check=True)
-    return directory
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[str]], str]:
+    """Directory of the random model that make_tiny_model.py makes of its arguments; each is made once a session."""
+    directory = tmp_path_factory.mktemp("models")
+
+    def make(arguments: Sequence[str]) -> str:
+        path = directory / "_".join(("tiny", *arguments))
+        if not path.exists():
+            script = REPOSITORY / "scripts" / "make_tiny_model.py"
+            subprocess.run([sys.executable, str(script), str(path), *arguments], check=True)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(model_of: Callable[[Sequence[str]], str]) -> Path:
+    """Directory of a random model whose output depends on its prompt's prefix."""
+    return Path(model_of(()))
 
 
 @pytest.fixture(scope="module")

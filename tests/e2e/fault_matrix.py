@@ -56,7 +56,7 @@ def steps(rounds: int, faults: Sequence[str] = SURVIVED) -> list[Step]:
 def reference(model: str, rounds: int) -> dict[str, list[int]]:
     """The right answer to each prompt."""
     names = [f"{fault} {number}" for fault in SURVIVED for number in range(rounds)]
-    result = run(Spec("engine", model, REFERENCE, [("ask", name, name) for name in names]), timeout_s=600)
+    result = run(Spec("engine", model, REFERENCE, [("ask", name, name) for name in names], forked=True), timeout_s=600)
     return {name: result.answers[name].output_ids for name in names}
 
 
@@ -64,7 +64,7 @@ def survived(model: str, rounds: int, scratch: Path) -> tuple[list[Row], harness
     """Run all faults that a rank survives in one engine."""
     right = reference(model, rounds)
     environment = {FAULT: str(scratch / "fault")}
-    result = run(Spec("engine", model, OPTIONS, steps(rounds), environment), timeout_s=900)
+    result = run(Spec("engine", model, OPTIONS, steps(rounds), environment, forked=True), timeout_s=900)
     rows = []
     for fault in SURVIVED:
         for state in STATES:
@@ -83,7 +83,7 @@ def hang(model: str, deadline_s: float, scratch: Path) -> tuple[Row, str, float]
     begun = time.monotonic()
     log = ""
     try:
-        log = run(Spec("engine", model, OPTIONS, plan, environment), timeout_s=240).log
+        log = run(Spec("engine", model, OPTIONS, plan, environment, forked=True), timeout_s=240).log
     except AssertionError as error:  # the engine is gone, as it has to be
         log = str(error)
     hung, met = int("has not ended within" not in log), faults_in(log)["hang"]

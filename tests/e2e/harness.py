@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -113,6 +114,8 @@ class Spec:
         start_timeout_s: a server is up by then.
         prompt_tokens: of each prompt.
         sglang: folder with another SGLang than the installed one, for entry "engine".
+        forked: an engine forks its processes, which have everything imported then; spawned ones, as users have them,
+            import it again, which takes most of a test's time.
     """
 
     entry: Entry
@@ -125,6 +128,7 @@ class Spec:
     start_timeout_s: float = START_TIMEOUT_S
     prompt_tokens: int = PROMPT_TOKENS
     sglang: str = ""
+    forked: bool = False
 
 
 @dataclass(frozen=True)
@@ -407,8 +411,8 @@ def run_steps(
     Steps: ("ask", name of the answer, name of the prompt), ("flood",) pushes everything out of the device pool,
     ("flush",) empties the caches, ("count_flushes", tries) as `count_flushes` and its count is printed,
     ("try", ...) is ("ask", ...) that may end in an error and then has no answer, ("fault", name) has copies fail from
-    here on, ("rest", seconds) and ("sleep", seconds) do nothing, ("await_files", directory) waits until the prompt's
-    pages are stored there,
+    here on, ("rest", seconds) and ("sleep", seconds) do nothing, ("await_files", directory, count) waits until as many
+    files have been written there,
     ("leave_out", pool, ...) leaves pools out of all further loads.
 
     Args:
@@ -442,7 +446,7 @@ def run_steps(
             (tries,) = arguments
             print(f"harness: flushes accepted: {count_flushes(client, tries, prompt_tokens)} of {tries}", flush=True)
         elif operation == "await_files":
-            _await_files(Path(arguments[0]))
+            _await_files(Path(arguments[0]), arguments[1])
         elif operation == "sleep":
             time.sleep(arguments[0])
         elif operation == "leave_out":
@@ -469,16 +473,15 @@ def count_flushes(client: _Client, tries: int = 5, prompt_tokens: int = PROMPT_T
 def flushes_accepted(model: str, options: Mapping[str, Any], tries: int = 5) -> int:
     """`count_flushes` of an engine with these options."""
     # Without the plugin: what it does takes time on the scheduler's thread.
-    result = run(Spec("engine", model, options, [("count_flushes", tries)], {LEAVE_OUT: ""}))
+    result = run(Spec("engine", model, options, [("count_flushes", tries)], {LEAVE_OUT: ""}, forked=True))
     (accepted,) = re.findall(r"harness: flushes accepted: (\d+) of", result.log)
     return int(accepted)
 
 
-def _await_files(directory: Path, timeout_s: float = 30) -> None:
-    wanted = PROMPT_TOKENS // BASE_OPTIONS["page_size"]
+def _await_files(directory: Path, wanted: int, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
-    while (found := len(list(directory.iterdir()))) < wanted:
-        assert time.monotonic() < deadline, f"{found} of {wanted} pages were stored in {timeout_s:g} s"
+    while (found := sum(path.is_file() and path.stat().st_size > 0 for path in directory.rglob("*"))) < wanted:
+        assert time.monotonic() < deadline, f"{found} of {wanted} files were written in {timeout_s:g} s"
         time.sleep(0.1)
 
 
@@ -494,7 +497,11 @@ def _fork_for_requests() -> None:
     """Body of the forking process. Returns in each child when it is done, for a regular exit of the interpreter."""
     import sglang.launch_server
     import sglang.srt.entrypoints.engine
-    import sglang.srt.entrypoints.http_server  # noqa: F401
+    import sglang.srt.entrypoints.http_server
+
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        # Every model's module: some start CUDA, and then nothing can be forked.
+        import sglang.srt.models.registry  # noqa: F401
 
     for line in sys.stdin:
         pid = os.fork()
@@ -520,6 +527,9 @@ def _serve_request(request: Mapping[str, Any]) -> None:
         runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
         return
     spec = Spec(**request["spec"])
+    if spec.forked:
+        multiprocessing.set_start_method("fork", force=True)
+        multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang would set it back
     starts = []
     for _ in range(spec.starts):
         import sglang

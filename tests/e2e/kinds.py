@@ -63,6 +63,7 @@ class Kind:
             self.steps(**steps),
             environment,
             prompt_tokens=self.prompt_tokens,
+            forked=True,
         )
 
 

@@ -78,7 +78,7 @@ def test_stock_hicache_without_the_flag(stock: Result) -> None:
 
 def test_damaged_load_is_noticed(tiny_model: Path) -> None:
     """Negative control: with K and V swapped on load the very check used here has to fail."""
-    result = run(Spec("engine", str(tiny_model), STOCK, environment=SWAP_KV_ON_LOAD))
+    result = run(Spec("engine", str(tiny_model), STOCK, environment=SWAP_KV_ON_LOAD, forked=True))
     assert result.answers["tier_hit"].cached["host"] == cacheable(16)
     with pytest.raises(AssertionError):
         check_tier_hit(result.answers)
@@ -151,7 +151,7 @@ def test_no_flag_gives_stock_hicache_in_a_server(tiny_model: Path) -> None:
     ],
 )
 def test_page_sizes_and_policies(tiny_model: Path, page_size: int, options: dict[str, Any]) -> None:
-    result = run(Spec("engine", str(tiny_model), {**XMEM_DRAM, "page_size": page_size, **options}))
+    result = run(Spec("engine", str(tiny_model), {**XMEM_DRAM, "page_size": page_size, **options}, forked=True))
     check_tier_hit(result.answers, page_size)
     check_ended(result)
     assert result.tier == "dram"
@@ -166,10 +166,9 @@ def test_storage_backend_file_on_top_of_the_tier(tiny_model: Path, tmp_path: Pat
         "hicache_storage_prefetch_policy": "wait_complete",
     }
     environment = {STORAGE_DIRECTORY: str(tmp_path)}
-    first = run(
-        Spec("engine", str(tiny_model), options, [("ask", "cold", "A"), ("await_files", str(tmp_path))], environment)
-    )
-    second = run(Spec("engine", str(tiny_model), options, [("ask", "from_storage", "A")], environment))
+    store: list[Step] = [("ask", "cold", "A"), ("await_files", str(tmp_path), PROMPT_TOKENS // 16)]
+    first = run(Spec("engine", str(tiny_model), options, store, environment, forked=True))
+    second = run(Spec("engine", str(tiny_model), options, [("ask", "from_storage", "A")], environment, forked=True))
     hit = second.answers["from_storage"]
     assert hit.cached.get("device", 0) == 0
     assert hit.cached.get("host", 0) + hit.cached.get("storage", 0) == cacheable(16)
@@ -218,6 +217,6 @@ def test_mistake_in_a_configuration_file_is_refused(tiny_model: Path, tmp_path: 
 def test_bad_input_is_refused_by_the_command_line_itself(tiny_model: Path) -> None:
     """The other refusals run in a forked process; this one is the command as a user gives it."""
     command = [*harness.serve_command(), str(tiny_model), "--device", "cpu", "--hicache-use-xmem"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     refusal = harness.Refusal(done.returncode, done.stdout, done.stderr)
     check_refusal(refusal, ["--hicache-use-xmem", "--enable-hierarchical-cache"])

@@ -6,10 +6,7 @@ something because the controls differ: with a pool's load left out, the same pro
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import harness
@@ -48,29 +45,14 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], str]:
-    """Directory of the tiny model of a kind; made once a session."""
-    directory = tmp_path_factory.mktemp("models")
-
-    def make(kind: Kind) -> str:
-        path = directory / "_".join(kind.model)
-        if not path.exists():
-            script = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
-            subprocess.run([sys.executable, str(script), str(path), *kind.model], check=True)
-        return str(path)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def outcome_of(model_of: Callable[[Kind], str]) -> Callable[[str, str], Outcome]:
+def outcome_of(model_of: Callable[[Sequence[str]], str]) -> Callable[[str, str], Outcome]:
     """Runs an engine of a kind; once a session for each."""
     outcomes: dict[tuple[str, str], Outcome] = {}
 
     def outcome(engine: str, name: str) -> Outcome:
         if (engine, name) not in outcomes:
             kind = KINDS[name]
-            result = run(kind.spec(model_of(kind), *ENGINES[engine]))
+            result = run(kind.spec(model_of(kind.model), *ENGINES[engine]))
             outcomes[engine, name] = Outcome(kind, engine, result)
         return outcomes[engine, name]
 

@@ -15,14 +15,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import harness
 import pytest
-from kinds import KINDS, Kind
+from kinds import KINDS
 from sglang_server import HOST
-from test_kinds import model_of  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -97,12 +96,12 @@ def await_port(port: int, timeout_s: float = 30) -> None:
 
 def test_a_hit_comes_from_another_engine(
     master: dict[str, object],
-    model_of: Callable[[Kind], str],  # noqa: F811
+    model_of: Callable[[Sequence[str]], str],
     tmp_path: Path,
 ) -> None:
     """Two pools in one frame, each page stored and loaded by its addresses."""
     kind = KINDS["dsa"]
-    model = model_of(kind)
+    model = model_of(kind.model)
     options = {
         **harness.XMEM_DRAM,
         "hicache_storage_backend": "mooncake",

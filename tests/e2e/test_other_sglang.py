@@ -24,7 +24,7 @@ def test_an_engine_of_another_sglang(case: str, tiny_model: Path, tmp_path: Path
     folder = patched(NEWEST, tmp_path / "patched") if "patch" in case else unpacked(OLDEST)
     kind = KINDS["mha"]
     spec = kind.spec(str(tiny_model), harness.XMEM_DRAM, {}, controls=False)
-    result = harness.run(dataclasses.replace(spec, sglang=str(folder)))
+    result = harness.run(dataclasses.replace(spec, sglang=str(folder), forked=False))
     check_tier_hit(kind, result.answers)
     assert [load.wrong for load in loads_of(result.loads, kind)] == [{"kv": 0}]
     assert result.tier == "dram"

@@ -102,7 +102,7 @@ def test_pages_come_back_from_storage_through_the_tier(model: Path, tier: str, t
         "hicache_storage_prefetch_policy": "wait_complete",
         STORAGE_DIRECTORY: str(tmp_path),
     }
-    serve(model, tier, [("ask", "cold", "A"), ("await_files", str(tmp_path))], **storage)
+    serve(model, tier, [("ask", "cold", "A"), ("await_files", str(tmp_path), PROMPT_TOKENS // 16)], **storage)
     answers = serve(model, tier, [("ask", name, "A") for name in ("stored", "device_hit", "again")], **storage).answers
     stored, hit, again = (answers[name] for name in ("stored", "device_hit", "again"))
     assert stored.cached.get("device", 0) == 0
