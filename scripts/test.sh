@@ -17,4 +17,9 @@ fi
 "$PYTHON" -m mypy
 "$PYTHON" scripts/lint_prose.py
 # One run, so that there is one summary. tests/conftest.py sorts: unit tests, contracts, services, engines, GPUs.
-"$PYTHON" -m pytest
+# With SGLANG_XMEM_TEST_WORKERS=2, two files run at a time, each in the order of its folder; GPUs are not shared so.
+workers=()
+if ! has_gpu && ((${SGLANG_XMEM_TEST_WORKERS:-1} > 1)); then
+    workers=(-n "$SGLANG_XMEM_TEST_WORKERS" --dist loadfile --no-loadscope-reorder)
+fi
+"$PYTHON" -m pytest "${workers[@]}"
