@@ -78,6 +78,9 @@ class Load:
 
     Args:
         expected: the right answer to each prompt.
+
+    Attributes:
+        stopped: clients begin nothing more once it is set.
     """
 
     def __init__(self, server: Server, asked: Sequence[list[int]], expected: Sequence[list[int]], seed: int) -> None:
@@ -87,6 +90,7 @@ class Load:
         self.seed = seed
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.stopped = threading.Event()
         self._lock = threading.Lock()
 
     def run(self, clients: int, seconds: float) -> None:
@@ -98,7 +102,7 @@ class Load:
 
     def _client(self, number: int, end: float) -> None:
         generator = random.Random(f"{self.seed} {number}")
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self.stopped.is_set():
             (deed,) = generator.choices(list(DEEDS), list(DEEDS.values()))
             if deed == "ask":
                 self._ask(generator.randrange(len(self.prompts)), OUTPUT_TOKENS)
@@ -188,6 +192,7 @@ def main() -> int:
                 "hicache_write_policy": policy,
                 "hicache_use_xmem": True,
                 "hicache_xmem_tier": args.tier,
+                "hicache_xmem_config": {"integrity": "full"},
             }
             with Server(launch_server_command(), {**options, **tier}, Path(scratch) / f"{policy}.log") as server:
                 server.wait_ready(START_TIMEOUT_S)
@@ -201,7 +206,9 @@ def main() -> int:
                 "tier": args.tier,
                 "gpu": results.head["machine"],
                 "policy": policy,
+                "integrity": "full",
                 "page_copies": counts["pages:load"] + counts["pages:store"],
+                "pages_compared": counts["integrity:checked"],
                 "wrong": found["wrong"],
                 "failed": found["failed"],
                 "answers": found["answers"],

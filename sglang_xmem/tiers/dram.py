@@ -123,10 +123,16 @@ class DramTier(MemoryTier):
     def _allocate(self, nbytes: int, granule: int) -> Region:
         plan = self.rank_plan
         with ExitStack() as undo:
-            if plan.hugepage_bytes is not None and nbytes > _capacity_bytes(
-                plan.nodes, plan.bound, plan.hugepage_bytes
-            ):
-                raise _no_hugepages(plan.hugepage_bytes)
+            free = _capacity_bytes(plan.nodes, plan.bound, plan.hugepage_bytes)
+            if nbytes > free:
+                if plan.hugepage_bytes is not None:
+                    raise _no_hugepages(plan.hugepage_bytes)
+                # Memory that is not there, or beyond a cgroup's limit, is SIGKILL and no error.
+                raise Unavailable(
+                    f"{nbytes / 1e9:.2f} GB are asked for and {free / 1e9:.2f} GB of host memory are free, within the "
+                    "limits of this process's cgroups",
+                    LOWER_SIZE,
+                )
             mapping = hostmem.map_anonymous(nbytes, hugepage=plan.hugepage_bytes)
             undo.callback(mapping.close)
             if self.gpu is not None:

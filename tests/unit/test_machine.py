@@ -6,9 +6,11 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -111,7 +113,7 @@ deny(MBIND)
 
 def run(script: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -184,8 +186,10 @@ def test_a_kernel_without_cgroups_limits_nothing(tmp_path: Path) -> None:
     assert 0 < machine.host_available_bytes(tmp_path) <= psutil.virtual_memory().total
 
 
-def test_this_processes_limit_is_seen() -> None:
-    """A child of this process's own cgroup, where the machine lets a test make one."""
+@pytest.fixture
+def limited() -> Iterator[Callable[[str], str]]:
+    """Runs a program in a child of this process's own cgroup, with a limit of a GiB, where the machine lets a test make
+    one; gives what it printed."""
     parents = [directory for directory, version in machine._memory_cgroups(machine.ROOT) if version == 1]
     if not parents or not os.access(parents[0], os.W_OK):
         pytest.skip("no cgroup (v1) can be made here")
@@ -194,18 +198,42 @@ def test_this_processes_limit_is_seen() -> None:
         child.mkdir()
     except OSError:
         pytest.skip("no cgroup can be made here")
+
+    def run_limited(program: str) -> str:
+        return run(
+            f"import os\nopen({str(child / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+            f"{textwrap.dedent(program)}\n"
+            f"open({str(parents[0] / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+        )
+
     try:
         (child / "memory.limit_in_bytes").write_text(str(GIB))
-        script = f"""
-        import os
-        open({str(child / "cgroup.procs")!r}, "w").write(str(os.getpid()))
-        from sglang_xmem import machine
-        print(machine.host_available_bytes())
-        open({str(parents[0] / "cgroup.procs")!r}, "w").write(str(os.getpid()))
-        """
-        assert 0.5 * GIB < int(run(script)) <= GIB
+        yield run_limited
     finally:
         child.rmdir()
+
+
+def test_this_processes_limit_is_seen(limited: Callable[[str], str]) -> None:
+    said = limited("from sglang_xmem import machine\nprint(machine.host_available_bytes())")
+    assert 0.5 * GIB < int(said) <= GIB
+
+
+def test_memory_beyond_the_limit_is_an_error_with_both_numbers(limited: Callable[[str], str]) -> None:
+    """And not SIGKILL: the kernel kills whoever touches more than its cgroup may have."""
+    said = limited("""
+        from sglang_xmem.errors import Unavailable
+        from sglang_xmem.tiers.base import Ranks
+        from sglang_xmem.tiers.dram import DramSettings, DramTier
+        settings = DramSettings()
+        (plan,) = DramTier.plan_ranks(settings, Ranks(gpus=(None,)))
+        tier = DramTier(settings, plan, None)
+        tier.allocate(100 << 20).release()
+        try:
+            tier.allocate(2 << 30)
+        except Unavailable as error:
+            print(error.reason)
+    """)
+    assert re.match(r"2\.15 GB are asked for and (0\.\d\d|1\.0\d) GB of host memory are free", said), said
 
 
 # ---- devices ----
