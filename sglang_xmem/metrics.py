@@ -96,7 +96,13 @@ FAMILIES = (
         "result",
         ("checked", "mismatch", "skipped"),
     ),
-    Family("storage", "storage_pages_total", "Pages that storage backends moved.", "operation", ("read", "write")),
+    Family(
+        "storage",
+        "storage_pages_total",
+        "Pages that storage backends moved, and those that they could not.",
+        "operation",
+        ("read", "write", "read_failed", "write_failed"),
+    ),
     Family(
         "bank",
         "bank_pages_total",

@@ -242,3 +242,42 @@ def test_a_model_without_gpu_and_cpu_engine_is_refused_in_one_sentence(tmp_path:
     assert done.returncode == 1
     assert done.stderr == ("make_tiny_model.py: this machine has no GPU; set SGLANG_USE_CPU_ENGINE=1 and try again\n")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("cpu_engine", ["", "1"])
+def test_sglang_that_does_not_load_is_one_sentence(tmp_path: Path, cpu_engine: str) -> None:
+    """As `python -m sglang.launch_server` and `sglang serve` begin, in an environment whose .pth file has run."""
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("has a GPU")
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "sglang" / "launch_server.py").write_text("")
+    line = (SCRIPTS / "sglang_cpu" / "sglang_cpu.pth").read_text()
+    program = f"{line}import runpy; runpy.run_module('sglang.launch_server', run_name='__main__')"
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": cpu_engine}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(SCRIPTS / "sglang_cpu")])
+    command = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    said = (
+        "sglang_cpu: SGLang does not load on this machine, which has no GPU "
+        "(operator torchvision::nms does not exist). Set SGLANG_USE_CPU_ENGINE=1 for its CPU engine.\n"
+    )
+    assert (done.stderr == said) is (cpu_engine == "")
+    assert ("Traceback" in done.stderr) is (cpu_engine == "1")
+
+
+def test_sglang_that_loads_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").write_text("word = 'loaded'")
+    (tmp_path / "sglang" / "data.txt").write_text("text")
+    line = (SCRIPTS / "sglang_cpu" / "sglang_cpu.pth").read_text()
+    program = (
+        f"{line}import sglang, importlib.resources as r\n"
+        "print(sglang.word, (r.files('sglang') / 'data.txt').read_text(), sglang.__file__)"
+    )
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(SCRIPTS / "sglang_cpu")])
+    command = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout == f"loaded text {tmp_path / 'sglang' / '__init__.py'}\n", done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,10 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def backend(tmp_path: Path, counts: Any) -> Any:
     """SGLang's backend `file`."""
+    return made_in(tmp_path)
+
+
+def made_in(folder: Path) -> Any:
     from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
 
     fields = dict.fromkeys(HiCacheStorageConfig.__dataclass_fields__, None)
@@ -35,7 +40,7 @@ def backend(tmp_path: Path, counts: Any) -> Any:
         **{**fields, "tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "model_name": "m"}
         | {"attn_cp_rank": 0, "attn_cp_size": 1, "dcp_size": 1, "dcp_rank": 0, "is_mla_model": False}
     )
-    made = HiCacheFile(config, str(tmp_path))
+    made = HiCacheFile(config, str(folder))
     storage.guard(made)
     return made
 
@@ -94,3 +99,46 @@ def test_a_short_page_is_missing(backend: Any, tmp_path: Path) -> None:
     found = read(backend, "a", "b")
     assert found[0] is None
     assert found[1] is not None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, where this user may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("this user mounts no file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_drops_pages_and_keeps_those_it_has(small_disk: Path, counts: Any) -> None:
+    backend = made_in(small_disk)
+    pages = [torch.full((30_000,), number, dtype=torch.uint8) for number in range(5)]
+    keys = [f"{number}" for number in range(5)]
+    assert [backend.set(key, data) for key, data in zip(keys, pages, strict=True)] == [True, True, False, False, False]
+    assert (counts["storage:write"], counts["storage:write_failed"]) == (2, 3)
+    found = backend.batch_get(keys, [torch.zeros_like(data) for data in pages])
+    assert [data is None for data in found] == [False, False, True, True, True]
+    assert torch.equal(found[1], pages[1])
+    assert len(list(small_disk.iterdir())) == 2, "nothing half-written stays"
+    for path in small_disk.iterdir():  # somebody makes space
+        path.unlink()
+    assert backend.set(keys[4], pages[4])
+
+
+def test_a_disk_with_errors_is_a_miss(backend: Any, tmp_path: Path, counts: Any) -> None:
+    """Reading a folder is an error of the kernel (EISDIR), as a bad block is (EIO)."""
+    backend.batch_set(["a", "b"], [page(1), page(2)])
+    path = files(tmp_path)["a"]
+    path.unlink()
+    path.mkdir()
+    found = read(backend, "a", "b")
+    assert found[0] is None
+    assert torch.equal(found[1], page(2))  # type: ignore[arg-type]
+    assert counts["storage:read_failed"] == 1

@@ -4,13 +4,16 @@ this runs at the start of every interpreter."""
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, NoReturn
 
+#: Environment variable: with 1 SGLang uses its CPU engine.
+VARIABLE = "SGLANG_USE_CPU_ENGINE"
 #: Modules that are stood in for, and where their functions are. These are imported on first use: they need torch.
 STAND_INS = {"sgl_kernel": "sglang_cpu.speculative", "sgl_kernel.mamba": "sglang_cpu.linear_attention"}
 
@@ -81,6 +84,55 @@ class TorchvisionFinder(MetaPathFinder):
                 for operator in ("nms", "qnms"):
                     self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return None
+
+
+class SglangFinder(MetaPathFinder):
+    """Says what is missing where SGLang does not load, on a machine without a GPU that is not set to its CPU engine.
+
+    SGLang's plugins come later than that: the package's first lines import what needs CUDA.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "sglang":
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ExplainingLoader(spec.loader)
+        return spec
+
+
+class _ExplainingLoader(Loader):
+    """A loader that ends the process with one sentence where its module cannot be loaded."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        try:
+            self._loader.exec_module(module)
+        except Exception as error:
+            if os.environ.get(VARIABLE) == "1" or os.path.exists("/dev/nvidiactl"):
+                raise
+            raise SystemExit(
+                f"sglang_cpu: SGLang does not load on this machine, which has no GPU ({error}). Set {VARIABLE}=1 for "
+                "its CPU engine."
+            ) from None
+
+
+def at_start() -> None:
+    """What an interpreter of the environment does first: `install`, where SGLang is to use its CPU engine."""
+    if os.environ.get(VARIABLE) == "1":
+        install()
+    else:
+        sys.meta_path.insert(0, SglangFinder())
 
 
 def install() -> None:

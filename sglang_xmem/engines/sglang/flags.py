@@ -6,6 +6,7 @@ SGLang itself is imported inside functions: plugins load early in every process,
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import msgspec
@@ -18,6 +19,8 @@ from sglang_xmem.tiers import tier_classes
 #: seals the others, and pickles these along to every process.
 ATTRIBUTE = "_sglang_xmem"
 
+#: SGLang's environment variable for machines without a GPU.
+CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
 #: Why ranks under Ray have no tier.
 WITHOUT_PLUGINS = "Ray's actors start schedulers without loading plugins, so the tier would be left out without a word"
 
@@ -86,6 +89,8 @@ def add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
 def from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
     """Keep the options' values on the record that SGLang makes of its own (hook)."""
     on = getattr(args, "hicache_use_xmem", None)
+    if on and (problem := _no_device(getattr(args, "device", None))):
+        refuse(problem)
     record = original(cls, args)
     if on is None:  # neither on nor off; who says where the pool goes expects it there
         for option, value in (
@@ -97,6 +102,22 @@ def from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
     if on:
         attach(record, Request(args.hicache_xmem_tier, args.hicache_xmem_config, from_cli=True))
     return record
+
+
+def _no_device(device: str | None) -> str:
+    """A sentence where SGLang has nothing to compute on, which it would say by a traceback; empty where it has.
+
+    Args:
+        device: SGLang's option, None where it chooses by itself.
+    """
+    import torch  # SGLang has it by now
+
+    if device not in (None, "cuda") or os.environ.get(CPU_ENGINE) == "1" or torch.cuda.is_available():
+        return ""
+    return (
+        f"This machine has no GPU that CUDA can use, and SGLang is not set to its CPU engine. Set {CPU_ENGINE}=1, or "
+        "start it where there is a GPU."
+    )
 
 
 class ServerArgsFactory:
@@ -128,6 +149,8 @@ class ServerArgsFactory:
                     )
         if said and self.by_ray:
             raise ConfigError(f"hicache_use_xmem=True does not work with RayEngine: {WITHOUT_PLUGINS}. Use sgl.Engine.")
+        if said and (problem := _no_device(kwargs.get("device"))):
+            raise ConfigError(problem)
         record = self.original(**kwargs)
         if said:
             attach(record, Request(tier, config, from_cli=False))

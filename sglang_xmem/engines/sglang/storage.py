@@ -128,7 +128,8 @@ def guard(backend: Any) -> None:
         place = torch.empty(target.numel() + SUM_BYTES, dtype=torch.uint8)
         try:
             found = get(key, place)
-        except OSError as error:  # shorter than a page
+        except OSError as error:  # shorter than a page, or the disk has an error
+            session.current().counts["storage:read_failed"] += 1
             logger.warning("sglang_xmem: a page in storage cannot be read: %s", error)
             found = None
         if found is None:
@@ -145,8 +146,9 @@ def guard(backend: Any) -> None:
     def set_with_sum(key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
         data = value.contiguous().view(torch.uint8).flatten()
         of_page = torch.frombuffer(bytearray(keyed_sum(data.numpy(), whole_key(key))), dtype=torch.uint8)
-        session.current().counts["storage:write"] += 1
-        return bool(put(key, torch.cat((data, of_page)), target_location, target_sizes))
+        done = bool(put(key, torch.cat((data, of_page)), target_location, target_sizes))
+        session.current().counts["storage:write" if done else "storage:write_failed"] += 1
+        return done
 
     backend.get, backend.set = get_checked, set_with_sum
 
