@@ -32,7 +32,7 @@ import torch
 from service import MIB, Daemon, client_environment
 
 from sglang_xmem.arena import SpaceSpec
-from sglang_xmem.bank_space import BankSpace
+from sglang_xmem.bank_space import TRAILER_BYTES, BankSpace
 from sglang_xmem.bench.moves import CASES, Scene
 from sglang_xmem.mtier.build import built
 from sglang_xmem.tiers.bank import BankRankPlan, BankSettings, BankTier
@@ -41,7 +41,7 @@ TIERS = ("dram", "mtier", "bank")
 STATES = ("starting", "copying", "service killed")
 #: Pages of a move at most, in dram and mtier.
 PAGES = 64
-#: The bank's pages: how many frames one process may have, their bytes, and how many keys there are.
+#: The bank's pages: how many frames one process may have, their bytes with the trailer, and how many keys there are.
 FRAMES, FRAME_BYTES, KEYS = 64, 4096, 400
 BANK_BYTES = 16 * MIB
 #: Seconds within which what a killed process had is back, and within which a process begins to copy.
@@ -87,18 +87,18 @@ def _arena_work(tier: str, generator: random.Random) -> Callable[[], int]:
 
 def _bank_work(generator: random.Random) -> Callable[[], int]:
     tier = BankTier(BankSettings(), BankRankPlan(BANK_BYTES), None)
-    tier.share_as(b"k" * 32, "kills")
+    tier.share_as([b"k" * 32], "kills")
     space = BankSpace(SpaceSpec("KV", FRAMES, FRAME_BYTES), tier.allocate(FRAMES * FRAME_BYTES, FRAME_BYTES))
-    memory = np.frombuffer(space.bank.slab.owner, np.uint64)
+    memory, words = np.frombuffer(space.bank.slab.owner, np.uint64), (FRAME_BYTES - TRAILER_BYTES) // 8
 
     def check() -> int:
         number, page = generator.randrange(KEYS), torch.tensor([generator.randrange(FRAMES)])
-        key, right = bytes(30) + number.to_bytes(2, "big"), np.arange(FRAME_BYTES // 8, dtype=np.uint64) ^ number << 32
+        key, right = bytes(30) + number.to_bytes(2, "big"), np.arange(words, dtype=np.uint64) ^ number << 32
         found = space.adopt([key], page)
         if not found:
             space.look_up(page, claim=True)
         begin = (int(space.table[page]) - space.bank.slab.address) // 8
-        frame = memory[begin : begin + FRAME_BYTES // 8]
+        frame = memory[begin : begin + words]
         if found:
             return int(not np.array_equal(frame, right))
         frame[:] = right

@@ -46,9 +46,10 @@ def spaces() -> Iterator[list[BankSpace]]:
 @pytest.mark.parametrize("frame", [256, 2048])
 def test_small_frames_are_as_many_as_were_asked_for(frame: int) -> None:
     tier = BankTier(BankSettings(), BankRankPlan(8 * MIB), None)
-    space = BankSpace(SpaceSpec("KV", 48, frame), tier.allocate(48 * frame, frame))
+    frames = 4 * MIB // frame
+    space = BankSpace(SpaceSpec("KV", frames, frame), tier.allocate(frames * frame, frame))
     try:
-        assert space.look_up(torch.arange(48), claim=True).unique().numel() == 48
+        assert space.look_up(torch.arange(frames), claim=True).unique().numel() == frames
     finally:
         space.region.release()
 
