@@ -6,70 +6,25 @@ Each server start takes most of a minute, so one test takes a bank through its l
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import harness
 import pytest
-from harness import BASE_OPTIONS, LONGER, OUTPUT_TOKENS, PROMPT_TOKENS, ServerClient, prompt
+from bank_rig import Engine, Service, engine, places, until
+from harness import LONGER, PROMPT_TOKENS
 from kinds import KINDS, Kind
-from sglang_server import Answer, Server, launch_server_command, tier_in
+from sglang_server import Answer
 
 pytestmark = pytest.mark.cpu_engine
 
 #: Whole pages, and one token is computed.
 CACHEABLE = (PROMPT_TOKENS - 1) // 16 * 16
-BANK: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "bank", "log_level": "info"}
-
-
-class Service:
-    """mtierd, as a user starts it, with a bank of 256 MiB."""
-
-    def __init__(self, directory: Path) -> None:
-        self.socket = directory / "mtierd.sock"
-        command = [
-            sys.executable,
-            "-m",
-            "sglang_xmem.cli",
-            "mtierd",
-            "--bank",
-            "host:256MiB",
-            "--share",
-            "50",
-            "--socket",
-        ]
-        self._command = [*command, str(self.socket)]
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while subprocess.run([*self._asking, "--status"], capture_output=True, check=False).returncode != 0:
-            assert time.monotonic() < deadline, "mtierd does not answer"
-            time.sleep(0.2)
-
-    @property
-    def _asking(self) -> list[str]:
-        return [sys.executable, "-m", "sglang_xmem.cli", "mtierd", "--socket", str(self.socket)]
-
-    def status(self) -> dict[str, Any]:
-        done = subprocess.run([*self._asking, "--status", "--json"], capture_output=True, text=True, check=True)
-        return dict(json.loads(done.stdout))
-
-    def flush(self) -> None:
-        subprocess.run([*self._asking, "--flush"], check=True)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(20)
 
 
 @pytest.fixture
@@ -79,58 +34,10 @@ def service(tmp_path: Path) -> Iterator[Service]:
     service.kill()
 
 
-Start = Callable[[Path], "contextlib.AbstractContextManager[Engine]"]
-
-
-class Engine:
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.client = ServerClient(server)
-
-    def ask(self, name: str, n_tokens: int = PROMPT_TOKENS) -> Answer:
-        return self.client.generate(prompt(name, n_tokens), OUTPUT_TOKENS, logprobs=True)
-
-    def kill(self) -> None:
-        os.killpg(self.server.process.pid, signal.SIGKILL)
-        self.server.process.wait(20)
-
-
-@contextlib.contextmanager
-def engine(
-    model: Path,
-    service: Service,
-    log: Path,
-    options: Mapping[str, Any] = {},
-    variables: Mapping[str, str] = {},
-) -> Iterator[Engine]:
-    environment = {"MTIER_SOCKET": str(service.socket), **variables}
-    everything = {**BASE_OPTIONS, **BANK, "model_path": str(model), **options}
-    with Server(launch_server_command(), everything, log, environment) as server:
-        try:
-            server.wait_ready(2 * harness.START_TIMEOUT_S)
-            yield Engine(server)
-        except Exception as error:
-            raise AssertionError(f"{error!r}; the log ends:\n{server.log()[-6000:]}") from error
-        assert tier_in(server.log()) == "bank"
-        assert "Traceback" not in server.log()
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def make_model(kind: Kind, directory: Path) -> Path:
     script = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
     subprocess.run([sys.executable, str(script), str(directory), *kind.model], check=True)
     return directory
-
-
-def places(answer: Answer) -> dict[str, int]:
-    """Cached tokens by where they were, without the places that had none."""
-    return {place: tokens for place, tokens in answer.cached.items() if tokens}
 
 
 #: What the log says where nothing answered in time, which is a miss and no fault on a machine that is busy enough.
@@ -170,24 +77,21 @@ def change_weights(model: Path) -> None:
 def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
-    def published() -> int:
-        return sum(space["pages"] for space in service.status()["spaces"])
-
     with engine(model, service, tmp_path / "first.log") as first, contextlib.ExitStack() as others:
         cold = first.ask("A")
         assert places(cold) == {}
         hit = first.ask("A")
         assert places(hit) == {"device": CACHEABLE}
-        until(lambda: published() >= CACHEABLE // 16)
+        until(lambda: service.pages() >= CACHEABLE // 16)
 
         # Another engine finds the pages; what it is asked later, the first one finds.
         second = others.enter_context(engine(model, service, tmp_path / "second.log"))
         shared = ask_bank(second, "A", cold)
         assert shared.logprobs == hit.logprobs  # the same computation on the same bytes
         assert second.ask("A with another prefix").output_ids != cold.output_ids
-        before = published()
+        before = service.pages()
         there = second.ask("B")
-        until(lambda: published() >= before + CACHEABLE // 16)
+        until(lambda: service.pages() >= before + CACHEABLE // 16)
         ask_bank(first, "B", there)
         # flush_cache empties the engine and not the bank.
         until(second.client.flush_cache)
@@ -197,6 +101,23 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
         first.kill()
         until(lambda: len(service.status()["spaces"][0]["sessions"]) == 1)
         until(second.client.flush_cache)
+        ask_bank(second, "B", there)
+
+        # What serves is killed and started again with its memory: the engine goes on, and joins again.
+        service.kill_serving()
+        until(second.client.flush_cache)
+        assert second.ask("A").output_ids == cold.output_ids  # found, or not yet
+        until(lambda: bool(second.client.flush_cache() and places(second.ask("B"))))
+        until(second.client.flush_cache)
+        ask_bank(second, "B", there)
+        before = service.pages()
+        second.ask("E")
+        until(lambda: service.pages() >= before + CACHEABLE // 16)
+
+        # Nobody is left but the service: the next engine's first hit comes from the bank.
+        second.kill()
+        until(lambda: not service.status()["spaces"][0]["sessions"])
+        second = others.enter_context(engine(model, service, tmp_path / "second again.log"))
         ask_bank(second, "B", there)
 
         # Other weights under the same name find nothing, though the bank has these very prompts.
@@ -221,8 +142,14 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
         assert time.monotonic() - begun < 60
         assert places(again) == {"host": CACHEABLE}
         assert again.output_ids == alone.output_ids
+        # Another service, without the memory: the engine keeps its pages for itself, and says so once.
         service.start()
-        assert places(second.ask("D")) == {}
+        until(lambda: second.ask("D") is not None and "keeps them to itself" in second.server.log())
+        until(second.client.flush_cache)
+        assert places(second.ask("C")) == {}
+        assert second.ask("C").output_ids == alone.output_ids
+        assert second.server.log().count("keeps them to itself") == 1
+        assert service.status()["spaces"] == []
 
 
 @pytest.mark.parametrize("name", ["dsa", "draft"])
@@ -261,6 +188,9 @@ def test_spaces_of_their_own_are_shared_too(name: str, tmp_path: Path, service: 
             found = find_in_bank(second, again, kind.hit, tokens)
             assert (found.output_ids, found.logprobs) == (expected.output_ids, expected.logprobs)
             for pool in kind.loads:
+                until(second.client.flush_cache)
+                for other in range(2):  # else what was loaded before lies in the GPU's pool still
+                    second.ask(f"other {other}", tokens)
                 until(second.client.flush_cache)
                 leave_out.write_text(pool)
                 without = find_in_bank(second, again, kind.hit, tokens)

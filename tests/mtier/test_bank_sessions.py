@@ -411,3 +411,33 @@ def test_a_service_without_the_memory_leaves_a_session_its_own_frames(
     assert view(session, addresses[0])[0] == 1
     assert another.status()["spaces"] == []
     session.close()
+
+
+def test_a_session_goes_on_with_a_service_that_was_started_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_xmem.bank.RETRY_S", 0.1)
+    session, other = BankSession(MODEL, FRAME, 40), Other(40)
+    try:
+        fill(session, [1, 2])
+        own = session.claim(1)
+        view(session, own[0])[:] = 3
+        before = daemon.status()["pid"]
+        os.kill(before, 9)
+        addresses = session.claim(2)  # it asks nobody
+        assert session.find([key(1)]) in (0, 1)
+        wait_until(lambda: session.find([key(1), key(2)]) == 2, 20)
+        assert daemon.status()["pid"] != before
+        assert session.counts["bank_sessions:rejoined"] == 1
+        assert session.publish([key(3)], own) == [NEW]
+        wait_until(lambda: other.ask("len(session.adopt([key(1), key(2), key(3)]))") == 3, 20)
+        assert other.ask("int(view(session, session.adopt([key(3)])[0])[9])") == 3
+        assert session.owned(addresses).all()
+        (space,) = daemon.status()["spaces"]
+        assert {each["pid"]: each["held"] for each in space["sessions"]} == {os.getpid(): 5, other.process.pid: 3}
+        # What nobody has any more goes with its process alone.
+        other.kill()
+        wait_until(lambda: len(daemon.status()["spaces"][0]["sessions"]) == 1, 10)
+    finally:
+        other.kill()
+        session.close()

@@ -35,6 +35,8 @@ V0_5_23 = {
     f"{_TRANSFERS}.L2TransferEngine": "host_to_device_stream device_to_host_stream",
     f"{_TRANSFERS}.L2Transfer": "host_pool device_pool host_indices device_indices layer_mapper is_draft",
     f"{_TRANSFERS}.TransferCompletion": "start_event finish_event timing_enabled",
+    f"{_CACHE}.hicache_storage.HiCacheStorageConfig": "is_mla_model tp_size",
+    f"{_CACHE}.hicache_storage.PoolTransfer": "name keys host_indices indices_from_pool",
     f"{_HOST}.group.PoolEntry": "name host_pool",
     f"{_HOST}.group.HostPoolGroup": "entries anchor_entry page_size",
     f"{_HOST}.base.HostKVCache": "size logical_size page_size dtype kv_buffer dcp_size dcp_rank available_size "
