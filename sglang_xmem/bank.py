@@ -46,6 +46,7 @@ from sglang_xmem.mtier.client import (
     socket_path,
     unavailable,
 )
+from sglang_xmem.mtier.gpu_slab import GpuMapping
 from sglang_xmem.tiers import hostmem
 
 logger = logging.getLogger(__name__)
@@ -81,13 +82,21 @@ class BankSession:
         frames: that the session holds at most at one time, however many pages name them.
         label: for people.
         pool_bytes: of all sessions that hold the engine's pages together, this one's included; 0: of this one alone.
+        kind: HOST or GPU memory; GPU memory is mapped for the GPU of the calling thread's CUDA context.
 
     Raises:
-        Unavailable: no service answers, or it has no memory for so many frames.
+        Unavailable: no service answers, or it has no memory for so many frames, or that cannot be mapped.
     """
 
     def __init__(
-        self, identity: bytes | None, frame_bytes: int, frames: int, label: str = "", pool_bytes: int = 0
+        self,
+        identity: bytes | None,
+        frame_bytes: int,
+        frames: int,
+        label: str = "",
+        pool_bytes: int = 0,
+        *,
+        kind: int = HOST,
     ) -> None:
         assert identity is None or len(identity) == KEY_BYTES
         self.frame_bytes = frame_bytes
@@ -116,7 +125,7 @@ class BankSession:
             identity or b"",
             label.encode("ascii", "replace")[:63],
             self._name,
-            HOST,
+            kind,
         )
         self._pool_bytes = pool_bytes
         try:
@@ -131,7 +140,11 @@ class BankSession:
                     os.close(joined.fd)
                 slab = self._connection.ask(SLAB)
                 try:
-                    self.slab = hostmem.map_file(slab.fd, slab.available, slab.size)
+                    self.slab: hostmem.Mapping | GpuMapping = (
+                        hostmem.map_file(slab.fd, slab.available, slab.size)
+                        if kind == HOST
+                        else GpuMapping(self._library, slab.fd, slab.size, slab.granularity)
+                    )
                 finally:
                     os.close(slab.fd)
             except BaseException:
@@ -410,6 +423,9 @@ def _library() -> Any:
     for name, result, arguments in (
         ("pages_open", handle, (ctypes.c_int, number, number, ctypes.c_int)),
         ("pages_close", None, (handle,)),
+        ("pages_map_gpu", handle, (ctypes.c_int, number, number, ctypes.c_char_p)),
+        ("pages_address", handle, (handle,)),
+        ("pages_unmap_gpu", None, (handle,)),
         ("pages_claim", ctypes.c_int, (handle, number, pointer)),
         ("pages_adopt", number, (handle, number, pointer, pointer, pointer)),
         ("pages_release", None, (handle, number, pointer)),

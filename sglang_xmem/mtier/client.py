@@ -27,7 +27,7 @@ _REFUSED = 0
 INFO, JOIN, SLAB, FIND, PUBLISH, LEAVE = range(32, 38)
 LOOK, DAMAGED = 39, 40
 #: MemoryKind of a slab.
-HOST = 1
+HOST, GPU = 1, 2
 
 _OUT_OF_MEMORY = -3
 INVALID_ARGUMENT = -4
@@ -72,6 +72,7 @@ class Reply(NamedTuple):
     total: int
     available: int
     size: int
+    granularity: int
     allocation: int
     text: bytes
     fd: int
@@ -149,7 +150,8 @@ class Connection:
                 if len(message) < _REPLY.size:
                     raise ConnectionError("it ended")
                 head = _REPLY.unpack_from(message)
-                magic, version, its_op, number, code, text_bytes, num_banks, _, total, available, size, _, name = head
+                magic, version, its_op, number, code, text_bytes, num_banks, _, total, *more = head
+                available, size, granule, name = more
                 text = message[_REPLY.size :]
                 if magic != _MAGIC or len(text) != text_bytes:
                     raise ConnectionError("it does not speak mtierd's protocol")
@@ -162,7 +164,7 @@ class Connection:
                 if code != 0:
                     raise Refused(code, text.decode(errors="replace"))
                 fd, kept = -1, fd
-                return Reply(num_banks, total, available, size, name, text, kept)
+                return Reply(num_banks, total, available, size, granule, name, text, kept)
             finally:
                 if fd >= 0:
                     os.close(fd)
@@ -174,15 +176,15 @@ class Connection:
 
 
 class BankInfo(NamedTuple):
-    """What the service has: banks of host memory, their bytes, and bytes that one more session may ask for."""
+    """What the service has: banks of that memory, their bytes, and bytes that one more session may ask for."""
 
     banks: int
     total: int
     available: int
 
 
-def bank_info() -> BankInfo:
-    """Ask the service for its banks.
+def bank_info(kind: int) -> BankInfo:
+    """Ask the service for its banks of one MemoryKind.
 
     Raises:
         Unavailable: none answers.
@@ -190,7 +192,7 @@ def bank_info() -> BankInfo:
     try:
         connection = Connection(socket_path())
         try:
-            reply = connection.ask(INFO, kind=HOST)
+            reply = connection.ask(INFO, kind=kind)
         finally:
             connection.close()
     except (Refused, Silent) as error:

@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models share a bank; default: 100",
     )
     parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="make no memory of the page bank present before an engine asks for it; so it is without --bank too",
+    )
+    parser.add_argument(
         "--rest-after",
         type=float,
         default=5,
@@ -133,6 +138,9 @@ def status_text(status: Mapping[str, Any]) -> str:
         state = "ended, its memory is in use" if client["ended"] else state
         clients.append((name, f"{client['bytes'] / 1e9:.2f}", str(client["allocations"]), state))
     tables = [_table(banks), _table(clients) if len(clients) > 1 else "no client holds memory"]
+    ahead = [_ahead_row(each) for each in status.get("ahead", ())]
+    if ahead:
+        tables.append(_table([("pages' memory ahead, bank", "GB", "present", "state"), *ahead]))
     spaces = status.get("spaces", ())
     if spaces:
         tables.append(_table([_SPACE_TITLES, *map(_space_row, spaces)]))
@@ -144,6 +152,11 @@ def status_text(status: Mapping[str, Any]) -> str:
 #: Columns about the page bank. GB are of frames: all, held by several engines, held by none, and empty.
 _SPACE_TITLES = ("pages of", "GB", "shared", "cached", "free", "pages", "published", "there already", "found")
 _SESSION_TITLES = ("engine", "process", "promised GB", "held", "published pages", "state")
+
+
+def _ahead_row(ahead: Mapping[str, Any]) -> Sequence[str]:
+    state = "under way" if not ahead["ended"] else "all of it" if not ahead["why"] else f"ended: {ahead['why']}"
+    return (ahead["bank"], f"{ahead['bytes'] / 1e9:.2f}", f"{ahead['present'] / 1e9:.2f}", state)
 
 
 def _space_row(space: Mapping[str, Any]) -> Sequence[str]:
@@ -210,6 +223,8 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
     arguments += ["--share", str(args.share), "--rest-after", str(int(args.rest_after * 1e3))]
     if args.metrics is not None:
         arguments += ["--metrics", str(args.metrics)]
+    if args.lazy or not args.bank:
+        arguments.append("--lazy")
     return [*arguments, "--allow-reset"] if args.allow_reset else arguments
 
 

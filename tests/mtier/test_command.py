@@ -39,7 +39,7 @@ def test_banks_of_hosts_and_gpus() -> None:
         *("--bank", f"host:{512 * MIB}", "--bank", f"gpu:3:{2 * GIB}", "--bank", "gpu:2:500000000"),
         *("--quota", "1000000000", "--granularity", str(2 * MIB), "--share", "100", "--rest-after", "5000"),
     ]
-    assert arguments("--rest-after", "0.25")[-2:] == ["--rest-after", "250"]
+    assert arguments("--bank", "host:64MiB", "--rest-after", "0.25")[-2:] == ["--rest-after", "250"]
     with pytest.raises(ValueError, match=r"--rest-after is 4000. Give 0 to 3600 seconds\.$"):
         arguments("--rest-after", "4000")
     assert arguments()[1].startswith("host:")
@@ -91,6 +91,9 @@ def test_the_command_itself(tmp_path: Path) -> None:
 def test_limits_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
     words = arguments("--bank", "host:64MiB", "--metrics", "9300", "--allow-reset")
     assert words[-3:] == ["--metrics", "9300", "--allow-reset"]
+    assert "--lazy" not in words
+    assert "--lazy" in arguments("--bank", "host:64MiB", "--lazy")
+    assert "--lazy" in arguments()  # nobody asked for so much
     with pytest.raises(ConfigError, match=r"--metrics is 65536\. Give a port"):
         arguments("--metrics", "65536")
     # As a container of 1 GB with half of it used has it.
@@ -124,6 +127,8 @@ def test_status_for_people() -> None:
         "i6 of another PID namespace  1.00            1  connected\n"
         "12                           0.10            1  ended, its memory is in use"
     )
+    ahead = [{"bank": "0 host", "bytes": 4 * 10**9, "present": 10**9, "ended": True, "why": "no space"}]
+    assert "0 host                     4.00     1.00  ended: no space" in daemon.status_text({**status, "ahead": ahead})
     assert daemon.status_text({**status, "clients": []}).endswith("\n\nno client holds memory")
 
 

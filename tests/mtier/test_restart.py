@@ -29,7 +29,7 @@ from service import (
 from test_bank_sessions import FRAME, MODEL, OTHER, fill, join_request, joined, key, view
 
 from sglang_xmem.bank import BankSession
-from sglang_xmem.mtier.client import JOIN
+from sglang_xmem.mtier.client import JOIN, SLAB
 
 
 @pytest.fixture
@@ -98,6 +98,14 @@ class Raw:
         assert REPLY_HEAD.unpack_from(reply)[4] == 0
         self.ledger = mmap.mmap(fd, 64 * (frames + 1), offset=offset)
         os.close(fd)
+
+    def slab_blocks(self) -> int:
+        """Blocks of 512 bytes that are present of the slab."""
+        self.connection.send(request(SLAB))
+        _, (fd,), _, _ = socket.recv_fds(self.connection, 70000, 1)
+        blocks = os.fstat(fd).st_blocks
+        os.close(fd)
+        return blocks
 
     def frame(self, number: int) -> int:
         return 64 * (number + 1)

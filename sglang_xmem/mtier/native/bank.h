@@ -60,6 +60,8 @@ class Bank {
     virtual bool settle(std::uint64_t id, bool given_up) = 0;
     // Lets go of the memory of `id`, whoever has it.
     virtual void forget(std::uint64_t id) = 0;
+    // Memory that a service before this one made, and that is in use still, has the name `id` from now on.
+    virtual void resume(std::uint64_t) {}
 
     // Milliseconds until the bank wants a call of rest_if_due(); -1 where it does not.
     virtual int rest_in_ms() const { return -1; }
@@ -212,7 +214,9 @@ class GpuBank : public Bank {
     }
 
     ~GpuBank() override {
-        for (const auto &[id, handle] : handles_) driver_.MemRelease(handle);
+        for (const auto &[id, handle] : handles_) {
+            if (handle != 0) driver_.MemRelease(handle);
+        }
         rest();
     }
 
@@ -267,6 +271,12 @@ class GpuBank : public Bank {
         handles_.erase(found);
         rests_at_ = Clock::now() + rest_after_;
         rest_if_due();
+    }
+
+    // The memory is whoever's has its descriptor; the GPU does not rest while somebody may use it.
+    void resume(std::uint64_t id) override {
+        handles_.emplace(id, 0);
+        awake_ = awake_ || driver_.DevicePrimaryCtxRetain(&context_, device_) == cuda::kOk;
     }
 
     int rest_in_ms() const override {

@@ -29,7 +29,7 @@ using namespace mtier;
 
 constexpr int kFailed = 1, kWrongOptions = 2;
 constexpr int kStatusTimeoutMs = 5000;
-constexpr std::chrono::milliseconds kStopPatience{5000}, kBeat{5000};
+constexpr std::chrono::milliseconds kStopPatience{5000}, kBeat{3000};
 
 int complain(const std::string &sentence, int status = kFailed) {
     std::fprintf(stderr, "mtierd: %s.\n", sentence.c_str());
@@ -53,11 +53,16 @@ int ask(const std::string &path, std::uint16_t op) {
     return 0;
 }
 
-std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(Service &service, Kept &kept) {
+std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(const Options &options, Service &service, Kept &kept) {
     std::vector<std::unique_ptr<pages::SlabSource>> sources;
     for (std::size_t i = 0; i < service.banks(); ++i) {
-        if (service.bank(i).kind() != MemoryKind::kHostFile) continue;
-        sources.push_back(std::make_unique<pages::HostSlabs>(service, i, kept));
+        if (service.bank(i).kind() == MemoryKind::kGpuMemory) {
+            sources.push_back(std::make_unique<pages::GpuSlabs>(service, i, kept));
+        } else {
+            std::uint64_t granule = service.bank(i).granularity();
+            std::uint64_t usual = options.lazy ? 0 : service.bank(i).total() * options.share / 100 / granule * granule;
+            sources.push_back(std::make_unique<pages::HostSlabs>(service, i, kept, usual));
+        }
     }
     return sources;
 }
@@ -71,6 +76,7 @@ class Both : public Handler {
     std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) override {
         if (request.op >= kFirstPagesOp) return pages_.handle(peer, request, behind);
         std::optional<Answer> answer = service_.handle(peer, request, behind);
+        if (request.op == static_cast<std::uint16_t>(Op::kMalloc)) pages_.tend();
         if (answer && request.op == static_cast<std::uint16_t>(Op::kReport)) {
             answer->text.back() = ',';
             append(&answer->text, " \"keeper\": %d, \"restarts\": %u, ", static_cast<int>(::getppid()), restarts_);
@@ -135,9 +141,10 @@ std::optional<std::string> open_banks(const Options &options, std::vector<std::u
     return std::nullopt;
 }
 
-void beat(Loop &loop, Kept &kept) {
+void beat(Loop &loop, Kept &kept, pages::PageService &pages) {
     kept.beat();
-    loop.after(kBeat, [&] { beat(loop, kept); });
+    pages.tend();
+    loop.after(kBeat, [&] { beat(loop, kept, pages); });
 }
 
 // The service itself, on a socket that listens.
@@ -161,7 +168,7 @@ int serve(const Options &options, int listener, Kept &kept) {
     }
     bool in_time = true;
     {
-        pages::PageService pages(processes, kept, slab_sources(service, kept), static_cast<unsigned>(options.share),
+        pages::PageService pages(processes, kept, slab_sources(options, service, kept), static_cast<unsigned>(options.share),
                                  [&log](const std::string &words) { log.line("%s", words.c_str()); });
         Both both(service, pages, kept.restarts());
         Connections connections(loop, log, processes, both);
@@ -180,7 +187,7 @@ int serve(const Options &options, int listener, Kept &kept) {
             std::fflush(stdout);
         }
         kept.ready();
-        beat(loop, kept);
+        beat(loop, kept, pages);
         loop.run();
         in_time = service.idle_within(kStopPatience);
     }

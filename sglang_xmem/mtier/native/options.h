@@ -29,6 +29,7 @@ struct Options {
     std::uint64_t share = 100;  // percent of a host bank
     bool status = false;
     bool flush = false;
+    bool lazy = false;  // make nothing of the page bank's memory present ahead
 };
 
 inline bool parse_number(const std::string &text, std::uint64_t *value) {
@@ -97,6 +98,8 @@ inline std::optional<std::string> parse(int argc, char **argv, Options *options)
             options->status = true;
         } else if (name == "--flush") {
             options->flush = true;
+        } else if (name == "--lazy") {
+            options->lazy = true;
         } else if (name == "--allow-reset") {
             options->allow_reset = true;
         } else {

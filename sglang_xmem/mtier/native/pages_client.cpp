@@ -1,10 +1,15 @@
-// libpages.so: what an engine does with the frames of its session, for Python. None of it asks the service or waits.
+// libpages.so: what an engine does with the frames of its session, for Python. None of it asks the service, and nothing
+// but mapping and unmapping waits.
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <string>
 
+#include "mapping.h"
 #include "pages.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -36,6 +41,27 @@ EXPORT Session *pages_open(int fd, std::uint64_t offset, std::uint64_t frames, i
         ::munmap(memory, nbytes);
         return nullptr;
     }
+}
+
+// Maps a slab of GPU memory for the GPU of the calling thread's CUDA context. nullptr with a clause in `why`, of
+// 512 characters at most.
+EXPORT mtier::Mapping *pages_map_gpu(int fd, std::uint64_t bytes, std::uint64_t alignment, char *why) {
+    mtier::Mapping mapping;
+    std::string words;
+    if (mtier::map_gpu_memory(fd, bytes, alignment, &mapping, &words) != mtier::kSuccess) {
+        words.resize(std::min<std::size_t>(words.size(), 511));
+        std::memcpy(why, words.c_str(), words.size() + 1);
+        return nullptr;
+    }
+    return new mtier::Mapping(mapping);
+}
+
+EXPORT void *pages_address(const mtier::Mapping *mapping) { return mapping->address; }
+
+// Waits for the context that it was mapped in.
+EXPORT void pages_unmap_gpu(mtier::Mapping *mapping) {
+    mtier::unmap(*mapping);
+    delete mapping;
 }
 
 EXPORT void pages_close(Session *session) { delete session; }

@@ -103,9 +103,33 @@ class PageService : public Handler {
     // The session stays: the process may live, and use what it has pinned.
     void closed(const Peer &peer) override { joined_.erase(peer.number); }
 
-    // A member of the report's JSON object.
+    // Looks after what is made present ahead of engines.
+    void tend() {
+        for (const auto &bank : banks_) bank->tend();
+        for (const auto &bank : banks_) {
+            const Populating *ahead = bank->ahead();
+            std::string why = ahead == nullptr ? "" : ahead->why();
+            std::string &said = said_[bank->name()];
+            if (!why.empty() && said != why) {
+                note_("bank " + bank->name() + " has " + amount(ahead->present()) + " of " + amount(ahead->bytes()) +
+                      " present and makes no more so: " + why + "; engines wait for the rest, give it less");
+            }
+            said = why;
+        }
+    }
+
+    // Members of the report's JSON object.
     std::string json() const {
-        std::string text = "\"spaces\": [";
+        std::string text = "\"ahead\": [";
+        for (const auto &bank : banks_) {
+            const Populating *ahead = bank->ahead();
+            if (ahead == nullptr) continue;
+            append(&text, "%s{\"bank\": \"%s\", \"bytes\": %" PRIu64, text.back() == '[' ? "" : ", ",
+                   bank->name().c_str(), ahead->bytes());
+            append(&text, ", \"present\": %" PRIu64 ", \"ended\": %s, \"why\": \"%s\"}", ahead->present(),
+                   ahead->ended() ? "true" : "false", ahead->why().c_str());
+        }
+        text += "], \"spaces\": [";
         const char *between = "";
         for (const auto &[key, space] : spaces_) {
             append(&text, "%s{\"label\": \"%s\", \"private\": %s", between, space->head().label,
@@ -564,6 +588,7 @@ class PageService : public Handler {
     Note note_;
     std::unordered_map<Key, std::unique_ptr<Space>, KeyHash> spaces_;
     std::unordered_map<Key, Making, KeyHash> making_;
+    std::unordered_map<std::string, std::string> said_;  // by bank
     Sessions sessions_;
     std::unordered_map<std::uint64_t, std::uint64_t> joined_;  // connection -> session
     std::uint64_t joins_ = 0;

@@ -72,6 +72,12 @@ class Service : public Handler {
         return total - std::min(total, used);  // an earlier service may have had a larger bank
     }
 
+    // What a bank is to do on its own thread, for the page bank; see BankThread::post.
+    template <typename Work, typename Done>
+    void have_done(std::size_t index, Work work, Done done) {
+        banks_[index]->post(std::move(work), std::move(done));
+    }
+
     // Whether the banks have done what was asked of them, within a time each.
     bool idle_within(std::chrono::milliseconds time) {
         return std::all_of(banks_.begin(), banks_.end(), [&](auto &bank) { return bank->idle_within(time); });

@@ -19,6 +19,7 @@
 
 #include "descriptor.h"
 #include "keeper.h"
+#include "populate.h"
 #include "service.h"
 #include "space_record.h"
 #include "text.h"
@@ -38,7 +39,7 @@ struct Slab {
     std::string why;  // of one that failed: a clause
     std::uint64_t id = 0;  // of this one alone, for ever
     Part memory, control;
-    bool discarded = false;
+    std::shared_ptr<Populating> populating;  // where its memory is being made present
 };
 
 class SlabSource {
@@ -57,6 +58,11 @@ class SlabSource {
     virtual std::vector<std::shared_ptr<Slab>> left() = 0;
     // Lets go of a slab, whoever maps it.
     virtual void discard(Slab &slab) = 0;
+    // Looks after memory that is made present ahead of the engines; called when grants or slabs changed, and from time
+    // to time.
+    virtual void tend() {}
+    // What is being made present, or was: of a slab that no engine has yet. nullptr without one.
+    virtual const Populating *ahead() const { return nullptr; }
 };
 
 inline std::uint64_t random_number() {
@@ -114,7 +120,6 @@ class SlabsOfBank : public SlabSource {
     }
 
     void discard(Slab &slab) override {
-        slab.discarded = true;
         forget(slab);
         service_.give_back(bank_, slab.memory.bytes);
     }
@@ -173,15 +178,23 @@ class SlabsOfBank : public SlabSource {
     Kept &kept_;
 };
 
-// Anonymous files, which engines map and pin.
+// Anonymous files, which engines map and pin. The memory of the next slab, of the size that one usually gets, is made
+// present before an engine asks for it, as long as nobody else wants the bank's bytes.
 class HostSlabs : public SlabsOfBank {
   public:
-    using SlabsOfBank::SlabsOfBank;
+    // `usual`: bytes of a slab where engines ask for less; 0: make nothing present ahead.
+    HostSlabs(Service &service, std::size_t bank, Kept &kept, std::uint64_t usual)
+        : SlabsOfBank(service, bank, kept), usual_(usual) {}
 
     std::shared_ptr<Slab> make(std::uint64_t bytes, std::uint64_t control) override {
         std::shared_ptr<Slab> slab = begin(bytes, control);
         if (slab->state == Slab::State::kFailed) return slab;
-        slab->memory.fd = sealed_file("mtier", bytes);
+        if (next_ != nullptr && bytes == usual_) {
+            slab->memory.fd = std::move(next_file_);
+            slab->populating = std::move(next_);
+        } else {
+            slab->memory.fd = sealed_file("mtier", bytes);
+        }
         if (slab->memory.fd.get() < 0) {
             fail(*slab, words_of(errno));
         } else {
@@ -190,9 +203,67 @@ class HostSlabs : public SlabsOfBank {
         return slab;
     }
 
+    void tend() override {
+        bool has_room = usual_ != 0 && usual_ <= available();
+        if (next_ != nullptr && !has_room) {
+            next_.reset();
+            next_file_ = Descriptor();
+        } else if (next_ == nullptr && has_room) {
+            next_file_ = sealed_file("mtier", usual_);
+            if (next_file_.get() >= 0) next_ = std::make_shared<Populating>(next_file_.get(), usual_);
+        }
+    }
+
+    const Populating *ahead() const override { return next_.get(); }
+
   protected:
     bool has(const Slab &slab, std::uint64_t bytes) const override { return size_of(slab.memory.fd) == bytes; }
     void resume(Slab &) override {}
+
+  private:
+    const std::uint64_t usual_;
+    Descriptor next_file_;
+    std::shared_ptr<Populating> next_;
+};
+
+// Memory of a GPU, by the driver's descriptors. The service itself maps none of it but to clear it.
+class GpuSlabs : public SlabsOfBank {
+  public:
+    using SlabsOfBank::SlabsOfBank;
+
+    std::shared_ptr<Slab> make(std::uint64_t bytes, std::uint64_t control) override {
+        std::shared_ptr<Slab> slab = begin(bytes, control);
+        if (slab->state == Slab::State::kFailed) return slab;
+        service_.have_done(
+            bank_, [bytes, id = name_of(*slab)](Bank &bank) { return bank.create(bytes, id); },
+            [this, slab](const Made &made) {
+                slab->memory.fd = Descriptor(made.fd);
+                if (made.fd < 0) {
+                    fail(*slab, made.why);
+                } else {
+                    finish(*slab);
+                }
+            });
+        return slab;
+    }
+
+    void discard(Slab &slab) override {
+        SlabsOfBank::discard(slab);
+        service_.have_done(
+            bank_, [id = name_of(slab)](Bank &bank) { return bank.forget(id), true; }, [](bool) {});
+    }
+
+  protected:
+    // The driver keeps the size to itself; who maps another one is refused.
+    bool has(const Slab &, std::uint64_t) const override { return true; }
+    void resume(Slab &slab) override {
+        service_.have_done(
+            bank_, [id = name_of(slab)](Bank &bank) { return bank.resume(id), true; }, [](bool) {});
+    }
+
+  private:
+    // In the bank: no grant's name.
+    static std::uint64_t name_of(const Slab &slab) { return slab.id | 1ULL << 63; }
 };
 
 }  // namespace mtier::pages
