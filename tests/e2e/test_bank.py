@@ -195,3 +195,49 @@ def test_spaces_of_their_own_are_shared_too(name: str, tmp_path: Path, service: 
                 leave_out.write_text(pool)
                 without = find_in_bank(second, again, kind.hit, tokens)
                 assert without.output_ids != expected.output_ids
+
+
+def flip_a_byte_of_each_frame(service: Service) -> None:
+    """Damage every frame of the only space, as failing memory would."""
+    (space,) = service.status()["spaces"]
+    nbytes = space["frames"] * space["frame_bytes"]
+    parent = service.process.pid
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    slabs: dict[int, Path] = {}
+    for pid in (parent, *children):
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            if "memfd:" in os.readlink(file) and file.stat().st_size >= nbytes:
+                slabs[file.stat().st_ino] = file
+    (slab,) = slabs.values()
+    with slab.open("r+b", buffering=0) as memory:
+        for frame in range(space["frames"]):
+            memory.seek(frame * space["frame_bytes"] + 1001)  # the high half of a key's element
+            (before,) = memory.read(1)
+            memory.seek(-1, os.SEEK_CUR)
+            memory.write(bytes([before ^ 0x40]))
+
+
+def test_a_damaged_page_is_found_by_nobody(tiny_model: Path, tmp_path: Path, service: Service) -> None:
+    checks = {"hicache_xmem_config": {"integrity": "full"}}
+    with engine(tiny_model, service, tmp_path / "first.log", checks) as first, contextlib.ExitStack() as others:
+        cold = first.ask("A")
+        until(lambda: service.pages() >= CACHEABLE // 16)
+        # Without checks the damage shows: else that an answer is right would say nothing.
+        second = others.enter_context(
+            engine(tiny_model, service, tmp_path / "second.log", {"hicache_xmem_config": {"integrity": "off"}})
+        )
+        ask_bank(second, "A", cold)
+        until(second.client.flush_cache)
+        flip_a_byte_of_each_frame(service)
+        assert find_in_bank(second, "A").output_ids != cold.output_ids
+        until(first.client.flush_cache)
+        for _ in range(4):  # it may be late, and find nothing then
+            answer = first.ask("A")
+            assert answer.output_ids == cold.output_ids
+            if service.status()["spaces"][0]["damaged"]:
+                break
+            until(first.client.flush_cache)
+        assert "are damaged" in first.server.log()
+        assert service.status()["spaces"][0]["damaged"] >= CACHEABLE // 16
+        until(second.client.flush_cache)
+        assert second.ask("A").output_ids == cold.output_ids
