@@ -43,3 +43,5 @@ def start_daemon(build: Path, tmp_path: Path) -> Iterator[StartDaemon]:
     yield start
     for daemon in started:
         daemon.stop(9)
+    for daemon in started:
+        assert daemon.may_end or "is started again" not in daemon.log(), daemon.log()[-4000:]

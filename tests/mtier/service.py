@@ -52,6 +52,8 @@ class Daemon:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.socket_path = socket_path
+        #: Whether a test gave the service a reason to end; without one its keeper must not have started it again.
+        self.may_end = False
         self.log_path = socket_path.with_suffix(f".{time.monotonic_ns()}.log")
         self._program = str(build / "mtierd")
         command = [self._program, "--socket", str(socket_path), *arguments]
@@ -70,12 +72,13 @@ class Daemon:
 
     def send(self, number: int) -> None:
         """Send the service itself a signal."""
+        self.may_end = self.may_end or number != signal.SIGCONT
         os.kill(self.serving, number)
 
     def restart(self) -> int:
         """Kill the service, and wait until its keeper has started it again. Returns its process id."""
         before = self.serving
-        os.kill(before, signal.SIGKILL)
+        self.send(signal.SIGKILL)
         wait_until(lambda: self.serving not in (0, before), 20)
         assert self.status()["pid"] == self.serving
         return self.serving

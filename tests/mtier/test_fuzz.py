@@ -26,6 +26,7 @@ from service import (
     MIB,
     REPLY_BYTES,
     REPLY_HEAD,
+    REPOSITORY,
     REQUEST,
     RESET_ALL,
     SERVER_ERROR,
@@ -35,7 +36,9 @@ from service import (
     request,
     wait_until,
 )
+from test_bank_sessions import fill, key, view
 
+from sglang_xmem.bank import JOIN_REQUEST, NEW, BankSession
 from sglang_xmem.mtier.build import BuildError, built
 
 MESSAGES = int(os.environ.get("SGLANG_XMEM_FUZZ_MESSAGES", "20000"))
@@ -114,7 +117,7 @@ class Fuzzer:
             self._hang_up(client)
 
     def read(self, client: socket.socket) -> None:
-        assert select.select([client], [], [], 10)[0], "the service neither answers nor hangs up"
+        assert select.select([client], [], [], 60)[0], "the service neither answers nor hangs up"
         answer, descriptors, _, _ = socket.recv_fds(client, 1 << 17, 4)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -133,6 +136,87 @@ class Fuzzer:
     def close(self) -> None:
         for client in list(self._clients):
             self._hang_up(client)
+
+
+class PagesFuzzer(Fuzzer):
+    """The same with messages of the page bank, most of them of the right size."""
+
+    def message(self) -> bytes:
+        r = self._random
+        op = r.choice((32, 33, 33, 34, 35, 35, 35, 36, 36, 36, 37, 38, 39, 40, 41))
+        count = r.choice((0, 1, 2, 3, 255, 256, 257)) if r.random() < 0.9 else r.choice(EDGES + LARGEST)
+        each = {33: 0, 35: 32, 36: 48, 39: 32, 40: 16}.get(op, 0)
+        behind = b"".join(self._item(each) for _ in range(min(count, 257))) if each else b""
+        if op == 33:
+            behind = JOIN_REQUEST.pack(
+                3 if r.random() < 0.95 else r.getrandbits(32),
+                r.choice((0, 0, 0, 1, 1, 2)),
+                r.choice((65536, 65536, 131072, 1, 4096, *EDGES, *LARGEST)),
+                r.choice((1, 2, 5, 100, *EDGES, *LARGEST)),
+                bytes([r.randrange(3)]) * 32,
+                r.choice((b"x", b'"\\\n', b"y" * 64)),
+                r.choice((0, 1, 2, 3, r.getrandbits(64))),
+                r.choice((1, 1, 1, 2, 3, 0)),
+                r.choice((0, 0, 1, 2)),
+                r.choice((0, 1, 1 << 20, *LARGEST)),
+            )
+        if r.random() < 0.1:
+            behind = behind[: r.randrange(len(behind) + 1)] + r.randbytes(r.choice((0, 1, 16)))
+        if r.random() < 0.05:
+            return super().message()
+        return REQUEST.pack(MAGIC, 2, op, r.getrandbits(64), r.choice((0, 1, 1, 2, 3, -1)), 0, count, 0) + behind
+
+    def _item(self, nbytes: int) -> bytes:
+        """A key, a page or a place: of few keys and frames, so that some are there."""
+        r = self._random
+        place = struct.pack(
+            "=QQ", r.choice((r.randrange(130), *LARGEST)), r.choice((0, 1, r.randrange(50), r.getrandbits(48)))
+        )
+        return place if nbytes == 16 else bytes([r.randrange(20)]) * 32 + (place if nbytes == 48 else b"")
+
+
+def test_page_bank_survives_hostile_messages_kills_and_restarts(
+    sanitized: Path, start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight processes with eight connections each, some killed; what an honest engine has stays what it is."""
+    daemon = start_daemon("--bank", f"host:{16 * MIB}", "--bank", f"host:{8 * MIB}", "--lazy", binaries=sanitized)
+    monkeypatch.setenv("MTIER_SOCKET", str(daemon.socket_path))
+    honest = BankSession(b"h" * 32, 65536, 20, "honest")
+    addresses = fill(honest, list(range(1, 11)))
+    count, others = MESSAGES // 8, 8
+    command = [sys.executable, __file__, str(daemon.socket_path), str(count)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests/mtier")))}
+    clients = [
+        subprocess.Popen([*command, str(SEED * 100 + n)], stdout=subprocess.PIPE, text=True, env=environment)
+        for n in range(others)
+    ]
+    try:
+        for client in clients[:3]:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "half\n"
+            client.kill()
+            daemon.restart()
+        for client in clients[3:]:
+            assert client.stdout is not None
+            assert client.stdout.read().split() == ["half", "done"]
+            assert client.wait(60) == 0
+    finally:
+        for client in clients:
+            client.kill()
+            client.wait(60)
+    assert [view(honest, address)[0] for address in addresses] == list(range(1, 11))
+    mine = [os.getpid()]
+    wait_until(lambda: [s["pid"] for space in daemon.status()["spaces"] for s in space["sessions"]] == mine, 60)
+    wait_until(lambda: honest.find([key(99)]) == 0 and honest.alive, 60)
+    assert honest.publish([key(50)], honest.claim(1)) == [NEW]
+    assert honest.find([key(50)]) == 1
+    # All of both banks that is not the honest one's is there for whoever asks.
+    last = BankSession(b"l" * 32, 65536, 8 * MIB // 65536)
+    for session in (last, honest):
+        session.close()
+    assert daemon.stop() == 0, daemon.log()[-4000:]
+    assert "ERROR" not in daemon.log()
+    assert daemon.log().count("is started again") == 3
 
 
 #: Calls of the driver that come while the service runs.
@@ -359,3 +443,18 @@ def test_reset_by_one_client_between_another_s_calls(sanitized: Path, start_daem
             assert client.ask("lib.free(lib.p[1])") == SUCCESS
     assert daemon.available() == 64 * MIB
     assert daemon.stop() == 0, daemon.log()[-4000:]
+
+
+def _fuzz_pages(path: str, messages: int, seed: int) -> None:
+    fuzzer = PagesFuzzer(Path(path), seed)
+    for number in range(messages):
+        fuzzer.step()
+        if number == messages // 2:
+            print("half", flush=True)
+    fuzzer.close()
+    assert fuzzer.answered > messages // 2
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    _fuzz_pages(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
