@@ -40,6 +40,7 @@ _ENGINE = (
     "sglang_xmem/arena.py",
     "sglang_xmem/canary.py",
     "sglang_xmem/config.py",
+    "sglang_xmem/gpu_events.py",
     "sglang_xmem/plan.py",
     "sglang_xmem/session.py",
     "sglang_xmem/watch.py",

@@ -110,7 +110,7 @@ def test_every_file_of_the_package_belongs_to_a_subject() -> None:
         for path in (REPOSITORY / folder).rglob("*")
         if path.suffix in suffixes and "__pycache__" not in path.parts
     }
-    assert ours - covered - exempt == set()
+    assert ours - covered - exempt == set(), "add these to SUBJECTS of scripts/gpu_runs.py"
     assert covered & exempt == set()
 
 
