@@ -159,13 +159,16 @@ class Server:
         finally:
             connection.close()
 
-    def generate(self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False) -> Answer:
-        """Greedy generation over /generate, streamed in order to time the first token."""
+    def generate(
+        self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False, **fields: Any
+    ) -> Answer:
+        """Greedy generation over /generate, streamed in order to time the first token; `fields` are the request's."""
         body = {
             "input_ids": list(input_ids),
             "sampling_params": {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True},
             "return_logprob": logprobs,
             "stream": True,
+            **fields,
         }
         connection = http.client.HTTPConnection(HOST, self.port, timeout=600)
         try:

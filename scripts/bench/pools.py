@@ -49,6 +49,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "speculative_num_draft_tokens": 4,
     },
 }
+#: Behind a kind: the same model with K and V in fp8.
+FP8 = "+fp8"
 TIERS: dict[str, dict[str, Any]] = {
     "stock": {},
     "dram": {"hicache_use_xmem": True, "hicache_xmem_tier": "dram"},
@@ -340,9 +342,11 @@ def engine_options(kind: str, tier: str, gpu: bool, page: int) -> dict[str, Any]
         "enable_hierarchical_cache": True,
         "hicache_ratio": 4.0,
         "hicache_write_policy": "write_through",
-        **KINDS[kind],
+        **KINDS[kind.removesuffix(FP8)],
         **TIERS[tier],
     }
+    if kind.endswith(FP8):
+        options["kv_cache_dtype"] = "fp8_e4m3"
     if gpu:
         options.update(disable_decode_cuda_graph=True)
     else:
@@ -389,8 +393,9 @@ def main() -> None:
     for kind in shapes if arguments.mode == "ttft" else arguments.kinds.split(","):
         name = kind.split(":")[0]
         if arguments.mode == "check":
-            model = Path(arguments.models) / kind
-            wanted = [kind, "draft-small"] if kind == "draft" else [kind]
+            plain = kind.removesuffix(FP8)
+            model = Path(arguments.models) / plain
+            wanted = [plain, "draft-small"] if plain == "draft" else [plain]
             for each in wanted:
                 if not (model.parent / each / "config.json").exists():
                     code = (

@@ -116,6 +116,7 @@ class Spec:
         sglang: folder with another SGLang than the installed one, for entry "engine".
         forked: an engine forks its processes, which have everything imported then; spawned ones, as users have them,
             import it again, which takes most of a test's time.
+        request: further fields of a server's requests.
     """
 
     entry: Entry
@@ -129,6 +130,7 @@ class Spec:
     prompt_tokens: int = PROMPT_TOKENS
     sglang: str = ""
     forked: bool = False
+    request: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ def _run_server(spec: Spec, scratch: Path) -> Result:
             try:
                 server.wait_ready(spec.start_timeout_s)
                 leave_out = Path(environment[LEAVE_OUT])
-                result.starts.append(run_steps(ServerClient(server), spec.steps, spec, leave_out))
+                result.starts.append(run_steps(ServerClient(server, spec.request), spec.steps, spec, leave_out))
                 server.process.send_signal(signal.Signals[spec.stop])
                 result.statuses.append(server.process.wait(60))
             except Exception as error:
@@ -377,11 +379,12 @@ class _EngineClient:
 class ServerClient:
     """A server as `run_steps` wants it."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, fields: Mapping[str, Any] | None = None) -> None:
         self._server = server
+        self._fields = fields or {}
 
     def generate(self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False) -> Answer:
-        return self._server.generate(input_ids, max_new_tokens, logprobs=logprobs)
+        return self._server.generate(input_ids, max_new_tokens, logprobs=logprobs, **self._fields)
 
     def flush_cache(self, wait_s: float = 10) -> bool:
         return self._server.request("POST", f"/flush_cache?timeout={wait_s:g}")[0] == 200

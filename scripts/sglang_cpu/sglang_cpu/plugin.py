@@ -44,6 +44,7 @@ def register() -> None:
         if _exists(target):
             HookRegistry.register(target, hook, HookType.AROUND)
     models.register_latent_attention()
+    models.register_padding()
     allocator.register()
 
 
