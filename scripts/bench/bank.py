@@ -100,6 +100,11 @@ class Service:
         spaces = (self.status() or {"spaces": []})["spaces"]
         return sum((int(space["frames"]) - int(space["free"])) * int(space["frame_bytes"]) for space in spaces)
 
+    def pool_bytes(self) -> int:
+        """What pools of their own would take for what each rank holds."""
+        spaces = (self.status() or {"spaces": []})["spaces"]
+        return sum(int(each["held"]) * int(space["frame_bytes"]) for space in spaces for each in space["sessions"])
+
     def kill(self) -> None:
         """Kill what serves; what keeps its memory, if anything does, lives on and starts it again."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
@@ -162,6 +167,8 @@ class Bench:
         variables = {"MTIER_SOCKET": str(service.socket)} if service else {}
         if self.size.gpus and options.get("tp_size", 1) == 1:
             variables["CUDA_VISIBLE_DEVICES"] = str(min(gpu, self.size.gpus - 1))
+        if not self.size.gpus and "tp_size" in options:
+            variables["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"  # of each rank
         everything = {**self._options(model), **(BANK if service else {}), **options}
         begun = time.monotonic()
         log = self.folder / f"engine{self._number}.log"
@@ -339,7 +346,7 @@ def mla_tp2(bench: Bench) -> None:
         engine.ask("A")
         until(lambda: service.page_bytes() > 0, 60)
         time.sleep(3)
-        pages, in_use = service.page_bytes(), service.held_bytes()
+        pages, in_use, private = service.page_bytes(), service.held_bytes(), service.pool_bytes()
         engine.flush()
         hit = engine.ask("A")
         bench.row(
@@ -352,7 +359,7 @@ def mla_tp2(bench: Bench) -> None:
             outputs_equal=hit.output_ids == cold.output_ids,
             page_bytes=pages,
             bank_bytes=in_use,
-            private_bytes=2 * pages,
+            private_bytes=private,
         )
 
 
