@@ -337,9 +337,7 @@ class BankSession:
         if self._lost:
             return None
         try:
-            if not self._connection.alive:
-                self._join_again()
-            text = self._connection.ask(op, count, behind).text
+            text = self._answer(op, count, behind)
         except (Refused, Silent) as error:
             self.counts["bank_questions:unanswered"] += 1
             if not self._said:
@@ -350,6 +348,21 @@ class BankSession:
             logger.warning("sglang_xmem: the page bank answers again")
         self._said = False
         return text
+
+    def _answer(self, op: int, count: int, behind: bytes) -> bytes:
+        """Ask, and once more over a new connection where the one that was there has gone; any question may come twice.
+
+        Raises:
+            Refused, Silent: there is no answer.
+        """
+        if self._connection.alive:
+            try:
+                return self._connection.ask(op, count, behind).text
+            except Silent:
+                if self._connection.alive:
+                    raise
+        self._join_again()
+        return self._connection.ask(op, count, behind).text
 
     def _join_again(self) -> None:
         """Have the session over a new connection, as it is in memory: the service may have been started anew.

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import harness
+import kill_matrix
 import pytest
 from bank_rig import Engine, Service, engine, places, until
 from harness import LONGER, PROMPT_TOKENS
@@ -241,3 +242,12 @@ def test_a_damaged_page_is_found_by_nobody(tiny_model: Path, tmp_path: Path, ser
         assert service.status()["spaces"][0]["damaged"] >= CACHEABLE // 16
         until(second.client.flush_cache)
         assert second.ask("A").output_ids == cold.output_ids
+
+
+def test_kills_lose_no_answer_of_an_engine_that_lives_and_make_none_wrong(tiny_model: Path, tmp_path: Path) -> None:
+    rows = kill_matrix.Matrix(tiny_model, tmp_path, rounds=3).run(victims=["service"])
+    assert [row.phase for row in rows] == list(kill_matrix.PHASES)
+    assert all((row.wrong, row.hung, row.lost_requests) == (0, 0, 0) for row in rows), rows
+    assert all(row.answers >= 6 for row in rows)
+    # The service has its pages after each kill.
+    assert sum(row.found_tokens for row in rows) >= CACHEABLE
