@@ -244,6 +244,31 @@ def test_a_damaged_page_is_found_by_nobody(tiny_model: Path, tmp_path: Path, ser
         assert second.ask("A").output_ids == cold.output_ids
 
 
+def test_ranks_with_the_same_latents_keep_them_once(tmp_path: Path, service: Service) -> None:
+    """Both ranks hold the pages of a prompt, in one set of frames; so a pool of its own for each would take twice."""
+    kind = KINDS["mla"]
+    model = make_model(kind, tmp_path / "model")
+    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # of each rank
+    with engine(model, service, tmp_path / "log", {**kind.options, "tp_size": 2}, variables) as one:
+        cold, hit = one.ask("A"), one.ask("A")
+        assert places(hit) == {"device": kind.hit}
+        until(lambda: frames(service, "shared") >= kind.hit // 16)
+        held = [session["held"] for session in service.status()["spaces"][0]["sessions"]]
+        assert len(held) == 2
+        in_use = frames(service, "frames") - frames(service, "free")
+        assert min(held) >= kind.hit // 16
+        # What they do not share is a page that the last answer is filling.
+        assert in_use <= sum(held) / 2 + 2
+        until(one.client.flush_cache)
+        found = ask_bank(one, "A", cold)
+        assert found.logprobs == hit.logprobs
+
+
+def frames(service: Service, state: str) -> int:
+    (space,) = service.status()["spaces"]
+    return int(space[state])
+
+
 def test_kills_lose_no_answer_of_an_engine_that_lives_and_make_none_wrong(tiny_model: Path, tmp_path: Path) -> None:
     rows = kill_matrix.Matrix(tiny_model, tmp_path, rounds=3).run(victims=["service"])
     assert [row.phase for row in rows] == list(kill_matrix.PHASES)
