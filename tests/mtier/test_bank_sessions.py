@@ -205,7 +205,7 @@ def test_promises_are_kept_and_no_more_are_made(daemon: Daemon) -> None:
 
 
 def test_a_service_that_is_killed_or_stopped_is_a_miss_in_time(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(client, "DEADLINE_S", 3.0)
     monkeypatch.setattr(client, "PAUSE_S", 0.2)
     session = BankSession(MODEL, FRAME, 8)
     addresses = fill(session, [1, 2])
@@ -371,7 +371,7 @@ def test_spaces_of_one_pool_take_their_parts_of_a_bank(daemon: Daemon) -> None:
 def test_a_session_finds_nothing_until_its_damaged_pages_are_known(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(client, "DEADLINE_S", 3.0)
     monkeypatch.setattr(client, "PAUSE_S", 0.1)
     session, other = BankSession(MODEL, FRAME, 8), BankSession(MODEL, FRAME, 8)
     addresses = fill(session, [1, 2])
