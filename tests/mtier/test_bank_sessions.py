@@ -423,7 +423,7 @@ def test_a_session_goes_on_with_a_service_that_was_started_again(
         own = session.claim(1)
         view(session, own[0])[:] = 3
         before = daemon.status()["pid"]
-        os.kill(before, 9)
+        daemon.send(9)
         addresses = session.claim(2)  # it asks nobody
         assert session.find([key(1), key(2)]) == 2  # the same question, over a new connection
         assert daemon.status()["pid"] != before
