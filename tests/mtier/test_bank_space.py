@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,53 @@ def test_weights_that_change_share_nothing_until_the_flush_and_then_other_pages(
     assert offset(second, 5) == old
 
 
+@pytest.mark.parametrize("how", ["the answer says no", "it raises", "files change under it"])
+def test_an_update_that_fails_leaves_weights_that_nobody_shares(
+    how: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = updates(model, monkeypatch)
+
+    def original(self: Any, recv_req: Any) -> Any:
+        if how == "it raises":
+            raise ValueError("shapes differ")
+        if how == "files change under it":
+            (model / "model.safetensors").write_bytes(b"others")
+        return SimpleNamespace(success=how == "files change under it")
+
+    request = SimpleNamespace(model_path=str(model), load_format="safetensors")
+    with contextlib.suppress(ValueError):
+        sharing.weights_from_disk(original, None, request)
+    assert len(changes) == 2
+    assert len(changes[1]) == 32
+    assert changes[1] != changes[0]
+
+
+def test_weights_are_those_of_the_start_only_where_they_were_loaded_in_the_same_way(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that began with dummy weights, and gets those that lie next to its configuration, finds no old page."""
+
+    def named(before: str, after: str) -> bytes:
+        changes = updates(model, monkeypatch, before)
+        request = SimpleNamespace(model_path=str(model), load_format=after)
+        sharing.weights_from_disk(lambda self, recv_req: SimpleNamespace(success=True), None, request)
+        assert len(changes) == 1
+        return changes[0]
+
+    assert named("auto", "auto") == b""
+    assert b"" not in (named("dummy", "auto"), named("auto", "dummy"), named("dummy", "dummy"))
+    assert named("dummy", "auto") != named("auto", "dummy")
+
+
+def updates(model: Path, monkeypatch: pytest.MonkeyPatch, load_format: str = "auto") -> list[bytes]:
+    """What the space of an engine hears of its weights."""
+    changes: list[bytes] = []
+    known = {"weights": sharing.weights_digest(str(model)), "load_format": load_format}
+    monkeypatch.setattr(sharing.session, "current", lambda: SimpleNamespace(facts=known))
+    monkeypatch.setattr(sharing, "bank_spaces", lambda: [SimpleNamespace(weights_changed=changes.append)])
+    return changes
+
+
 # ---- what makes pages equal ----
 
 
@@ -210,6 +258,35 @@ def test_facts_name_what_a_page_depends_on(model: Path, monkeypatch: pytest.Monk
     ):
         assert facts(**other) != facts()
     assert facts(load_format="dummy", random_seed=2) != facts(load_format="dummy", random_seed=1)
+
+
+@pytest.mark.parametrize("form", ["{}", "name={}", "mapping", "one mapping for all"])
+def test_an_adapter_that_is_trained_again_under_its_name_shares_nothing(
+    form: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing.versions, "installed", lambda: "0.5.23")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"one")
+    given: Any = [form.format(adapter)]
+    if form == "mapping":
+        given = [{"lora_name": "name", "lora_path": str(adapter)}]
+    elif form == "one mapping for all":
+        given = {"name": str(adapter)}
+
+    def facts(**changes: Any) -> Any:
+        settings = dict.fromkeys(sharing._SETTINGS, None)
+        record = {**settings, "model_path": str(model), "load_format": "auto", **changes}
+        return sharing.facts(SimpleNamespace(**record), "")
+
+    before = facts(lora_paths=given)
+    assert before == facts(lora_paths=given)
+    assert before != facts()
+    (adapter / "adapter_model.safetensors").write_bytes(b"two")
+    assert facts(lora_paths=given) != before
+    (adapter / "adapter_model.safetensors").unlink()
+    monkeypatch.setattr(sharing.session, "current", lambda: SimpleNamespace(notes=[]))
+    assert facts(lora_paths=given) is None
 
 
 def test_a_canarys_page_keeps_its_frame_when_all_others_are_freed(spaces: list[BankSpace]) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Counts changes of what an identity is made of.
-SCHEMA = 2
+SCHEMA = 3
 #: Files that weights are in.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 #: Host pools of latents and of their indexer, which are not split over attention heads.
@@ -52,7 +52,22 @@ _SETTINGS = (
     "speculative_draft_model_path",
     "speculative_draft_model_revision",
     "speculative_draft_model_quantization",
+    "speculative_draft_load_format",
+    "speculative_draft_kv_cache_dtype",
+    "model_impl",
+    "model_config_parser",
+    "model_loader_extra_config",
+    "custom_weight_loader",
+    "modelopt_quant",
+    "quantize_and_serve",
+    "rl_quant_profile",
+    "kt_method",
+    "kt_num_gpu_experts",
+    "mamba_ssm_dtype",
 )
+#: ServerArgs that name a file, or weights that are used next to the model's.
+_FILES = ("quantization_param_path", "decrypted_config_file")
+_OTHER_WEIGHTS = ("kt_weight_path", "uno_lora_path")
 
 
 class Unidentified(Exception):
@@ -75,14 +90,30 @@ def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
         weights = weights_digest(server_args.model_path, server_args.revision, has_weights=not dummy)
         if draft:
             settings["draft"] = weights_digest(draft, getattr(server_args, "speculative_draft_model_revision", None))
-        scales = getattr(server_args, "quantization_param_path", None)
-        if scales:
-            settings["scales"] = _digest_of(Path(scales).read_bytes())
+        for name in _FILES:
+            if file := getattr(server_args, name, None):
+                settings[f"{name}'s content"] = _digest_of(Path(file).read_bytes())
+        for name in _OTHER_WEIGHTS:
+            if path := getattr(server_args, name, None):
+                settings[f"{name}'s content"] = weights_digest(path)
+        # SGLang's keys of an adapter's pages know its name and path, which stay when it is trained again.
+        for path in sorted(set(_adapters(getattr(server_args, "lora_paths", None)))):
+            settings[f"adapter {path}"] = weights_digest(path)
     except (Unidentified, OSError) as error:
         session.current().notes.append(f"pages are not shared with other engines: {error}")
         return None
     version = versions.installed()
     return {"schema": SCHEMA, "format": storage.FORMAT, "sglang": version, "tag": tag, "weights": weights, **settings}
+
+
+def _adapters(given: Any) -> list[str]:
+    """Paths of what --lora-paths names: `PATH`, `NAME=PATH`, {"lora_path": PATH} or {NAME: PATH}."""
+    if isinstance(given, Mapping):
+        return [str(path) for path in given.values()]
+    return [
+        str(each["lora_path"]) if isinstance(each, Mapping) else str(getattr(each, "lora_path", each)).split("=", 1)[-1]
+        for each in given or ()
+    ]
 
 
 def is_settled(active: Session) -> bool:
@@ -225,11 +256,28 @@ def weights_from_disk(original: Any, self: Any, recv_req: Any) -> Any:
     """Share with engines that have the new weights, from the flush on that follows (hook)."""
     known = session.current().facts
     try:
-        name = weights_digest(recv_req.model_path)
+        weights, load_format = weights_digest(recv_req.model_path), str(recv_req.load_format)
     except (Unidentified, OSError):
         return weights_from_elsewhere(original, self, recv_req)
-    _change(b"" if known is not None and known["weights"] == name else name.encode())
-    return original(self, recv_req)
+    # Dummy weights are made up, whatever the files hold.
+    same = known is not None and (known["weights"], known["load_format"]) == (weights, load_format)
+    same = same and load_format != "dummy"
+    _change(b"" if same else f"{weights} {load_format}".encode())
+    answer = None
+    try:
+        answer = original(self, recv_req)
+    finally:
+        # A failure leaves other weights than these, or some of them; files may have changed under it too.
+        if not getattr(answer, "success", False) or not _still(recv_req.model_path, weights):
+            _change(os.urandom(32))
+    return answer
+
+
+def _still(model: str, digest: str) -> bool:
+    try:
+        return weights_digest(model) == digest
+    except (Unidentified, OSError):
+        return False
 
 
 def weights_from_elsewhere(original: Any, self: Any, recv_req: Any) -> Any:
