@@ -242,11 +242,18 @@ class Arena:
             load=copy.load,
             store=copy.store,
             policy=self._policy,
+            staging_bytes=self._staging_bytes(),
         )
         if refused is not None:
             logger.info("sglang_xmem: %s executes the copies itself: %s", self.device, refused)
         logger.info("sglang_xmem: pages are copied by %s", self.copier.describe())
         self.summer = self._make_summer()
+
+    def _staging_bytes(self) -> int:
+        """What copy engines take of the GPU's memory: they are for host memory alone."""
+        traits = self.tier.traits
+        engines = traits.cpu_addressable and traits.link in ("pcie", "cxl") and self.device.type == "cuda"
+        return self._copy.staging_mib << 20 if engines else 0
 
     def _make_summer(self) -> Summer | None:
         if self.integrity == "off":
@@ -298,8 +305,14 @@ class Arena:
 
         Returns: int64 (n,) each, on the device: frames, then `others`.
         """
-        found = [self.spaces[space].look_up(pages, claim=claim).numpy() for space, pages in wanted]
-        found += others
+        return self.upload([*self.look_up(wanted, claim=claim), *others])
+
+    def look_up(self, wanted: Sequence[tuple[str, torch.Tensor]], *, claim: bool) -> list[npt.NDArray[np.int64]]:
+        """Addresses of frames, on the CPU; arguments as those of `frames`."""
+        return [self.spaces[space].look_up(pages, claim=claim).numpy() for space, pages in wanted]
+
+    def upload(self, found: Sequence[npt.NDArray[np.int64]]) -> list[torch.Tensor]:
+        """Bring vectors to the device by one copy on the current stream."""
         if self.device.type == "cpu":
             return [torch.from_numpy(each) for each in found]
         # Pageable memory would make the copy wait for the stream. torch keeps a pinned block until the copies that
@@ -309,14 +322,22 @@ class Arena:
         np.concatenate(found, out=pinned.numpy())
         return list(pinned.to(self.device, non_blocking=True).split(lengths))
 
-    def load(self, program: Program, pages: Sequence[Pages], counters: LayerCounters | None = None) -> None:
+    def load(
+        self,
+        program: Program,
+        pages: Sequence[Pages],
+        counters: LayerCounters | None = None,
+        addresses: Sequence[npt.NDArray[np.int64]] | None = None,
+    ) -> None:
         """Enqueue tier -> device on the current stream.
+
+        Args: as `PageCopier.load`'s.
 
         Raises:
             CopyError: the driver refuses; counters are as they were.
         """
         assert self.copier is not None
-        self.copier.load(program, pages, counters)
+        self.copier.load(program, pages, counters, addresses)
 
     def store(self, program: Program, pages: Sequence[Pages]) -> None:
         """Enqueue device -> tier on the current stream; as `load`."""

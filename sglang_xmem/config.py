@@ -32,6 +32,8 @@ Level = Literal["off", "sample", "full"]
 INTEGRITY = "integrity"
 _LEVELS: tuple[Level, ...] = ("sample", "off", "full")
 _DIRECTIONS: tuple[Direction, ...] = ("load", "store")
+#: The least and the most that `copy.staging_mib` may be, if not 0.
+_LEAST_STAGING_MIB, _MOST_STAGING_MIB = 32, 1 << 14
 
 
 class CopySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,11 +43,14 @@ class CopySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kernel: which page copier; `auto` is `cuda` on a GPU and `torch` without one.
         load, store: changes to the copier's measured settings of a direction, such as {"ctas": 16}: fields of
             `sglang_xmem.copies.tuning.CudaTuning`. `triton` takes `ctas` alone, `torch` nothing.
+        staging_mib: MiB of the GPU's memory through which its copy engines load from host memory; 0: the kernel loads
+            all.
     """
 
     kernel: Kernel = "auto"
     load: dict[str, Any] = {}
     store: dict[str, Any] = {}
+    staging_mib: int = 0
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -105,6 +110,7 @@ def parse_options(
         copy = parsed.pop("copy")
         for direction in _DIRECTIONS:
             _check_tuning(direction, getattr(copy, direction))
+        _check_staging(copy)
         options = Options(tier=tier, copy=copy, tiers=parsed, flags=flags, integrity=integrity)
         _check_kernel(options)
     except SettingError as error:
@@ -278,6 +284,22 @@ def _check_tuning(direction: Direction, changes: Mapping[str, Any]) -> None:
                 raise SettingError(f"copy.{direction}.{key}", problem, "give another value") from None
             problem = f"is {_short(dict(changes))}: {reason}"
             raise SettingError(f"copy.{direction}", problem, "give values that fit together") from None
+
+
+def _check_staging(copy: CopySettings) -> None:
+    """Refuse staging memory of no use.
+
+    Raises:
+        SettingError: its size is.
+    """
+    mib = copy.staging_mib
+    if mib == 0:
+        return
+    if not _LEAST_STAGING_MIB <= mib <= _MOST_STAGING_MIB:
+        fix = f"give {_LEAST_STAGING_MIB} to {_MOST_STAGING_MIB}, or 0 for none"
+        raise SettingError("copy.staging_mib", f"is {mib}", fix)
+    if copy.kernel not in (AUTO, "cuda"):
+        raise SettingError("copy.staging_mib", f"is {mib} and copy.kernel is {copy.kernel}", "leave it out")
 
 
 def check_copies(options: Options, *, on_gpu: bool) -> None:

@@ -2,16 +2,18 @@
 
     python scripts/bench/dma_loads.py --out dma_loads.jsonl
 
-One GPU, 30 GB of its memory, 13 GB of pinned host memory, under a minute. Copies are of rows out of page-first frames,
-as a layer's bytes lie there: `copies` are those alone; `load` brings 1280 pages of a model's shape into their slots,
-alone and while a kernel that takes all multiprocessors runs layer by layer and waits for each layer, as the forward
-pass does. `plain` lets that kernel's blocks start as places come free; `cooperative` only when all of them fit.
+One GPU, 40 GB of its memory, 16 GiB of pinned host memory, some minutes. Copies are of rows out of page-first frames,
+as a layer's bytes lie there: `copies` are those alone. `load` brings 1280 pages of a model's shape into their slots, by
+the kernel (`staging_mib` 0) and by copy engines, with `run` frames side by side: alone, and while a kernel that takes
+all multiprocessors runs layer by layer and waits for each layer, as the forward pass does. `plain` lets that kernel's
+blocks start as places come free; `cooperative` only when all of them fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import statistics
 import sys
@@ -28,16 +30,14 @@ from copy_moves import pattern  # type: ignore[import-not-found]  # this folder 
 from sglang_xmem.copies import make_copier, nvrtc
 from sglang_xmem.copies.base import Pages, Program, Step
 from sglang_xmem.copies.counters import LayerCounters
-from sglang_xmem.copies.cuda import CudaPageCopier
+from sglang_xmem.copies.dma import Gpu
 from sglang_xmem.copies.geometry import Plane, Slab
-from sglang_xmem.copies.tuning import CudaTuning
 
 MIB = 1 << 20
 PAGES = 1280
 SPARE = 16
 POISON = 0x5A5A5A5A5A5A5A5A
 UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED
-WAIT, WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32, CU_STREAM_MEM_OP_WRITE_VALUE_32
 
 _STAND_IN = """
 extern "C" __global__ void stand_in(unsigned long long nanoseconds) {
@@ -73,31 +73,6 @@ SHAPES = {
 }
 
 
-class Driver:
-    """The driver's calls that a load makes, without a Python object for each argument."""
-
-    def __init__(self) -> None:
-        library = ctypes.CDLL("libcuda.so.1")
-        self._copy, self._batch = library.cuMemcpy2DAsync_v2, library.cuStreamBatchMemOp_v2
-        self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        self._batch.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
-
-    def copy(self, descriptor: int, stream: int) -> None:
-        """Enqueue a copy of rows."""
-        status = self._copy(descriptor, stream)
-        if status:
-            raise RuntimeError(f"cuMemcpy2DAsync: error {status}")
-
-    def batch(self, operations: list[tuple[int, int, int]], stream: int) -> None:
-        """Enqueue waits and writes: (kind, address, value) each."""
-        table = np.zeros((len(operations), 6), dtype=np.uint64)
-        for row, (kind, address, value) in zip(table, operations, strict=True):
-            row[:3] = kind, address, value
-        status = self._batch(stream, len(operations), table.ctypes.data, 0)
-        if status:
-            raise RuntimeError(f"cuStreamBatchMemOp: error {status}")
-
-
 def descriptors(sources: Any, targets: Any, width: int, heights: Any, pitch: int, target_pitch: int) -> Any:
     """CUDA_MEMCPY2D for each run of rows: uint64, shape (n, 16)."""
     table = np.zeros((len(sources), 16), dtype=np.uint64)
@@ -106,12 +81,6 @@ def descriptors(sources: Any, targets: Any, width: int, heights: Any, pitch: int
     table[:, 11], table[:, 13] = targets, target_pitch
     table[:, 14], table[:, 15] = width, heights
     return table
-
-
-def runs_of(frames: Any, pitch: int) -> tuple[Any, Any]:
-    """First pages and lengths of runs of frames that lie one behind the other."""
-    starts = np.flatnonzero(np.concatenate(([True], np.diff(frames) != pitch)))
-    return starts, np.diff(np.append(starts, len(frames)))
 
 
 def timed(do: Callable[[], object], stream: torch.cuda.Stream, repeat: int) -> tuple[float, float]:
@@ -130,7 +99,7 @@ def timed(do: Callable[[], object], stream: torch.cuda.Stream, repeat: int) -> t
     return statistics.median(on_gpu[1:]), statistics.median(here[1:])
 
 
-def measure_copies(pool: torch.Tensor, driver: Driver) -> Iterator[dict[str, Any]]:
+def measure_copies(pool: torch.Tensor, gpu: Gpu) -> Iterator[dict[str, Any]]:
     """Copies of rows without anything behind them."""
     from cuda.bindings import driver as bindings
 
@@ -158,9 +127,10 @@ def measure_copies(pool: torch.Tensor, driver: Driver) -> Iterator[dict[str, Any
             table = descriptors(sources, targets, width, run, pitch, width)
 
             def each(table: Any = table) -> None:
-                address, handle = table.ctypes.data, stream.cuda_stream
-                for number in range(len(table)):
-                    driver.copy(address + 128 * number, handle)
+                address = table.ctypes.data
+                with gpu.ordered():
+                    for number in range(len(table)):
+                        gpu.copy(address + 128 * number, 0)
 
             ms, enqueue = timed(each, stream, 3)
             row = {
@@ -188,14 +158,6 @@ def measure_copies(pool: torch.Tensor, driver: Driver) -> Iterator[dict[str, Any
                 _, enqueue = timed(by_bindings, stream, 3)
                 row["us_per_call_of_bindings"] = round(enqueue * 1e3 / len(order), 2)
             yield row
-    word = torch.zeros(4, dtype=torch.int32, device="cuda").data_ptr()
-
-    def operations() -> None:
-        for _ in range(200):
-            driver.batch([(WAIT, word, 0), (WRITE, word, 1), (WRITE, word + 4, 1)], stream.cuda_stream)
-
-    ms, enqueue = timed(operations, stream, 3)
-    yield {"what": "memory operations", "us_per_call": round(enqueue * 5, 2), "us_each_on_gpu": round(ms * 5, 2)}
 
 
 class Load:
@@ -207,7 +169,7 @@ class Load:
     """
 
     def __init__(self, name: str, pool: torch.Tensor, run: int) -> None:
-        self.name, self.shape = name, SHAPES[name]
+        self.name, self.shape, self.run = name, SHAPES[name], run
         shape = self.shape
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.nbytes = PAGES * shape.frame_bytes
@@ -250,92 +212,24 @@ class Load:
         return right
 
 
-class ByKernel:
-    """The load as one launch of the copy kernel."""
+class Way:
+    """A copier that loads.
 
-    def __init__(self, load: Load, copy: dict[str, Any]) -> None:
+    Args:
+        staging_mib: of copy engines; 0: the kernel loads.
+    """
+
+    def __init__(self, load: Load, staging_mib: int) -> None:
         self.load = load
-        self.copier, _ = make_copier("cuda", [load.slab], load.device, link="pcie", **copy)
+        self.copier, _ = make_copier("cuda", [load.slab], load.device, link="pcie", staging_bytes=staging_mib * MIB)
         self.program: Program = self.copier.compile(load.steps, load.shape.layers)
         counters = self.copier.make_counters(load.shape.layers)
         assert counters is not None
         self.counters: LayerCounters = counters
-        self.about = {"by": "kernel", "copier": self.copier.describe()}
+        self.about = {"staging_mib": staging_mib, "run": load.run}
 
     def run(self) -> None:
-        self.copier.load(self.program, self.load.pages, self.counters)
-
-
-class ByEngine:
-    """The load as copies into buffers round-robin, each with a scatter kernel behind it on a stream of its own.
-
-    Args:
-        buffers, buffer_bytes: of the staging memory.
-        ctas: blocks of the scatter kernel.
-    """
-
-    def __init__(self, load: Load, driver: Driver, buffers: int, buffer_bytes: int, tuning: CudaTuning) -> None:
-        self.load, self.driver, shape = load, driver, load.shape
-        self.width = sum(shape.unit_bytes)
-        most = buffer_bytes // self.width
-        chunks = -(-PAGES // most)
-        self.rows = -(-PAGES // chunks)
-        self.staging = [torch.empty(most * self.width, dtype=torch.uint8, device=load.device) for _ in range(buffers)]
-        self.streams = [torch.cuda.Stream(load.device, priority=-1) for _ in range(buffers)]
-        slabs = [Slab(one.data_ptr(), most, self.width) for one in self.staging]
-        self.copier = CudaPageCopier(slabs, load.device, link="pcie", load=tuning)
-        self.programs = []
-        for planes in load.planes:
-            at, steps = 0, []
-            for plane in planes:
-                steps.append(Step(plane._replace(offset=at), 0, 0))
-                at += plane.unit_bytes
-            self.programs.append(self.copier.compile(steps, 1))
-        rows = torch.arange(most, device=load.device) * self.width
-        self.frames = [slab.address + rows for slab in slabs]
-        self.counters = LayerCounters(shape.layers, load.device)
-        self.progress = torch.zeros(1, dtype=torch.int32, device=load.device)
-        self.done = 0
-        self.about = {
-            "by": "engine",
-            "buffers": buffers,
-            "chunk_mib": round(self.rows * self.width / MIB, 1),
-            "scatter": str(tuning),
-        }
-
-    def run(self) -> None:
-        load, slots = self.load, self.load.pages[0].slots
-        current = torch.cuda.current_stream()
-        for stream in self.streams:
-            stream.wait_stream(current)
-        value = (self.counters._target + 1) & 0xFFFFFFFF
-        progress, number, pitch = self.progress.data_ptr(), 0, load.shape.frame_bytes
-        for layer, (planes, program) in enumerate(zip(load.planes, self.programs, strict=True)):
-            for begin in range(0, PAGES, self.rows):
-                end = min(begin + self.rows, PAGES)
-                turn = number % len(self.streams)
-                stream, base = self.streams[turn], self.staging[turn].data_ptr()
-                starts, lengths = runs_of(load.addresses[begin:end], pitch)
-                at = 0
-                for plane in planes:
-                    table = descriptors(
-                        load.addresses[begin:end][starts] + plane.offset, base + starts * self.width + at,
-                        plane.unit_bytes, lengths, pitch, self.width,
-                    )  # fmt: skip
-                    for row in range(len(table)):
-                        self.driver.copy(table.ctypes.data + 128 * row, stream.cuda_stream)
-                    at += plane.unit_bytes
-                with torch.cuda.stream(stream):
-                    self.copier.load(program, [Pages(self.frames[turn][: end - begin], slots[begin:end])])
-                self.done += 1
-                operations = [(WAIT, progress, self.done - 1), (WRITE, progress, self.done)]
-                if end == PAGES:
-                    operations.append((WRITE, self.counters.address + 4 * layer, value))
-                self.driver.batch(operations, stream.cuda_stream)
-                number += 1
-        self.counters.announce(1)
-        for stream in self.streams:
-            current.wait_stream(stream)
+        self.copier.load(self.program, self.load.pages, self.counters, [self.load.addresses])
 
 
 class Forward:
@@ -368,9 +262,9 @@ class Forward:
                     raise RuntimeError(status.name)
 
 
-def measure_load(how: Any, load: Load, repeat: int) -> dict[str, Any]:
+def measure_load(how: Way, load: Load, repeat: int) -> dict[str, Any]:
     """A way to load: alone, and under the stand-in."""
-    row: dict[str, Any] = {"what": "load", "shape": load.name, **how.about}
+    row: dict[str, Any] = {"what": "load", "shape": load.name, **how.about, "copier": how.copier.describe()}
     loading = torch.cuda.Stream(priority=-1)
     load.poison()
     ms, enqueue = timed(how.run, loading, repeat)
@@ -391,6 +285,7 @@ def measure_load(how: Any, load: Load, repeat: int) -> dict[str, Any]:
             times.append(start.elapsed_time(end))
         row[f"ms_under_{'cooperative' if cooperative else 'plain'}"] = round(statistics.median(times[1:]), 2)
     row["right"] &= load.right()
+    row["loads"] = getattr(how.copier, "loads", {})
     return row
 
 
@@ -406,27 +301,19 @@ def measure_forward(shape: Shape, name: str) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace) -> Iterator[Callable[[], Any]]:
     """Everything, in order of importance."""
-    driver = Driver()
     most = max((PAGES + SPARE) * shape.frame_bytes for shape in SHAPES.values())
     pool = torch.empty(most // 8, dtype=torch.int64, pin_memory=True)
-    few = CudaTuning(variant="bulk", ctas=8, rings=8, stages=4, stage_bytes=4096, pending_stores=1)
-    many = CudaTuning(ctas=132, threads=256, unroll=8)
-    yield lambda: list(measure_copies(pool, driver))
+    gpu = Gpu(torch.device("cuda", torch.cuda.current_device()))
+    yield lambda: list(measure_copies(pool, gpu))
     for name in arguments.shapes:
         yield lambda name=name: [measure_forward(SHAPES[name], name)]  # type: ignore[misc]
-        load = Load(name, pool, PAGES)
-        torch.cuda.empty_cache()
-        ways: list[Callable[[], Any]] = [lambda load=load: ByKernel(load, {})]  # type: ignore[misc]
-        for buffers, mib, tuning in (
-            (3, 85, few), (3, 85, many), (2, 128, few), (4, 64, few), (8, 32, few), (4, 64, many), (3, 170, many),
-        ):  # fmt: skip
-            ways.append(
-                lambda b=buffers, m=mib, t=tuning, load=load: ByEngine(load, driver, b, m * MIB, t)  # type: ignore[misc]
-            )
-        for make in ways:
-            yield lambda make=make, load=load: [measure_load(make(), load, arguments.repeat)]  # type: ignore[misc]
-        del load, ways, make
-        torch.cuda.empty_cache()
+        for run, sizes in ((PAGES, (0, 256, 512)), (64, (256, 512)), (16, (256, 512)), (4, (512,))):
+            load = Load(name, pool, run)
+            for mib in sizes:
+                yield lambda mib=mib, load=load: [measure_load(Way(load, mib), load, arguments.repeat)]  # type: ignore[misc]
+            del load
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def main() -> int:
@@ -434,7 +321,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="file that lines are appended to")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--repeat", type=int, default=2, help="loads measured each, after one that warms up")
-    parser.add_argument("--seconds", type=float, default=150, help="nothing new begins after so long")
+    parser.add_argument("--seconds", type=float, default=200, help="nothing new begins after so long")
     arguments = parser.parse_args()
     torch.cuda.set_device(0)
     begun, failures = time.perf_counter(), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from sglang_xmem.copies.base import PageCopier, Program, Step
+    from sglang_xmem.copies.cuda import CudaPageCopier
     from sglang_xmem.copies.geometry import Slab
     from sglang_xmem.copies.tuning import Link
 
@@ -23,6 +25,8 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {"triton": ("ctas",), "torch": ()}
 
 Settings = Mapping[str, Any]
 _NO_SETTINGS: Settings = MappingProxyType({})
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CopierName", "CopyPolicy", "make_copier", "make_program"]
 
@@ -36,6 +40,7 @@ def make_copier(
     load: Settings = _NO_SETTINGS,
     store: Settings = _NO_SETTINGS,
     policy: CopyPolicy = CopyPolicy(),  # noqa: B008  (immutable)
+    staging_bytes: int = 0,
 ) -> tuple[PageCopier, CopyError | None]:
     """The page copier of a name, executed by whom the policy says.
 
@@ -48,6 +53,8 @@ def make_copier(
             has `ctas` alone, the torch copier none.
         policy: other GPUs that execute copies, which the CUDA kernel alone can. Where `policy.runner` cannot and is not
             required, the rank's own GPU executes them.
+        staging_bytes: of the GPU's memory, for loads from pinned host memory by copy engines: where the rank's own GPU
+            has the memory and copies alone. 0: none, as for all other slabs.
 
     Returns:
         The copier, and why `policy.runner` does not execute, where it does not.
@@ -62,11 +69,12 @@ def make_copier(
         name = "cuda" if device.type == "cuda" else "torch"
     _check_settings(name, {"load": load, "store": store})
     try:
-        return _made(name, slabs, device, link, load, store, policy), None
+        return _made(name, slabs, device, link, load, store, policy, staging_bytes), None
     except CopyError as error:
         if policy.runner is None or policy.required:
             raise
-        return _made(name, slabs, device, link, load, store, policy._replace(runner=None)), error
+        alone = policy._replace(runner=None)
+        return _made(name, slabs, device, link, load, store, alone, staging_bytes), error
 
 
 def make_program(
@@ -80,6 +88,7 @@ def make_program(
     load: Settings = _NO_SETTINGS,
     store: Settings = _NO_SETTINGS,
     policy: CopyPolicy = CopyPolicy(),  # noqa: B008  (immutable)
+    staging_bytes: int = 0,
 ) -> tuple[PageCopier, Program, CopyError | None]:
     """`make_copier` with its first program: also falls back where it is the pools that `policy.runner` cannot reach.
 
@@ -88,14 +97,15 @@ def make_program(
     Returns:
         The copier, the program, and why `policy.runner` does not execute, where it does not.
     """
-    copier, reason = make_copier(name, slabs, device, link=link, load=load, store=store, policy=policy)
+    settings: dict[str, Any] = {"link": link, "load": load, "store": store, "staging_bytes": staging_bytes}
+    copier, reason = make_copier(name, slabs, device, policy=policy, **settings)
     try:
         return copier, copier.compile(steps, num_parts), reason
     except CopyError as error:
         if policy.runner is None or policy.required or reason is not None:
             raise
         alone = policy._replace(runner=None)
-        copier, _ = make_copier(name, slabs, device, link=link, load=load, store=store, policy=alone)
+        copier, _ = make_copier(name, slabs, device, policy=alone, **settings)
         return copier, copier.compile(steps, num_parts), error
 
 
@@ -120,6 +130,7 @@ def _made(
     load: Settings,
     store: Settings,
     policy: CopyPolicy,
+    staging_bytes: int,
 ) -> PageCopier:
     """The copier of a known name, with no way out."""
     if name != "cuda" and (policy.runner is not None or policy.relays):
@@ -137,14 +148,28 @@ def _made(
 
         ctas = {f"{way}_ctas": given["ctas"] for way, given in (("load", load), ("store", store)) if "ctas" in given}
         return TritonPageCopier(slabs, device, **ctas)
-    from sglang_xmem.copies.cuda import CudaPageCopier
+    from sglang_xmem.copies import cuda
 
     copiers = [
-        CudaPageCopier(slabs, device, link=link, load=load, store=store, runs_on=gpu)
+        cuda.CudaPageCopier(slabs, device, link=link, load=load, store=store, runs_on=gpu)
         for gpu in (policy.runner, *policy.relays)
     ]
     if len(copiers) == 1:
-        return copiers[0]
+        return _with_engines(copiers[0], staging_bytes) if staging_bytes and policy.runner is None else copiers[0]
     from sglang_xmem.copies.shared import SharedCopier
 
     return SharedCopier(copiers)
+
+
+def _with_engines(kernel: CudaPageCopier, staging_bytes: int) -> PageCopier:
+    """A copier whose large loads copy engines make; the kernel's alone where the GPU cannot."""
+    from sglang_xmem.copies.dma import DmaCopier, Gpu
+    from sglang_xmem.tiers.hostmem import register_bytes
+
+    try:
+        if not kernel.can_count():
+            raise CopyError("Streams of this GPU cannot wait for values.")
+        return DmaCopier(kernel, Gpu(kernel.device), staging_bytes, register_bytes())
+    except CopyError as error:
+        logger.info("sglang_xmem: all loads are made by the copy kernel and none by copy engines: %s", error)
+        return kernel

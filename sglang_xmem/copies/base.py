@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sglang_xmem.copies.geometry import MAX_VECTORS, Plane, Slab
@@ -121,13 +123,20 @@ class PageCopier(ABC):
             CopyError: this copier cannot reach a plane, or its kernel cannot be made.
         """
 
-    def load(self, program: Program, pages: Sequence[Pages], counters: LayerCounters | None = None) -> None:
+    def load(
+        self,
+        program: Program,
+        pages: Sequence[Pages],
+        counters: LayerCounters | None = None,
+        addresses: Sequence[npt.NDArray[np.int64]] | None = None,
+    ) -> None:
         """Enqueue tier -> device on the current stream; never waits, and takes the same time for any number of pages.
 
         Args:
             program: from this copier's `compile`.
             pages: those of each vector that the program's steps name.
             counters: from `make_counters`: tell when each part is in place. The load before that used them is complete.
+            addresses: `frames` of each of `pages`, on the CPU, for copiers that plan with them.
 
         Raises:
             CopyError: the driver refuses; the counters stand as if the load had not been asked for.

@@ -56,8 +56,12 @@ class LayerCounters:
 
     def announce(self, raises: int) -> None:
         """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""
-        self._target = (self._target + raises) & 0xFFFFFFFF
+        self._target = self.value_after(raises)
         self._waited = (0, -1)
+
+    def value_after(self, raises: int) -> int:
+        """What each counter is to have when a load is complete that adds `raises`, for who writes it at once."""
+        return (self._target + raises) & 0xFFFFFFFF
 
     def restore(self) -> None:
         """After a load of which only a part was enqueued: the counters stand at the last announced load again.

@@ -135,6 +135,18 @@ class CudaPageCopier(PageCopier):
         tuning = self.tunings[direction] = self._tuning(direction, spaces, alignment)
         return Kernel(program, tuning, alignment, self._capability, self.runner, load=direction == "load")
 
+    def scatter(self, tuning: CudaTuning, alignment: int) -> tuple[CudaTuning, int]:
+        """The kernel for tables that are not a program's: its tuning where it cannot be as asked for, and its address.
+
+        Args:
+            alignment: bytes, 1 to 16, that every address and size is a multiple of.
+        """
+        tuning = fit_tuning(
+            tuning, capability=self._capability, max_shared_bytes=self._shared_bytes, alignment=alignment
+        )
+        image = _image(tuning, alignment, self._capability)
+        return tuning, int(nvrtc.load(image, "page_copy", self.runner, tuning.shared_bytes))
+
     def _tuning(self, direction: Direction, spaces: Sequence[Sequence[int]], alignment: int) -> CudaTuning:
         """What runs, which is what was asked for unless that cannot run here."""
         tuning = self._given[direction]

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 #: `struct Plane` of page_copy.cu; the last word is not used.
 _RECORD: Final = struct.Struct("<QQQQQIHHIIQ")
+RECORD_BYTES: Final = _RECORD.size
+#: Where a record has its plane's offset in the frame: a word of 8 bytes.
+RECORD_OFFSET: Final = 16
 #: Parameters before the vectors: table, planes, load, counters, parts (and a gap).
 _HEAD: Final = struct.Struct("<QIIQII")
 #: Where each parameter begins; the last one is `struct Vectors`, 32 bytes a vector.
-_OFFSETS: Final = (0, 8, 12, 16, 24, 32)
+PARAMETER_OFFSETS: Final = (0, 8, 12, 16, 24, 32)
 _VECTOR_WORDS: Final = 4
+PARAMETERS_BYTES: Final = _HEAD.size + 8 * _VECTOR_WORDS * MAX_VECTORS
 _VECTORS: Final = [struct.Struct(f"<{_VECTOR_WORDS * count}q") for count in range(MAX_VECTORS + 1)]
 #: Tiles of a plane at most: the kernel adds up those of 32 planes in 32 bits, and divides their pieces by multiplying.
 _MAX_TILES: Final = 1 << 26
@@ -111,8 +115,8 @@ class Parameters:
     def __init__(self, table: int, num_planes: int, num_parts: int, *, load: bool) -> None:
         self._fixed = (table, num_planes, int(load))
         self._num_parts = num_parts
-        self._buffer = ctypes.create_string_buffer(_HEAD.size + 8 * _VECTOR_WORDS * MAX_VECTORS)
-        slots = [ctypes.addressof(self._buffer) + offset for offset in _OFFSETS]
+        self._buffer = ctypes.create_string_buffer(PARAMETERS_BYTES)
+        slots = [ctypes.addressof(self._buffer) + offset for offset in PARAMETER_OFFSETS]
         self._pointers = (ctypes.c_void_p * len(slots))(*slots)
         #: What cuLaunchKernel is given: address of the array of the parameters' addresses.
         self.address = ctypes.addressof(self._pointers)

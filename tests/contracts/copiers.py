@@ -203,7 +203,11 @@ class Scene:
             load = self.random.random() < 0.5
             given, plain = self.pages()
             self.expect(plain, load=load)
-            (self.copier.load if load else self.copier.store)(self.program, given)
+            if load:
+                addresses = [np.array(frames, dtype=np.int64) for frames, _ in plain]
+                self.copier.load(self.program, given, addresses=addresses)
+            else:
+                self.copier.store(self.program, given)
             self.check(f"move {number}, a {'load' if load else 'store'}, by {self.copier.describe()}")
 
 

@@ -29,7 +29,7 @@ TUNINGS = {
     "bulk_waits": CudaTuning(variant="bulk", ctas=2, stages=2, stage_bytes=2048, pending_stores=0),
 }
 #: The last ones run on another GPU, and on both.
-VARIANTS = [*TUNINGS, *(pytest.param(name, marks=pytest.mark.gpus(2)) for name in ("remote", "shared"))]
+VARIANTS = [*TUNINGS, "engines", *(pytest.param(name, marks=pytest.mark.gpus(2)) for name in ("remote", "shared"))]
 #: (unit_bytes, pages). The last ones leave warps without a tile, in some parts or in all.
 SHAPES = [(65536, 200), (1024, 10_000), (24, 30_001), (41984, 200), (65536, 3), (16, 1)]
 
@@ -57,6 +57,8 @@ class Scene:
         self.copier: PageCopier
         if variant == "shared":
             self.copier, _ = make_copier("cuda", slabs, DEVICE, link="pcie", policy=CopyPolicy(relays=(1,)))
+        elif variant == "engines":
+            self.copier, _ = make_copier("cuda", slabs, DEVICE, link="pcie", staging_bytes=32 << 20)
         else:
             runs_on = 1 if variant == "remote" else None
             self.copier = CudaPageCopier(slabs, DEVICE, load=TUNINGS.get(variant, {}), runs_on=runs_on)
@@ -72,6 +74,7 @@ class Scene:
         self.program = self.copier.compile(steps, PARTS * self.each)
         slots = torch.arange(pages, device=GPU)
         self.pages = [Pages(self.tier.data_ptr() + slots * frame_bytes, slots)]
+        self.addresses = self.pages[0].frames.cpu().numpy()
         made = self.copier.make_counters(PARTS * self.each)
         assert made is not None
         self.counters: LayerCounters = made
@@ -86,7 +89,7 @@ class Scene:
         torch.cuda.synchronize()
 
     def load(self) -> None:
-        self.copier.load(self.program, self.pages, self.counters)
+        self.copier.load(self.program, self.pages, self.counters, [self.addresses])
 
     def load_and_read(self, *, wait: bool, ahead: int = 0) -> list[bool]:
         """For each part with planes, whether a reader on another stream saw its bytes.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from copiers import CopierContract, Limits
 
-from sglang_xmem.copies import CopyPolicy, make_copier, shared
+from sglang_xmem.copies import CopyPolicy, dma, make_copier, shared
 from sglang_xmem.copies.base import PageCopier
 from sglang_xmem.copies.cuda import CudaPageCopier
 from sglang_xmem.copies.geometry import Slab
@@ -100,6 +100,37 @@ class TestRelayed(OnGpu):
 
     def make(self, slabs: Sequence[Slab], device: torch.device) -> PageCopier:
         return make_copier("auto", slabs, device, link="pcie", policy=CopyPolicy(relays=(1,)))[0]
+
+
+class TestEngines(OnGpu):
+    tier = "pinned"
+    seeds = range(600, 630)
+
+    @pytest.fixture(autouse=True)
+    def _any_load(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {"MIN_LOAD_BYTES": 1, "MIN_CHUNK_BYTES": 5000, "MOST_CALLS": 1 << 20}.items():
+            monkeypatch.setattr(dma, name, value)
+        for name in ("MIN_ROW_BYTES", "MIN_COPY_BYTES"):
+            monkeypatch.setattr(dma, name, 0)
+
+    def make(self, slabs: Sequence[Slab], device: torch.device) -> PageCopier:
+        staging = (1 << 15, 1 << 18, 1 << 24)[self.made % 3]
+        type(self).made += 1
+        copier, _ = make_copier("auto", slabs, device, link="pcie", staging_bytes=staging)
+        assert isinstance(copier, dma.DmaCopier)
+        return copier
+
+    def test_scenes_are_loaded_by_engines(self) -> None:
+        """Else the contract would be the kernel's, also where the driver refuses a call."""
+        loads = {"engines": 0, "kernel": 0}
+        for seed in range(640, 650):
+            scene = self.scene(seed)
+            scene.run()
+            assert isinstance(scene.copier, dma.DmaCopier)
+            for way, count in scene.copier.loads.items():
+                loads[way] += count
+        assert loads["engines"] > 5
+        assert loads["engines"] > loads["kernel"]
 
 
 class TestTriton(OnGpu):

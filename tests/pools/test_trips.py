@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
+from typing import Any
 
 import factories
 import pytest
@@ -11,6 +12,9 @@ import torch
 from factories import KINDS, Pools, make
 from seam import Seam, available, sglang  # noqa: F401  (sglang is a fixture)
 from trips import POISON, Trip, as_bytes, there_and_back
+
+from sglang_xmem import session
+from sglang_xmem.arena import Arena
 
 
 def _cases() -> Iterator[tuple[Seam, str, int, torch.dtype, str]]:
@@ -52,9 +56,20 @@ def _name(case: tuple[Seam, str, int, torch.dtype, str]) -> str:
 
 
 @pytest.mark.parametrize("pools", list(_cases()), indirect=True, ids=_name)
-def test_there_and_back(pools: Pools) -> None:
+def test_there_and_back(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages come back byte by byte, layer by layer, and no other page changes."""
+    loads = 0
+
+    def load(arena: Arena, program: Any, pages: Any, counters: Any = None, addresses: Any = None) -> None:
+        nonlocal loads
+        loads += 1
+        assert [each.tolist() for each in addresses] == [each.frames.tolist() for each in pages]
+        plain(arena, program, pages, counters, addresses)
+
+    plain = Arena.load
+    monkeypatch.setattr(Arena, "load", load)
     there_and_back(pools)
+    assert loads > 0 or not session.active(), "copy engines plan with addresses on the CPU"
 
 
 def _small(kinds: tuple[str, ...]) -> list[tuple[Seam, str, int, torch.dtype, str]]:
@@ -98,7 +113,6 @@ def test_random_schedules(pools: Pools) -> None:
 )
 def test_counts_and_bytes_in_use(pools: Pools) -> None:
     """What a session says of pages in use and of bytes moved is what was allocated and moved, for every pool class."""
-    from sglang_xmem import session
     from sglang_xmem.engines.sglang.pools import used_fraction
 
     active = session.current()

@@ -140,7 +140,12 @@ OPTION = "--hicache-xmem-config"
         ('{"dax": {"size_gib": "1"}}', f"{OPTION} 'dax.size_gib' is \"1\". Give a number or null."),
         ('{"peer": {"copy_on": "gpu"}}', f"{OPTION} 'peer.copy_on' is \"gpu\". Give auto, rank or peer."),
         ('{"copy": {"kernel": "fast"}}', f"{OPTION} 'copy.kernel' is \"fast\". Give auto, cuda, triton or torch."),
-        ('{"copy": {"staging_mib": 1}}', f"{OPTION} has an unknown key \"staging_mib\" in 'copy'. "),
+        ('{"copy": {"buffers": 1}}', f"{OPTION} has an unknown key \"buffers\" in 'copy'. "),
+        ('{"copy": {"staging_mib": 31}}', f"{OPTION} 'copy.staging_mib' is 31. Give 32 to 16384, or 0 for none."),
+        (
+            '{"copy": {"staging_mib": 64, "kernel": "triton"}}',
+            f"{OPTION} 'copy.staging_mib' is 64 and copy.kernel is triton. Leave it out.",
+        ),
         ('{"copy": {"load": {"ctas": -1}}}', f"{OPTION} 'copy.load.ctas' is -1, which is out of range. "),
         ('{"copy": {"load": {"ctas": true}}}', f"{OPTION} 'copy.load.ctas' is true. Give a whole number."),
         ('{"copy": {"load": {"ctas": 1.5}}}', f"{OPTION} 'copy.load.ctas' is 1.5. Give a whole number."),

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sglang_xmem import session
@@ -32,11 +34,13 @@ class Vectors(NamedTuple):
 
     Attributes:
         pages: of each vector.
+        addresses: frames of each, on the CPU.
         chosen: the pages of each of the move's groups that have sums.
         lists: what the summer wants of these on the device; empty where no page has a sum.
     """
 
     pages: list[Pages]
+    addresses: list[npt.NDArray[np.int64]]
     chosen: list[Chosen]
     lists: list[torch.Tensor]
 

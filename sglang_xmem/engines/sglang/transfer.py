@@ -105,7 +105,7 @@ def _load(
             _load_by_layers(arena, ("layers", *key), prepared, pages, num_parts, on_layer_done)
             return None, checks.compare(arena, prepared.checked, vectors, wait)
         try:
-            arena.load(prepared.program, pages, counters)
+            arena.load(prepared.program, pages, counters, vectors.addresses)
         except CopyError as error:
             _refused("load", error)
             arena.copy_plainly(prepared.steps, pages, load=True)
@@ -263,9 +263,10 @@ def _vectors(arena: Any, moves: Sequence[Any], checked: Checked | None, *, claim
     chosen = [] if checked is None else checked.chosen([wanted[number][1] for number in numbers])
     some = checked is not None and any(len(these.rows) for these in chosen)
     others = arena.summer.lists(checked.prepared, chosen) if checked is not None and some else []
-    found = arena.frames(wanted, claim=claim, others=others)
+    there = arena.look_up(wanted, claim=claim)
+    found = arena.upload([*there, *others])
     pages = [Pages(found[number], slot) for number, slot in zip(numbers, slots, strict=True)]
-    return Vectors(pages, chosen, found[len(wanted) :])
+    return Vectors(pages, [there[number] for number in numbers], chosen, found[len(wanted) :])
 
 
 def _pages_of(indices: torch.Tensor, slots: int) -> torch.Tensor:
