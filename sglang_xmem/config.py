@@ -94,7 +94,7 @@ def parse_options(
     classes = tier_classes()
     if tier is None:
         tier = AUTO
-    if tier != AUTO and tier not in classes:
+    if not isinstance(tier, str) or tier not in (AUTO, *classes):
         raise ConfigError(f"{flags.tier} is {tier!r}. Give one of {', '.join([AUTO, *classes])}.")
     raw = _read_config(config, flags.config)
     sections: dict[str, type[msgspec.Struct]] = {name: cls.Settings for name, cls in classes.items()}

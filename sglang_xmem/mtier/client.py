@@ -202,7 +202,10 @@ def bank_info(kind: int) -> BankInfo:
 
 def unavailable(error: Exception) -> Unavailable:
     if isinstance(error, Refused):
-        fix = "stop other engines, or give the service a larger --bank host:SIZE"
-        lower = [Remedy("lower_size")] if error.code == _OUT_OF_MEMORY else []
+        full = error.code == _OUT_OF_MEMORY
+        # Pages of one model may have all of a bank though its engines are promised less.
+        share = ", or a lower --share where its engines have several models" if full else ""
+        fix = f"stop other engines, or give the service a larger --bank host:SIZE{share}"
+        lower = [Remedy("lower_size")] if full else []
         return Unavailable(error.words, *lower, Remedy("do", value=fix))
     return Unavailable(str(error), Remedy("start_service", value="`sglang-xmem mtierd --bank host:SIZE`"))

@@ -168,9 +168,10 @@ def test_other_identities_share_nothing_and_frames_of_another_size_are_refused(d
     with pytest.raises(Unavailable) as caught:
         BankSession(MODEL, 2 * FRAME, 8)
     assert f"{2 * FRAME}" in sentence(caught.value)
-    # The bank is the first model's; the second one's engine hears so.
-    with pytest.raises(Unavailable, match="the bank has 0.00 GB"):
+    # The bank is the first model's; the second one's engine hears so, and what would have left it some.
+    with pytest.raises(Unavailable, match="the bank has 0.00 GB") as caught:
         BankSession(OTHER, FRAME, 8)
+    assert "--share" in sentence(caught.value)
     session.close()
     other = BankSession(OTHER, FRAME, 8)  # nobody is there any more: its pages make place
     assert other.find([key(1)]) == 0

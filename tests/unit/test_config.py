@@ -186,7 +186,7 @@ def test_what_is_no_json_is_one_sentence(text: str) -> None:
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("tier", ["bogus", "", 5])
+@pytest.mark.parametrize("tier", ["bogus", "", 5, ["dram"], {"dram": {}}])
 def test_an_unknown_tier_is_refused_with_those_there_are(tier: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"^--hicache-xmem-tier is .*\. Give one of auto, mtier, peer, bank, dram, dax\.$"

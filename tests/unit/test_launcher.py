@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from typing import Any
 
 import pytest
 
 from sglang_xmem.config import parse_options
-from sglang_xmem.engines.sglang import launcher
+from sglang_xmem.engines.sglang import flags, launcher
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.plan import Candidate, Plan
 from sglang_xmem.tiers import Ranks
@@ -21,6 +22,17 @@ def settings(**given: Any) -> types.SimpleNamespace:
 
 def refused(cfg: types.SimpleNamespace) -> list[str]:
     return [option for option, value, supported, _ in launcher._unsupported(cfg) if value not in supported]
+
+
+@pytest.mark.parametrize("size", [-1, float("nan"), float("inf"), 1e300, 10**400])
+def test_a_size_that_is_none_is_one_sentence(size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sglang", "sglang.srt", "sglang.srt.arg_groups", "sglang.srt.arg_groups.overrides"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "sglang.srt.environ", types.SimpleNamespace(envs=None))
+    sys.modules["sglang.srt.arg_groups.overrides"].resolving_view = lambda record: record  # type: ignore[attr-defined]
+    record = settings(disaggregation_mode="null", enable_hierarchical_cache=True, hicache_size=size)
+    with pytest.raises(ConfigError, match=r"^--hicache-size must be >= 0 "):
+        launcher.plan_for(record, flags.Request("dram", None, from_cli=True))
 
 
 @pytest.mark.parametrize(

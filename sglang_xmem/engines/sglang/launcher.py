@@ -30,6 +30,8 @@ FLAT_BACKENDS = ("file",)
 ADDRESS_BACKENDS = ("mooncake", "nixl", "hf3fs")
 BACKENDS = (*FLAT_BACKENDS, "dynamic", *ADDRESS_BACKENDS)
 
+#: More GB per rank than any machine has; what is far above it would not even be a float.
+_MOST_GB = 1e9
 #: The tier that is a storage backend too.
 BANK = "bank"
 
@@ -70,9 +72,9 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
     if not cfg.enable_hierarchical_cache and not retraction:
         raise ConfigError("--hicache-use-xmem needs HiCache. Add --enable-hierarchical-cache.")
     options = parse_options(request.tier, request.config)
-    if not cfg.hicache_size >= 0 or math.isinf(cfg.hicache_size):
+    if not 0 <= cfg.hicache_size < _MOST_GB:
         raise ConfigError(
-            f"--hicache-size must be >= 0 (GB per rank; 0 = use --hicache-ratio), got {cfg.hicache_size}."
+            f"--hicache-size must be >= 0 and < 1e9 (GB per rank; 0 = use --hicache-ratio), got {cfg.hicache_size}."
         )
     ratio = cfg.hicache_ratio  # None for a decode server, which gets SGLang's default later
     if ratio is not None and (not ratio > 0 or math.isinf(ratio)):
