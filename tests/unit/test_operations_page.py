@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_xmem import metrics
+from sglang_xmem import metrics, sums
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = (REPOSITORY / "docs" / "operations.md").read_text()
@@ -49,6 +49,12 @@ def test_all_metrics_are_documented() -> None:
     ours = {name for name in metrics.series() if not re.search(r"_(bucket|sum|count)$", name)}
     histograms = {metrics.PREFIX + histogram.name for histogram in metrics.HISTOGRAMS}
     assert documented == ours | histograms
+
+
+def test_all_pages_name_the_same_part_of_pages_that_is_compared() -> None:
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    named = {number for page in pages for number in re.findall(r"\bone (?:page )?in (\d+)\b", page.read_text())}
+    assert named == {str(sums.EVERY["sample"])}
 
 
 def test_links_and_pictures_are_there() -> None:
