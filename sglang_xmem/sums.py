@@ -24,6 +24,9 @@ from sglang_xmem.copies.torch import units_at
 #: (docs/results/sums.jsonl), so a 16th takes 0.3 ms: 0.1 % of its load from host memory, 0.7 % of a peer's hit (44 ms).
 EVERY: Final[Mapping[Level, int]] = {"sample": 16, "full": 1}
 
+#: Key of `Session.counts`: pages that did not have their sums.
+FAILURES: Final = "integrity:mismatch"
+
 #: Odd, so that multiplying by them can be undone: of a word's place, and of the two rounds (Murmur's finalizer).
 PLACE: Final = 0x9E3779B97F4A7C15
 FIRST: Final = 0xFF51AFD7ED558CCD

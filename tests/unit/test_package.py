@@ -34,6 +34,31 @@ def test_entry_modules_import_the_standard_library_alone(module: str) -> None:
     assert json.loads(done.stdout) == ["sglang_xmem"]
 
 
+EACH_ALONE = """
+import importlib, pathlib, sys
+root = pathlib.Path({root!r})
+failed = []
+for path in sorted(root.joinpath("sglang_xmem").rglob("*.py")):
+    name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    for known in [known for known in sys.modules if known.partition(".")[0] == "sglang_xmem"]:
+        del sys.modules[known]
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        # What SGLang or a GPU brings may be missing; a module of this package may not.
+        if "sglang_xmem" in str(error):
+            failed.append(f"{{name}}: {{error}}")
+print(failed)
+sys.exit(bool(failed))
+"""
+
+
+def test_each_module_can_be_the_first_that_is_imported() -> None:
+    code = EACH_ALONE.format(root=str(REPOSITORY))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
 def tracked_files() -> list[str]:
     """Paths that git tracks in this checkout."""
     if shutil.which("git") is None:

@@ -17,16 +17,13 @@ import torch
 from sglang_xmem import session
 from sglang_xmem.engines.sglang import sharing
 from sglang_xmem.errors import CopyError
-from sglang_xmem.sums import Chosen, Group, Report
+from sglang_xmem.sums import FAILURES, Chosen, Group, Report
 
 if TYPE_CHECKING:
     from sglang_xmem.copies.base import Pages, Step
     from sglang_xmem.engines.sglang.pools import AdoptedPool
 
 logger = logging.getLogger(__name__)
-
-#: Key of `Session.counts`: pages of pools that did not have their sums.
-FAILURES = "integrity:mismatch"
 
 
 class Vectors(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any
 from sglang_xmem import session
 from sglang_xmem.engines.sglang import checks, lookups, sharing
 from sglang_xmem.engines.sglang.transfer import ADOPTED, CHECK
+from sglang_xmem.sums import FAILURES
 from sglang_xmem.watch import end_rank
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def load(original: Any, self: Any, host_indices: Any, *args: Any, **kwargs: Any)
     extra_pools = kwargs.get("extra_pools") or (args[2] if len(args) > 2 else None)
     wrong = _damaged(self.mem_pool_host, host_indices, extra_pools)
     if wrong:
-        active.counts[checks.FAILURES] += wrong
+        active.counts[FAILURES] += wrong
         if not alone():
             sharing.finish_reports()
             end_rank(f"{wrong} pages in the tier are damaged, so this rank ends. Test the memory of the tier.")

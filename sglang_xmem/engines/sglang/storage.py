@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_xmem import session
-from sglang_xmem.engines.sglang.checks import FAILURES
-from sglang_xmem.sums import keyed_sum
+from sglang_xmem.sums import FAILURES, keyed_sum
 
 if TYPE_CHECKING:
     from sglang_xmem.engines.sglang.pools import AdoptedPool
