@@ -31,6 +31,7 @@ from sglang_xmem.mtier.build import PAGES, BuildError, built
 from sglang_xmem.mtier.client import (
     DAMAGED,
     FIND,
+    GPU,
     HOST,
     INVALID_ARGUMENT,
     JOIN,
@@ -82,7 +83,7 @@ class BankSession:
         frames: that the session holds at most at one time, however many pages name them.
         label: for people.
         pool_bytes: of all sessions that hold the engine's pages together, this one's included; 0: of this one alone.
-        kind: HOST or GPU memory; GPU memory is mapped for the GPU of the calling thread's CUDA context.
+        kind: HOST, GPU or DAX memory; GPU memory is mapped for the GPU of the calling thread's CUDA context.
 
     Raises:
         Unavailable: no service answers, or it has no memory for so many frames, or that cannot be mapped.
@@ -135,15 +136,17 @@ class BankSession:
                 self._place = self._place_of(joined)
                 self.frames = joined.total
                 try:
-                    self._handle = self._library.pages_open(joined.fd, joined.available, joined.total, joined.num_banks)
+                    self._handle = self._library.pages_open(
+                        joined.fd, joined.available, joined.total, joined.num_banks, joined.granularity
+                    )
                 finally:
                     os.close(joined.fd)
                 slab = self._connection.ask(SLAB)
                 try:
                     self.slab: hostmem.Mapping | GpuMapping = (
-                        hostmem.map_file(slab.fd, slab.available, slab.size)
-                        if kind == HOST
-                        else GpuMapping(self._library, slab.fd, slab.size, slab.granularity)
+                        GpuMapping(self._library, slab.fd, slab.size, slab.granularity)
+                        if kind == GPU
+                        else hostmem.map_file(slab.fd, slab.available, slab.size)
                     )
                 finally:
                     os.close(slab.fd)
@@ -434,7 +437,7 @@ def _library() -> Any:
     library = ctypes.CDLL(str(Path(built()) / PAGES))
     handle, number, pointer = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p
     for name, result, arguments in (
-        ("pages_open", handle, (ctypes.c_int, number, number, ctypes.c_int)),
+        ("pages_open", handle, (ctypes.c_int, number, number, ctypes.c_int, number)),
         ("pages_close", None, (handle,)),
         ("pages_map_gpu", handle, (ctypes.c_int, number, number, ctypes.c_char_p)),
         ("pages_address", handle, (handle,)),

@@ -27,7 +27,7 @@ _REFUSED = 0
 INFO, JOIN, SLAB, FIND, PUBLISH, LEAVE = range(32, 38)
 LOOK, DAMAGED = 39, 40
 #: MemoryKind of a slab.
-HOST, GPU = 1, 2
+HOST, GPU, DAX = 1, 2, 3
 
 _OUT_OF_MEMORY = -3
 INVALID_ARGUMENT = -4
@@ -176,11 +176,13 @@ class Connection:
 
 
 class BankInfo(NamedTuple):
-    """What the service has: banks of that memory, their bytes, and bytes that one more session may ask for."""
+    """What the service has: banks of that memory, their bytes, bytes that one more session may ask for, and what slabs
+    of them are multiples of."""
 
     banks: int
     total: int
     available: int
+    granularity: int
 
 
 def bank_info(kind: int) -> BankInfo:
@@ -197,7 +199,7 @@ def bank_info(kind: int) -> BankInfo:
             connection.close()
     except (Refused, Silent) as error:
         raise unavailable(error) from None
-    return BankInfo(reply.num_banks, reply.total, reply.available)
+    return BankInfo(reply.num_banks, reply.total, reply.available, reply.granularity)
 
 
 def unavailable(error: Exception) -> Unavailable:

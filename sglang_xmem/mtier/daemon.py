@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import psutil
 
 from sglang_xmem import gpus, machine
-from sglang_xmem.errors import ConfigError, Unavailable
+from sglang_xmem.errors import ConfigError, SettingError, Unavailable
 from sglang_xmem.mtier.build import DAEMON, LIBRARY, BuildError, built
+from sglang_xmem.tiers.dax import bank_bytes
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 1 << 10,
@@ -40,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bank",
         action="append",
         default=[],
-        metavar="host:SIZE|gpu:ORDINAL[:SIZE]",
+        metavar="host:SIZE|gpu:ORDINAL[:SIZE]|dax:DEVICE[:SIZE]",
         help="a bank of shared host memory, such as host:4GB or host:512MiB, or of a GPU's memory, such as gpu:1:40GB "
-        "or gpu:1 for all that is free there less 1 GiB; may be given several times; default: one of half of the host "
+        "or gpu:1 for all that is free there less 1 GiB, or a devdax for the page bank, such as dax:/dev/dax9.0 or "
+        "dax:/dev/dax9.0:256GiB for its first bytes; may be given several times; default: one of half of the host "
         "memory that is available to this process",
     )
     parser.add_argument(
@@ -131,6 +133,9 @@ def status_text(status: Mapping[str, Any]) -> str:
         used = bank["total"] - bank["available"]
         sizes = (f"{nbytes / 1e9:.2f}" for nbytes in (bank["total"], used, bank["available"]))
         banks.append((str(bank["bank"]), memory, *sizes, str(bank["allocations"])))
+    for device in status.get("devices", ()):
+        sizes = (f"{nbytes / 1e9:.2f}" for nbytes in (device["total"], device["total"] - device["available"]))
+        banks.append((str(device["bank"]), device["name"], *sizes, f"{device['available'] / 1e9:.2f}", "0"))
     clients: list[Sequence[str]] = [("process", "GB", "allocations", "state")]
     for client in sorted(status["clients"], key=lambda client: -client["bytes"]):
         state = "connected" if client["connected"] else "away"
@@ -188,7 +193,7 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
         ConfigError: an argument is wrong.
     """
     banks = [_parse_bank(text) for text in args.bank] or [_Bank("host", None, machine.host_available_bytes() // 2)]
-    in_host = sum(bank.nbytes or 0 for bank in banks if bank.gpu is None)
+    in_host = sum(bank.nbytes or 0 for bank in banks if bank.gpu is None and bank.device is None)
     most = int(psutil.virtual_memory().total)
     headroom = machine.cgroup_headroom_bytes()
     if in_host > min(most, most if headroom is None else headroom):
@@ -208,7 +213,11 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
     named = [bank.gpu for bank in banks if bank.gpu is not None]
     arguments: list[str] = []
     for bank in banks:
-        if bank.gpu is None:
+        if bank.device is not None:
+            if sum(other.device == bank.device for other in banks) > 1:
+                raise ConfigError(f"--bank names {bank.device} twice. Give one bank per device.")
+            place, nbytes = f"dax:{bank.device}", _dax_bytes(bank, args.granularity << 20)
+        elif bank.gpu is None:
             place, nbytes = "host", bank.nbytes or 0
         else:
             if named.count(bank.gpu) > 1:
@@ -229,14 +238,18 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
 
 
 class _Bank(NamedTuple):
-    """A --bank. `gpu`: None for host memory; `nbytes`: None for all that is free."""
+    """A --bank. `gpu` and `device`: None for host memory; `nbytes`: None for all that is free."""
 
     text: str
     gpu: int | None
     nbytes: int | None
+    device: str | None = None
 
 
 def _parse_bank(text: str) -> _Bank:
+    dax = re.fullmatch(r"dax:(/[^:\"\\]{1,150})(?::(\d+(?:\.\d+)?)([A-Za-z]*))?", text)
+    if dax is not None and (dax[2] is None or (dax[3] in _UNITS and float(dax[2]) > 0)):
+        return _Bank(text, None, None if dax[2] is None else int(float(dax[2]) * _UNITS[dax[3]]), dax[1])
     match = re.fullmatch(r"(?:host:|gpu:(\d{1,4})(?:$|:))(?:(\d+(?:\.\d+)?)([A-Za-z]*))?", text)
     if match is not None:
         gpu = None if match[1] is None else int(match[1])
@@ -245,8 +258,22 @@ def _parse_bank(text: str) -> _Bank:
         if match[2] is not None and match[3] in _UNITS and float(match[2]) > 0:
             return _Bank(text, gpu, int(float(match[2]) * _UNITS[match[3]]))
     raise ConfigError(
-        f"--bank is {text!r}. Give host:SIZE, gpu:ORDINAL or gpu:ORDINAL:SIZE, such as host:4GB or gpu:1:512MiB."
+        f"--bank is {text!r}. Give host:SIZE, gpu:ORDINAL[:SIZE] or dax:DEVICE[:SIZE], such as host:4GB, gpu:1:512MiB "
+        "or dax:/dev/dax9.0."
     )
+
+
+def _dax_bytes(bank: _Bank, granule: int) -> int:
+    """Bytes of a bank on a device; nothing of it is claimed yet."""
+    assert bank.device is not None
+    try:
+        return bank_bytes(bank.device, bank.nbytes, granule)
+    except SettingError as error:
+        what = "device" if error.setting.endswith("device") else "size"
+        fix = error.fix[0].upper() + error.fix[1:]
+        raise ConfigError(f"--bank {bank.text}: its {what} {error.problem}. {fix}.") from None
+    except Unavailable as error:
+        raise ConfigError(f"--bank {bank.text}: {error.reason}. End that, or give another device.") from None
 
 
 def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:

@@ -1,7 +1,8 @@
 """Tier `bank`: page frames in memory of mtierd, which all engines of this user on this machine share.
 
 Engines whose pages are equal (`share_as`) find each other's pages, and those that an engine before them left. A rank
-maps the slab of its space as a whole, and pins host memory for its GPU; which frames are its own changes page by page.
+maps the slab of its space as a whole, and pins it for its GPU; which frames are its own changes page by page. Of a
+devdax that the service owns, the slab is a range: no memory of the host, and pinned in the same way.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import msgspec
 from sglang_xmem import gpus
 from sglang_xmem.errors import LOWER_SIZE, Remedy, SettingError, Unavailable
 from sglang_xmem.mtier.build import BuildError, built
-from sglang_xmem.mtier.client import GPU, HOST, bank_info
+from sglang_xmem.mtier.client import DAX, GPU, HOST, bank_info
 from sglang_xmem.tiers import hostmem
 from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
-#: What the service makes slabs in whole multiples of, as it starts.
-GRANULE_BYTES = 2 << 20
-#: A frame takes 64 bytes of the ledger too. No arena asks for smaller ones: a smaller granule is one of plain bytes.
+#: A frame takes 64 bytes of the ledger too, which on a devdax lies there. No arena asks for smaller ones: a smaller
+#: granule is one of plain bytes.
 LEAST_FRAME_BYTES = 256
+LEAST_DAX_FRAME_BYTES = 4096
+
+
+Memory = Literal["host", "gpu", "dax"]
 
 
 class BankSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,25 +35,28 @@ class BankSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         tag: engines with different tags do not share pages.
         memory: of the service's banks; all engines of a model name the same. Default: "host" where the service has such
-            a bank, else "gpu".
+            a bank, else "gpu"; a devdax is used only where it is named.
     """
 
     tag: str = ""
-    memory: Literal["host", "gpu"] | None = None
+    memory: Memory | None = None
 
 
 class BankRankPlan(msgspec.Struct, frozen=True):
-    """The bytes that one rank may take, and of which memory."""
+    """The bytes that one rank may take, of which memory, and what slabs of it are multiples of."""
 
     share_bytes: int
-    memory: Literal["host", "gpu"] = "host"
+    memory: Memory = "host"
+    granule_bytes: int = 2 << 20
 
     @property
     def kind(self) -> int:
         return _KINDS[self.memory]
 
 
-_KINDS = {"host": HOST, "gpu": GPU}
+_KINDS: dict[Memory, int] = {"host": HOST, "gpu": GPU, "dax": DAX}
+_OPTIONS: dict[Memory, str] = {"host": "host:SIZE", "gpu": "gpu:ORDINAL", "dax": "dax:DEVICE"}
+_WORDS: dict[Memory, str] = {"host": "host memory", "gpu": "GPU memory", "dax": "a devdax"}
 
 
 class BankTier(MemoryTier):
@@ -71,28 +78,33 @@ class BankTier(MemoryTier):
             self.traits = msgspec.structs.replace(type(self).traits, link="none")
         elif self.rank_plan.memory == "gpu":
             self.traits = msgspec.structs.replace(type(self).traits, cpu_addressable=False, link="nvlink")
+        elif self.rank_plan.memory == "dax":
+            self.traits = msgspec.structs.replace(type(self).traits, link="cxl")
 
     @classmethod
     def plan_ranks(cls, settings: BankSettings, ranks: Ranks) -> tuple[BankRankPlan, ...]:
         on_gpus = None not in ranks.gpus
-        memory = settings.memory or ("gpu" if on_gpus and bank_info(HOST).banks == 0 else "host")
+        memory: Memory = settings.memory or ("gpu" if on_gpus and bank_info(HOST).banks == 0 else "host")
         info = bank_info(_KINDS[memory])
         if memory == "gpu" and not on_gpus:
             raise SettingError("bank.memory", "is gpu, which an engine on the CPU cannot use", "give host")
         if info.banks == 0:
-            give = Remedy("do", value="give it --bank " + ("host:SIZE" if memory == "host" else "gpu:ORDINAL"))
-            raise Unavailable(f"the service has no bank of {memory} memory", give)
+            give = [Remedy("do", value=f"give it --bank {_OPTIONS[memory]}")]
+            if bank_info(DAX).banks:
+                give.append(Remedy("set_option", "bank.memory", "dax"))
+            raise Unavailable(f"the service has no bank of {_WORDS[memory]}", *give)
         try:
             built()
         except BuildError as error:
             raise Unavailable(str(error).rstrip(".")) from None
-        return (BankRankPlan(info.available // len(ranks.gpus), memory),) * len(ranks.gpus)
+        return (BankRankPlan(info.available // len(ranks.gpus), memory, info.granularity),) * len(ranks.gpus)
 
     def capacity_bytes(self) -> int:
         return min(self.rank_plan.share_bytes, bank_info(self.rank_plan.kind).available)
 
     def waste_bytes(self, granule: int) -> int:
-        return granule + GRANULE_BYTES
+        # A slab's end and, on a devdax, that of its ledger.
+        return granule + (2 if self.rank_plan.memory == "dax" else 1) * self.rank_plan.granule_bytes
 
     def share_as(self, identities: Sequence[bytes], label: str) -> None:
         self._identities, self._label = list(identities), label
@@ -106,7 +118,8 @@ class BankTier(MemoryTier):
         if nbytes > self.capacity_bytes():
             raise Unavailable(f"the pool needs {nbytes / 1e9:.2f} GB, which the bank does not have", LOWER_SIZE)
         with ExitStack() as undo:
-            frame = granule * -(-LEAST_FRAME_BYTES // granule)
+            least = LEAST_DAX_FRAME_BYTES if self.rank_plan.memory == "dax" else LEAST_FRAME_BYTES
+            frame = granule * -(-least // granule)
             identity = self._identities.pop(0) if self._identities else None
             with self._context(undo):
                 session = BankSession(
@@ -119,7 +132,9 @@ class BankTier(MemoryTier):
                 )
             undo.callback(session.close)
             slab = session.slab
-            if self.gpu is not None and self.rank_plan.memory == "host":
+            if self.rank_plan.memory == "dax":
+                self._populate(slab.address, slab.nbytes)
+            if self.gpu is not None and self.rank_plan.memory != "gpu":
                 hostmem.keep_from_children(slab.address, slab.nbytes)
                 hostmem.pin(slab.address, slab.nbytes, self.gpu, undo)
             keep = undo.pop_all()
@@ -132,11 +147,26 @@ class BankTier(MemoryTier):
             bank=session,
         )
 
+    def _populate(self, address: int, nbytes: int) -> None:
+        """Have all pages of a devdax mapped, so that broken ones are found now.
+
+        Raises:
+            Unavailable: there is one.
+        """
+        page_bytes = min(self.rank_plan.granule_bytes, 2 << 20)
+        try:
+            hostmem.populate(address, nbytes, threads=hostmem.touch_threads(), page_bytes=page_bytes)
+        except OSError as error:
+            why = "is poisoned" if hostmem.is_poisoned(error) else f"cannot be mapped ({error.strerror})"
+            # Pages under another name get another slab, and the service leaves out what it cannot clear.
+            anew = Remedy("set_option", "bank.tag", "a new name")
+            raise Unavailable(f"a page of the bank's device {why}", anew) from None
+
     def _summary(self) -> str:
         if self.gpu is None:
             return "mtierd's page bank"
-        kind = "pinned host memory" if self.rank_plan.memory == "host" else "GPU memory"
-        return f"{kind} of mtierd's page bank"
+        pinned = "" if self.rank_plan.memory == "gpu" else "pinned, "
+        return f"mtierd's page bank, {pinned}in {_WORDS[self.rank_plan.memory]}"
 
     @contextmanager
     def _context(self, undo: ExitStack) -> Iterator[None]:

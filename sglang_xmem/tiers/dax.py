@@ -35,6 +35,10 @@ GIB = 1 << 30
 _DEVICE, _OFFSET, _SIZE = "dax.device", "dax.offset_gib", "dax.size_gib"
 #: struct flock of Linux: type, whence, start, length, process; padded to 8 bytes.
 _FLOCK = struct.Struct("@hhqqixxxx")
+#: Where mtierd notes which pages lie on a device that it has: native/dax.h's Superblock, the fields at its beginning.
+_SUPERBLOCK_HEAD = struct.Struct("=QQ")  # magic, bytes of the device that are the service's
+_SUPERBLOCK_MAGIC = 0x314B4E4142584144
+_SUPERBLOCK_BYTES, _SUPERBLOCK_COPIES = 32 << 10, 2
 _NAME_DEVICE = Remedy("set_option", _DEVICE, "a device such as /dev/dax0.0")
 
 
@@ -208,6 +212,11 @@ class _Claim:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise _in_use(plan, holder) from None
             raise Unavailable(f"locking {plan.device} failed: {error.strerror}") from None
+        try:
+            _forget_pages(fd, plan)
+        except OSError as error:
+            os.close(fd)
+            raise _map_failure(plan, plan.align, error) from None
 
     def gaps(self) -> list[tuple[int, int]]:
         """(offset, bytes) of what is not in use."""
@@ -311,19 +320,67 @@ def _range(settings: DaxSettings, device: machine.DaxDevice) -> tuple[int, int]:
     return offset, nbytes
 
 
-def _check_free(fd: int, plan: DaxRankPlan) -> None:
+def _check_free(fd: int, plan: DaxRankPlan, lock: int = fcntl.F_WRLCK) -> None:
     """Refuse a range that another process has some of.
 
     Raises:
         Unavailable: it has.
     """
-    asked = _FLOCK.pack(fcntl.F_WRLCK, 0, plan.offset, plan.nbytes, 0)
+    asked = _FLOCK.pack(lock, 0, plan.offset, plan.nbytes, 0)
     try:
         kind = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
     except OSError as error:
         raise Unavailable(f"asking for locks of {plan.device} failed: {error.strerror}") from None
     if kind != fcntl.F_UNLCK:
         raise _in_use(plan, _holder(fd, plan))
+
+
+def _forget_pages(fd: int, plan: DaxRankPlan) -> None:
+    """Erase what mtierd has noted of pages in a range that is claimed, so that it never finds them overwritten.
+
+    A service whose pages lie in the range does not run, for it would hold a lock there. Another one may run and note
+    something at the same time; then its pages may not outlast it.
+
+    Raises:
+        OSError: the device's first page cannot be mapped.
+    """
+    mapping = hostmem.map_file(fd, 0, -(-_SUPERBLOCK_COPIES * _SUPERBLOCK_BYTES // plan.align) * plan.align)
+    try:
+        hostmem.populate(mapping.address, mapping.nbytes, threads=1, page_bytes=min(plan.align, 2 << 20))
+        for copy in range(_SUPERBLOCK_COPIES):
+            magic, nbytes = _SUPERBLOCK_HEAD.unpack_from(mapping.owner, copy * _SUPERBLOCK_BYTES)
+            if magic == _SUPERBLOCK_MAGIC and plan.offset < nbytes:
+                _SUPERBLOCK_HEAD.pack_into(mapping.owner, copy * _SUPERBLOCK_BYTES, 0, 0)
+    finally:
+        mapping.close()
+
+
+def bank_bytes(path: str, wanted: int | None, granule: int, *, stand_in: StandIn | None = None) -> int:
+    """Bytes of a device, from its beginning, that mtierd can have as a bank.
+
+    Args:
+        wanted: None: all.
+        granule: that the service's memory is a multiple of, in bytes.
+
+    Raises:
+        SettingError: it is no such device, or may not be opened, or does not have so much.
+        Unavailable: another process has some of the bytes.
+    """
+    fd, identity, device = _open(path, stand_in)
+    try:
+        granule = max(granule, device.align_bytes)
+        nbytes = (device.size_bytes if wanted is None else wanted) // granule * granule
+        if wanted is not None and wanted % granule:
+            raise SettingError(_SIZE, f"is {wanted} bytes", f"give a multiple of {_size(granule)}")
+        if not 3 * granule <= nbytes <= device.size_bytes:
+            problem = f"is {_size(nbytes)}, and {path} has {device.size_bytes / GIB:g} GiB"
+            raise SettingError(_SIZE, problem, f"give {_size(3 * granule)} at least, and no more than it has")
+        # Of the rest engines may have some still, of a service before: what nobody shares is locked for writing.
+        _check_free(fd, DaxRankPlan(path, identity, 0, granule, device.align_bytes))
+        _check_free(fd, DaxRankPlan(path, identity, granule, nbytes - granule, device.align_bytes), fcntl.F_RDLCK)
+    finally:
+        os.close(fd)
+    return nbytes
 
 
 def _in_use(plan: DaxRankPlan, holder: str) -> Unavailable:
@@ -352,7 +409,7 @@ def _holder(fd: int, plan: DaxRankPlan) -> str:
 
 
 def _overlaps(fdinfo: str, plan: DaxRankPlan) -> bool:
-    for first, last in re.findall(r"^lock:.* WRITE .* (\d+) (\d+|EOF)$", fdinfo, re.MULTILINE):
+    for first, last in re.findall(r"^lock:.* (?:READ|WRITE) .* (\d+) (\d+|EOF)$", fdinfo, re.MULTILINE):
         if int(first) < plan.offset + plan.nbytes and (last == "EOF" or int(last) >= plan.offset):
             return True
     return False

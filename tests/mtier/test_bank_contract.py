@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from conftest import StartDaemon
 from service import MIB
+from test_dax_bank import Bank, bank, device
 from tiers import Case, TierContract, planned
 
 from sglang_xmem.tiers.bank import BankSettings, BankTier
+
+__all__ = ["bank", "device"]  # fixtures
 
 
 class TestBank(TierContract):
@@ -22,3 +25,16 @@ class TestBank(TierContract):
             assert status["banks"][0]["available"] == 64 * MIB
 
         return Case(planned(BankTier, BankSettings(), None), check_untouched)
+
+
+class TestBankOnADevice(TierContract):
+    @pytest.fixture
+    def case(self, bank: Bank) -> Case:
+        daemon = bank.start(nbytes=64 * MIB)
+
+        def check_untouched() -> None:
+            status = daemon.status()
+            assert status["spaces"] == []
+            assert status["devices"][0]["available"] == 60 * MIB  # less the superblock and a ledger
+
+        return Case(planned(BankTier, BankSettings(memory="dax"), None), check_untouched)

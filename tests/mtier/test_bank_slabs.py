@@ -89,7 +89,7 @@ class Engine:
 def test_pages_in_a_gpu_are_shared_and_outlast_engine_and_service(machine: Machine) -> None:
     daemon = machine.start(f"host:{8 * MIB}", f"gpu:1:{16 * MIB}")
     with Engine(machine) as one, Engine(machine) as two:
-        assert one.ask("bank_info(GPU)") == [1, 16 * MIB, 16 * MIB]
+        assert one.ask("bank_info(GPU)") == [1, 16 * MIB, 16 * MIB, 2 * MIB]
         assert one.ask("join()") is None
         assert one.ask("read(session.claim(1)[0])") == [0]  # nothing of whoever had the memory before
         assert one.ask("store(session, [1, 2, 3])") == [0, 0, 0]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_dax import FakeDax
 from fake_pinning import PinDriver, pinning
 
 from sglang_xmem.errors import SettingError, Unavailable
@@ -24,28 +25,10 @@ from sglang_xmem.tiers.dax import DaxRankPlan, DaxSettings, DaxTier, StandIn
 
 MIB = 1 << 20
 GIB = 1 << 30
-ALIGN = 2 * MIB
-DEVICE_BYTES = 64 * MIB
 
 
-class Device:
-    """A file in the place of a devdax.
-
-    Attributes:
-        path: of the file.
-        root: holds the tree that describes it.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "dax9.0"
-        with self.path.open("wb") as file:
-            file.truncate(DEVICE_BYTES)
-        self.root = directory / "root"
-        facts = self.root / "sys/dev/char/0:0"  # a file's device number
-        facts.mkdir(parents=True)
-        (facts / "size").write_text(f"{DEVICE_BYTES}\n")
-        (facts / "align").write_text(f"{ALIGN}\n")
-        (facts / "subsystem").symlink_to("../../../bus/dax")
+class Device(FakeDax):
+    """With what a tier makes of it."""
 
     @property
     def stand_in(self) -> StandIn:

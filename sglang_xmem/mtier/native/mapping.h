@@ -173,6 +173,7 @@ inline Code map_grant(const Reply &reply, std::uint64_t bytes, int fd, Mapping *
                 return map_host_file(fd, reply.size, reply.granularity, out, why);
             case MemoryKind::kGpuMemory:
                 return map_gpu_memory(fd, reply.size, reply.granularity, out, why);
+            case MemoryKind::kDevice:
             case MemoryKind::kNone:
                 break;
         }

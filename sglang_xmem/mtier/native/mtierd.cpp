@@ -14,6 +14,7 @@
 
 #include "channel.h"
 #include "connections.h"
+#include "dax_slabs.h"
 #include "host_memory.h"
 #include "keeper.h"
 #include "listener.h"
@@ -53,7 +54,22 @@ int ask(const std::string &path, std::uint16_t op) {
     return 0;
 }
 
-std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(const Options &options, Service &service, Kept &kept) {
+// Returns a sentence where a device is unavailable.
+std::optional<std::string> open_devices(const Options &options, Kept &kept,
+                                        std::vector<std::unique_ptr<pages::DaxSlabs>> *devices) {
+    for (const BankOption &bank : options.banks) {
+        if (bank.device.empty()) continue;
+        std::string why;
+        auto device = pages::DaxDevice::open(bank.device, bank.bytes, options.granularity,
+                                             kept.take(pages::DaxSlabs::kept_name(bank.device)), &why);
+        if (device == nullptr) return "--bank " + bank.text + " cannot be served: " + why;
+        devices->push_back(std::make_unique<pages::DaxSlabs>(std::move(device), kept));
+    }
+    return std::nullopt;
+}
+
+std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(const Options &options, Service &service, Kept &kept,
+                                                             std::vector<std::unique_ptr<pages::DaxSlabs>> devices) {
     std::vector<std::unique_ptr<pages::SlabSource>> sources;
     for (std::size_t i = 0; i < service.banks(); ++i) {
         if (service.bank(i).kind() == MemoryKind::kGpuMemory) {
@@ -64,6 +80,7 @@ std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(const Options &opti
             sources.push_back(std::make_unique<pages::HostSlabs>(service, i, kept, usual));
         }
     }
+    for (auto &device : devices) sources.push_back(std::move(device));
     return sources;
 }
 
@@ -123,6 +140,7 @@ void raise_file_limit() {
 std::optional<std::string> open_banks(const Options &options, std::vector<std::unique_ptr<Bank>> *banks) {
     std::uint64_t in_host = 0;
     for (const BankOption &bank : options.banks) {
+        if (!bank.device.empty()) continue;
         if (bank.gpu) {
             std::string why;
             std::chrono::milliseconds rest_after(options.rest_after_ms);
@@ -153,6 +171,8 @@ int serve(const Options &options, int listener, Kept &kept) {
     if (signals < 0) return complain("signals cannot be waited for: " + words_of(errno));
     std::vector<std::unique_ptr<Bank>> banks;
     if (auto refused = open_banks(options, &banks)) return complain(*refused);
+    std::vector<std::unique_ptr<pages::DaxSlabs>> devices;
+    if (auto refused = open_devices(options, kept, &devices)) return complain(*refused);
     Journal journal;
     std::string why;
     if (!journal.open(options.socket + ".ledger", &why)) return complain(why + "; give another --socket");
@@ -168,7 +188,8 @@ int serve(const Options &options, int listener, Kept &kept) {
     }
     bool in_time = true;
     {
-        pages::PageService pages(processes, kept, slab_sources(options, service, kept), static_cast<unsigned>(options.share),
+        pages::PageService pages(processes, kept, slab_sources(options, service, kept, std::move(devices)),
+                                 static_cast<unsigned>(options.share),
                                  [&log](const std::string &words) { log.line("%s", words.c_str()); });
         Both both(service, pages, kept.restarts());
         Connections connections(loop, log, processes, both);

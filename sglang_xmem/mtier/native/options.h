@@ -12,7 +12,8 @@
 namespace mtier {
 
 struct BankOption {
-    std::optional<int> gpu;  // none: host memory
+    std::optional<int> gpu;  // none, and no device: host memory
+    std::string device;      // a devdax's node
     std::uint64_t bytes = 0;
     std::string text;
 };
@@ -38,7 +39,7 @@ inline bool parse_number(const std::string &text, std::uint64_t *value) {
     return true;
 }
 
-// "host:BYTES" or "gpu:ORDINAL:BYTES"
+// "host:BYTES", "gpu:ORDINAL:BYTES" or "dax:PATH:BYTES"
 inline bool parse_bank(const std::string &text, BankOption *bank) {
     bank->text = text;
     std::size_t size = text.rfind(':');
@@ -46,6 +47,10 @@ inline bool parse_bank(const std::string &text, BankOption *bank) {
     if (bank->bytes == 0) return false;
     std::string place = text.substr(0, size);
     if (place == "host") return true;
+    if (place.rfind("dax:/", 0) == 0) {
+        bank->device = place.substr(4);
+        return bank->device.find_first_of("\"\\") == std::string::npos && bank->device.size() < 180;
+    }
     std::uint64_t gpu = 0;
     if (place.rfind("gpu:", 0) != 0 || !parse_number(place.substr(4), &gpu) || gpu > 1023) return false;
     bank->gpu = static_cast<int>(gpu);
@@ -63,7 +68,7 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
     } else if (name == "--bank") {
         BankOption bank;
         if (!parse_bank(value, &bank)) {
-            return "--bank is " + value + "; give host:BYTES or gpu:ORDINAL:BYTES, in numbers";
+            return "--bank is " + value + "; give host:BYTES, gpu:ORDINAL:BYTES or dax:PATH:BYTES, in numbers";
         }
         options->banks.push_back(bank);
     } else if (name == "--rest-after") {
@@ -84,6 +89,7 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
         (name == "--quota" ? options->quota : options->granularity) = number;
     } else {
         return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
+               "--bank dax:PATH:BYTES, "
                "--socket PATH, --quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --metrics PORT, "
                "--library PATH, --share PERCENT, --allow-reset, --status, --flush";
     }

@@ -19,8 +19,9 @@ namespace {
 using namespace mtier::pages;
 
 struct Session {
-    Session(void *ledger, std::uint64_t frames, int number)
-        : memory(ledger), nbytes(Ledger::bytes_for(frames)), holding(Ledger(ledger, frames), number) {}
+    // `start`, `size`: the mapping that the ledger lies in.
+    Session(void *start, std::uint64_t size, void *ledger, std::uint64_t frames, int number)
+        : memory(start), nbytes(size), holding(Ledger(ledger, frames), number) {}
     ~Session() { ::munmap(memory, nbytes); }
 
     void *memory;
@@ -30,13 +31,15 @@ struct Session {
 
 }  // namespace
 
-// `fd` stays the caller's, with the ledger at `offset`. nullptr where that cannot be mapped.
-EXPORT Session *pages_open(int fd, std::uint64_t offset, std::uint64_t frames, int number) {
-    std::size_t nbytes = Ledger::bytes_for(frames);
-    void *memory = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset));
+// `fd` stays the caller's, with the ledger at `offset`; what is mapped begins and ends at multiples of `granule`.
+// nullptr where it cannot be mapped.
+EXPORT Session *pages_open(int fd, std::uint64_t offset, std::uint64_t frames, int number, std::uint64_t granule) {
+    std::uint64_t start = offset / granule * granule;
+    std::uint64_t nbytes = (offset - start + Ledger::bytes_for(frames) + granule - 1) / granule * granule;
+    void *memory = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(start));
     if (memory == MAP_FAILED) return nullptr;
     try {
-        return new Session(memory, frames, number);
+        return new Session(memory, nbytes, static_cast<char *>(memory) + (offset - start), frames, number);
     } catch (const std::bad_alloc &) {
         ::munmap(memory, nbytes);
         return nullptr;

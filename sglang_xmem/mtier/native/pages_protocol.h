@@ -14,12 +14,12 @@ constexpr std::size_t kMaxPages = 256;
 
 enum class PagesOp : std::uint16_t {
     // `bank`: a MemoryKind. Reply: num_banks (of that memory), total (their bytes), available (bytes that one more
-    // session may ask for).
+    // session may ask for), granularity (what a slab's size is a multiple of).
     kInfo = 32,
     // Behind it: JoinRequest. Reply: the ledger's descriptor, and where it begins there in `available`; num_banks: the
     // session's number; total: frames of the space; size: bytes of its slab; allocation: the space's epoch, which no
-    // other space ever has. A connection has one session; what that holds outlives the connection, and comes back when
-    // the process has ended or says kLeave.
+    // other space ever has; granularity: mappings of the descriptor begin and end at its multiples. A connection has one
+    // session; what that holds outlives the connection, and comes back when the process has ended or says kLeave.
     //
     // kMallocError: the slab is being made or cleared; ask again in a moment, for as long as it takes.
     //

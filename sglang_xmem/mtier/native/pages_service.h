@@ -129,6 +129,15 @@ class PageService : public Handler {
             append(&text, ", \"present\": %" PRIu64 ", \"ended\": %s, \"why\": \"%s\"}", ahead->present(),
                    ahead->ended() ? "true" : "false", ahead->why().c_str());
         }
+        text += "], \"devices\": [";
+        for (std::size_t i = 0; i < banks_.size(); ++i) {
+            const SlabSource &bank = *banks_[i];
+            if (bank.kind() != MemoryKind::kDevice) continue;
+            append(&text, "%s{\"bank\": %zu, \"name\": \"%s\"", text.back() == '[' ? "" : ", ", i,
+                   bank.name().c_str());
+            append(&text, ", \"total\": %" PRIu64 ", \"available\": %" PRIu64 "}", bank.total(),
+                   bank.available(kUsualFrameBytes));
+        }
         text += "], \"spaces\": [";
         const char *between = "";
         for (const auto &[key, space] : spaces_) {
@@ -161,6 +170,9 @@ class PageService : public Handler {
     }
 
   private:
+    // Where nobody has said what is asked for.
+    static constexpr std::uint64_t kUsualFrameBytes = 4096;
+
     struct Space {
         // `memory`: of the slab's record and ledger, mapped; unmapped with this.
         Space(std::size_t bank, std::shared_ptr<Slab> its, void *memory, std::uint64_t frames)
@@ -169,7 +181,7 @@ class PageService : public Handler {
               record(static_cast<SpaceRecord *>(memory)),
               ledger(static_cast<char *>(memory) + kLedgerOffset, frames),
               index(frames) {}
-        ~Space() { ::munmap(record, control_bytes(ledger.frames())); }
+        ~Space() { ::munmap(record, slab->control.mapped(control_bytes(ledger.frames()))); }
         Space(const Space &) = delete;
         Space &operator=(const Space &) = delete;
 
@@ -221,7 +233,8 @@ class PageService : public Handler {
             ++answer.fields.num_banks;
             answer.fields.total += bank.total();
             // What is not promised, whether pages of the past lie there or not.
-            std::uint64_t open = bank.available();
+            std::uint64_t open = bank.available(kUsualFrameBytes);
+            answer.fields.granularity = std::max(answer.fields.granularity, bank.granularity());
             for (const auto &[key, space] : spaces_) {
                 if (space->bank != i || space->head().is_private != 0) continue;
                 open += space->slab->memory.bytes - space->promised * space->head().frame_bytes;
@@ -297,6 +310,7 @@ class PageService : public Handler {
         answer.fields.size = space.slab->memory.bytes;
         answer.fields.available = space.slab->control.offset + kLedgerOffset;
         answer.fields.kind = banks_[space.bank]->kind();
+        answer.fields.granularity = banks_[space.bank]->mapping_granule();
         answer.fields.allocation = space.slab->id;
         return answer;
     }
@@ -343,6 +357,7 @@ class PageService : public Handler {
             if (!begin(asked, why)) return nullptr;
             begun = making_.find(asked.space);
         }
+        banks_[begun->second.bank]->advance(*begun->second.slab);
         if (begun->second.slab->state == Slab::State::kMaking) return nullptr;
         Making made = std::move(begun->second);
         making_.erase(begun);
@@ -364,15 +379,16 @@ class PageService : public Handler {
             for (std::size_t i = 0; i < banks_.size(); ++i) {
                 SlabSource &bank = *banks_[i];
                 if (bank.kind() != asked.kind) continue;
-                most = std::max(most, bank.available());
-                if (needed > bank.available()) continue;  // which is in whole granules
+                std::uint64_t available = bank.available(asked.frame_bytes);
+                most = std::max(most, available);
+                if (needed > available) continue;  // which is in whole granules
                 std::uint64_t granule = bank.granularity();
                 std::uint64_t least = (needed + granule - 1) / granule * granule;
                 double part = static_cast<double>(needed) / static_cast<double>(std::max(needed, asked.pool_bytes));
                 auto share = static_cast<std::uint64_t>(static_cast<double>(bank.total() * share_ / 100) * part);
                 share = share / granule * granule;
                 std::uint64_t bytes = asked.is_private == 1 ? least
-                                                            : std::max(least, std::min(share, bank.available()));
+                                                            : std::max(least, std::min(share, available));
                 Making &making = making_[asked.space];
                 making = {i, asked, nullptr};
                 making.slab = bank.make(bytes, control_bytes(bytes / asked.frame_bytes));
@@ -421,8 +437,7 @@ class PageService : public Handler {
     }
 
     static void *map(const Slab &slab, std::uint64_t frames) {
-        return ::mmap(nullptr, control_bytes(frames), PROT_READ | PROT_WRITE, MAP_SHARED, slab.control.fd.get(),
-                      static_cast<off_t>(slab.control.offset));
+        return slab.control.map(control_bytes(frames));
     }
 
     // ---- what services before this one left ----
@@ -447,7 +462,8 @@ class PageService : public Handler {
         Space &space = *(spaces_[head->key] = std::make_unique<Space>(bank, slab, memory, head->frames));
         for (int bit = 0; bit < kSessions; ++bit) {
             const SessionLine &line = space.record->sessions[bit];
-            std::shared_ptr<Process> process = space.record->has(bit) ? process_of(line) : nullptr;
+            bool is_there = space.record->has(bit) && !slab->deserted;
+            std::shared_ptr<Process> process = is_there ? process_of(line) : nullptr;
             if (process == nullptr || process->gone() || sessions_.count(line.id) != 0) {
                 space.ledger.fence(bit);
                 space.record->erase(bit);
@@ -499,6 +515,7 @@ class PageService : public Handler {
     // Drops the space that nobody has used for the longest time. False where all are in use.
     bool drop_idle() {
         for (auto it = making_.begin(); it != making_.end(); ++it) {  // whoever asked for it asks no more
+            banks_[it->second.bank]->advance(*it->second.slab);
             if (it->second.slab->state == Slab::State::kMaking) continue;
             if (it->second.slab->state == Slab::State::kReady) banks_[it->second.bank]->discard(*it->second.slab);
             making_.erase(it);

@@ -56,6 +56,7 @@ enum class MemoryKind : std::uint32_t {
     kNone = 0,
     kHostFile = 1,   // a sealed memfd: mmap it shared
     kGpuMemory = 2,  // the CUDA driver's: import it as a POSIX file descriptor
+    kDevice = 3,     // of the page bank alone: a range of a devdax, mmap it shared
 };
 
 struct Request {

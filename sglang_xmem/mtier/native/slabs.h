@@ -31,6 +31,13 @@ struct Part {
     Descriptor fd;
     std::uint64_t offset = 0;
     std::uint64_t bytes = 0;
+    std::uint64_t granule = 4096;  // that lengths of mappings are whole multiples of
+
+    std::uint64_t mapped(std::uint64_t size) const { return (size + granule - 1) / granule * granule; }
+    // Maps the first `size` bytes, for mapped(size) of munmap. MAP_FAILED with errno.
+    void *map(std::uint64_t size) const {
+        return ::mmap(nullptr, mapped(size), PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), static_cast<off_t>(offset));
+    }
 };
 
 struct Slab {
@@ -40,6 +47,7 @@ struct Slab {
     std::uint64_t id = 0;  // of this one alone, for ever
     Part memory, control;
     std::shared_ptr<Populating> populating;  // where its memory is being made present
+    bool deserted = false;  // certainly no engine has it
 };
 
 class SlabSource {
@@ -49,11 +57,16 @@ class SlabSource {
     // Of this source alone in the service, also in one that is started anew.
     virtual std::string name() const = 0;
     virtual std::uint64_t total() const = 0;
-    virtual std::uint64_t available() const = 0;
+    // Bytes that one more slab can have, whose frames are of that size.
+    virtual std::uint64_t available(std::uint64_t frame_bytes) const = 0;
     virtual std::uint64_t granularity() const = 0;
+    // Of an engine's mappings.
+    virtual std::uint64_t mapping_granule() const { return 4096; }
     // Begins to make a slab of zeroed memory of whole granules, no more than available(), where they are missing until
     // it is discarded or has failed.
     virtual std::shared_ptr<Slab> make(std::uint64_t bytes, std::uint64_t control) = 0;
+    // Looks whether a slab is made by now; called before its state is looked at.
+    virtual void advance(Slab &) {}
     // Slabs that services before this one made; each once.
     virtual std::vector<std::shared_ptr<Slab>> left() = 0;
     // Lets go of a slab, whoever maps it.
@@ -75,11 +88,11 @@ inline std::uint64_t random_number() {
 
 // The head of a slab's record; none where it is not whole, or of another start of the machine.
 inline std::optional<SpaceHead> read_head(const Part &control) {
-    void *memory = ::mmap(nullptr, kLedgerOffset, PROT_READ, MAP_SHARED, control.fd.get(),
-                          static_cast<off_t>(control.offset));
+    if (control.bytes < kLedgerOffset) return std::nullopt;
+    void *memory = control.map(kLedgerOffset);
     if (memory == MAP_FAILED) return std::nullopt;
     SpaceHead head = static_cast<SpaceRecord *>(memory)->head;
-    ::munmap(memory, kLedgerOffset);
+    ::munmap(memory, control.mapped(kLedgerOffset));
     if (!head.is_sound() || control_bytes(head.frames) > control.bytes) return std::nullopt;
     return head;
 }
@@ -92,7 +105,7 @@ class SlabsOfBank : public SlabSource {
     MemoryKind kind() const override { return service_.bank(bank_).kind(); }
     std::string name() const override { return std::to_string(bank_) + " " + service_.bank(bank_).label(); }
     std::uint64_t total() const override { return service_.bank(bank_).total(); }
-    std::uint64_t available() const override { return service_.available(bank_); }
+    std::uint64_t available(std::uint64_t) const override { return service_.available(bank_); }
     std::uint64_t granularity() const override { return service_.bank(bank_).granularity(); }
 
     std::vector<std::shared_ptr<Slab>> left() override {
@@ -106,7 +119,7 @@ class SlabsOfBank : public SlabSource {
             slab->control.bytes = size_of(slab->control.fd);
             std::optional<SpaceHead> head = read_head(slab->control);
             if (!head || head->epoch != slab->id || name() != head->bank || slab->memory.fd.get() < 0 ||
-                head->slab_bytes > available() || !has(*slab, head->slab_bytes)) {
+                head->slab_bytes > service_.available(bank_) || !has(*slab, head->slab_bytes)) {
                 forget(*slab);
                 continue;
             }
@@ -204,7 +217,7 @@ class HostSlabs : public SlabsOfBank {
     }
 
     void tend() override {
-        bool has_room = usual_ != 0 && usual_ <= available();
+        bool has_room = usual_ != 0 && usual_ <= service_.available(bank_);
         if (next_ != nullptr && !has_room) {
             next_.reset();
             next_file_ = Descriptor();
