@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,6 +21,8 @@ from sglang_xmem.sums import SectionSums
 
 #: Bytes at the end of a frame for the sums of its sections, 8 each, in the order in which they were made.
 TRAILER_BYTES = ALIGNMENT
+#: Seconds that a store waits at most for frames which copies still keep.
+PATIENCE_S = 2.0
 
 
 class BankSpace(Space):
@@ -86,8 +89,24 @@ class BankSpace(Space):
         if not wanting.all():  # a pool that rides on another's pages stores to the frames that the first one got
             wanting[~wanting] = ~self.bank.owned(found[~wanting])
             self._release(numbers[wanting])
-        self._table[numbers[wanting]] = found[wanting] = self.bank.claim(int(wanting.sum()))
+        self._table[numbers[wanting]] = found[wanting] = self._claim(int(wanting.sum()))
         return torch.from_numpy(found)
+
+    def _claim(self, count: int) -> npt.NDArray[np.int64]:
+        """Empty frames. Where those that gave way are missing, wait for the copies that keep them.
+
+        A full pool of several ranks alone can come to this, and for as long as a load takes. No wait would end the
+        rank, and with it the server.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.bank.claim(count)
+            except RuntimeError:
+                if not self._given_up or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.001)
+            self.tidy()
 
     def free(self, pages: torch.Tensor) -> None:
         self._release(pages.numpy())

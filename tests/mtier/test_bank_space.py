@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,3 +356,27 @@ def test_a_page_that_another_rank_stored_first_gives_way_to_it(spaces: list[Bank
     assert second.bank.held() == 2
     second.free(pages(1, 2))
     assert (second.bank.held(), second.find(KEYS[1:3])) == (0, 2)
+
+
+def test_a_store_waits_for_frames_that_gave_way(spaces: list[BankSpace]) -> None:
+    """Both ranks hold all pages that they may, and the second one its own frames too, which copies may still know."""
+    first, second = spaces
+    every = torch.arange(first.spec.pages)
+    keys = [number.to_bytes(32, "big") for number in range(len(every))]
+    for space in spaces:
+        space.gives_way = True
+        space.look_up(every, claim=True)
+    copying = [True]
+    second.copies_in_flight = lambda: lambda: not copying
+    for space in spaces:
+        space.publish(keys, every)
+    with contextlib.suppress(RuntimeError):
+        while True:  # what others may have
+            first.bank.claim(1)
+    for space in spaces:
+        space.free(every[:1])
+    first.look_up(every[:1], claim=True)
+    assert second.bank.held() == 2 * len(every) - 1
+    threading.Timer(0.05, copying.clear).start()
+    second.look_up(every[:1], claim=True)
+    assert second.bank.held() == len(every)
