@@ -321,7 +321,7 @@ def test_a_stopped_service_is_an_error_in_time(
     assert lib.bank(0)[1].available_memory == 64 * MIB  # the malloc that nobody waited for has not stayed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_graceful_stop_leaves_nothing(start_daemon: StartDaemon, tmp_path: Path, number: int) -> None:
     daemon = start_daemon()
     assert daemon.socket_path.exists()

@@ -32,6 +32,7 @@
 
 #include "descriptor.h"
 #include "notify.h"
+#include "stops.h"
 #include "text.h"
 
 namespace mtier {
@@ -99,7 +100,8 @@ class Keeper {
     int run(const std::function<int(Kept &)> &serve) {
         sigset_t handled;
         sigemptyset(&handled);
-        for (int number : {SIGTERM, SIGINT, SIGCHLD}) sigaddset(&handled, number);
+        add_stops(&handled);
+        sigaddset(&handled, SIGCHLD);
         sigset_t before;
         ::sigprocmask(SIG_BLOCK, &handled, &before);
         Descriptor signals(::signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK));

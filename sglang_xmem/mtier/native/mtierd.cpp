@@ -23,6 +23,7 @@
 #include "pages_service.h"
 #include "service.h"
 #include "slabs.h"
+#include "stops.h"
 
 namespace {
 
@@ -116,15 +117,14 @@ class Both : public Handler {
     const unsigned restarts_;
 };
 
-// SIGTERM and SIGINT end the loop; nothing else may end the process. Blocked before the first thread and the socket are
+// Stops end the loop; nothing else may end the process. Blocked before the first thread and the socket are
 // there, so that none can be hit and leave the socket behind.
 int take_signals() {
     ::signal(SIGPIPE, SIG_IGN);  // nobody reads the log
     ::signal(SIGXFSZ, SIG_IGN);  // a limit of file sizes counts for memory too: an error of one allocation
     sigset_t stops;
     sigemptyset(&stops);
-    sigaddset(&stops, SIGTERM);
-    sigaddset(&stops, SIGINT);
+    add_stops(&stops);
     ::sigprocmask(SIG_BLOCK, &stops, nullptr);
     return ::signalfd(-1, &stops, SFD_CLOEXEC | SFD_NONBLOCK);
 }
@@ -198,7 +198,7 @@ int serve(const Options &options, int listener, Kept &kept) {
         loop.watch(signals, POLLIN, [&](short) {
             signalfd_siginfo info{};
             if (::read(signals, &info, sizeof(info)) == static_cast<ssize_t>(sizeof(info))) {
-                log.line("stopping on %s", info.ssi_signo == SIGINT ? "SIGINT" : "SIGTERM");
+                log.line("stopping on %s", name_of_stop(info.ssi_signo));
             }
             loop.stop();
         });
