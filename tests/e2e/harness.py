@@ -52,6 +52,7 @@ PLUGIN = Path(__file__).with_name("plugin")
 LEAVE_OUT = "SGLANG_XMEM_TEST_LEAVE_OUT"
 LAZY = "SGLANG_XMEM_TEST_LAZY"
 FAULT = "SGLANG_XMEM_TEST_FAULT"
+ALLOCATIONS = "SGLANG_XMEM_TEST_ALLOCATIONS"
 
 #: Found in the environment of every process of one run, and of nothing else.
 MARKER = "SGLANG_XMEM_TEST_RUN"
@@ -225,18 +226,30 @@ def run(spec: Spec, timeout_s: float = 300) -> Result:
         return _run_server(spec, Path(scratch))
 
 
-def start_refused(options: Mapping[str, Any], model: str, arguments: Sequence[str], timeout_s: float = 120) -> Refusal:
+def start_refused(
+    options: Mapping[str, Any],
+    model: str,
+    arguments: Sequence[str],
+    timeout_s: float = 120,
+    environment: Mapping[str, str] | None = None,
+) -> Refusal:
     """Run `python -m sglang.launch_server` with arguments that it should refuse.
 
     Args:
         options: keywords of sgl.Engine over BASE_OPTIONS, as in Spec.
         model: model directory.
         arguments: put behind them as they are.
+        environment: variables on top of this process's own.
     """
     command_line = [*as_flags({**BASE_OPTIONS, **options, "model_path": model}), *arguments]
     with tempfile.TemporaryDirectory(prefix="sglang_xmem_e2e_") as scratch:
         stdout, stderr = Path(scratch) / "stdout", Path(scratch) / "stderr"
-        request = {"argv": command_line, "stdout": str(stdout), "stderr": str(stderr), "environment": {}}
+        request = {
+            "argv": command_line,
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+            "environment": dict(environment or {}),
+        }
         status = _forker().run(request, timeout_s)
         return Refusal(status, stdout.read_text(errors="replace"), stderr.read_text(errors="replace"))
 

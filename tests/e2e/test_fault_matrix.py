@@ -51,3 +51,15 @@ def test_a_copy_that_never_ends_ends_the_rank(tiny_model: Path, tmp_path: Path) 
     assert row.hung == 0
     # The store of the last answer may be under way yet, and meet the fault before the load does.
     assert re.search("A (load|store) of tier dram has not ended within 3 s", log)
+
+
+def test_a_tier_without_memory_ends_the_start_in_a_sentence(tiny_model: Path) -> None:
+    """The plan found it there; when the rank asks, it is gone."""
+    refusal = harness.start_refused(harness.XMEM_DRAM, str(tiny_model), [], 600, {harness.ALLOCATIONS: "0"})
+    assert refusal.status == 78
+    said = [line for line in refusal.stderr.splitlines() if line.startswith("sglang_xmem: ")]
+    assert said == [
+        "sglang_xmem: --hicache-xmem-tier dram is unavailable: the memory is gone, as a test asked for.",
+        "sglang_xmem: A rank exited during startup; see its error above.",
+    ], refusal.stderr[-4000:]
+    assert "Traceback" not in refusal.stderr

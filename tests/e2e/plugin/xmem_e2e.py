@@ -24,6 +24,8 @@ LEAVE_OUT = "SGLANG_XMEM_TEST_LEAVE_OUT"
 LAZY = "SGLANG_XMEM_TEST_LAZY"
 #: File with the name of a fault (tests/fakes/faults.py), read at each copy.
 FAULT = "SGLANG_XMEM_TEST_FAULT"
+#: How many allocations tiers make before they have no memory any more.
+ALLOCATIONS = "SGLANG_XMEM_TEST_ALLOCATIONS"
 
 #: Entries of SGLang's group of host pools, by id of the host pool; those live as long as their engine.
 _entries: dict[int, Any] = {}
@@ -43,6 +45,8 @@ def register() -> None:
         HookRegistry.register(f"{engine}.__init__", _engine_made, HookType.AFTER)
     if os.environ.get(FAULT):
         HookRegistry.register("sglang_xmem.copies.make_program", _faulty_program, HookType.AROUND)
+    if os.environ.get(ALLOCATIONS):
+        HookRegistry.register("sglang_xmem.plan.Placement._allocate", _faulty_tier, HookType.AROUND)
     if os.environ.get(LAZY) == "1":
         import torch
 
@@ -184,6 +188,10 @@ def _faulty_program(
     copier, _, reason = original(name, slabs, device, steps, num_parts, **kwargs)
     faulty = _fake("faults").FaultyCopier(copier, _fault, report=lambda fault: _say(f"fault: {fault}"))
     return faulty, faulty.compile(steps, num_parts), reason
+
+
+def _faulty_tier(original: Callable[..., Any], placement: Any, tier: Any, *args: Any) -> Any:
+    return original(placement, _fake("faults").FaultyTier(tier, int(os.environ[ALLOCATIONS])), *args)
 
 
 def _fault() -> str:
