@@ -471,5 +471,6 @@ def test_nothing_leaks_over_many_allocations(machine: Machine) -> None:
     with machine.client() as client:
         before, of_service = client.ask(n_open), len(machine.descriptors())
         assert client.ask(churn) is True
-        assert (client.ask(n_open), len(machine.descriptors())) == (before, of_service)
+        assert client.ask(n_open) == before
+        assert len(machine.descriptors()) <= of_service  # connections from before it began may have ended meanwhile
         assert client.ask(LIVE) == [0, 0, 0]
