@@ -289,23 +289,16 @@ class Arena:
         assert self.copier is not None, "begin() comes first"
         return self.copier.make_counters(num_parts)
 
-    def frames(
-        self,
-        wanted: Sequence[tuple[str, torch.Tensor]],
-        *,
-        claim: bool = True,
-        others: Sequence[npt.NDArray[np.int64]] = (),
-    ) -> list[torch.Tensor]:
+    def frames(self, wanted: Sequence[tuple[str, torch.Tensor]], *, claim: bool = True) -> list[torch.Tensor]:
         """Look up frames, and bring their addresses to the device by one copy on the current stream.
 
         Args:
             wanted: for each vector, its space and its pages: int64 (n,), on the CPU.
             claim: pages that have no frame get one, as a store wants it; else all have.
-            others: vectors that travel with them.
 
-        Returns: int64 (n,) each, on the device: frames, then `others`.
+        Returns: int64 (n,) each, on the device.
         """
-        return self.upload([*self.look_up(wanted, claim=claim), *others])
+        return self.upload(self.look_up(wanted, claim=claim))
 
     def look_up(self, wanted: Sequence[tuple[str, torch.Tensor]], *, claim: bool) -> list[npt.NDArray[np.int64]]:
         """Addresses of frames, on the CPU; arguments as those of `frames`."""

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName, PoolT
 from sglang_xmem import session
 from sglang_xmem.bank_space import BankSpace
 from sglang_xmem.engines.sglang import sharing
-from sglang_xmem.engines.sglang.geometry import KV, space_of
+from sglang_xmem.engines.sglang.geometry import KV, pages_of, space_of
 from sglang_xmem.errors import refuse
 
 #: What --hicache-storage-backend-extra-config would be; SGLang's default of 256 tokens leaves short prompts out.
@@ -116,8 +116,7 @@ class BankStorage(HiCacheStorage):
 
     @staticmethod
     def _pages(host_indices: torch.Tensor, pool: Any) -> torch.Tensor:
-        slots = pool.page_size
-        return host_indices[::slots].cpu() // slots
+        return pages_of(host_indices.cpu(), pool.page_size)
 
     # What SGLang's base class wants and does not call with this interface.
 

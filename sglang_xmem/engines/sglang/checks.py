@@ -16,6 +16,7 @@ import torch
 
 from sglang_xmem import session
 from sglang_xmem.engines.sglang import sharing
+from sglang_xmem.engines.sglang.geometry import pages_of
 from sglang_xmem.errors import CopyError
 from sglang_xmem.sums import FAILURES, Chosen, Group, Report
 
@@ -95,7 +96,7 @@ class Check:
 
     Args:
         pools: of the groups that were compared.
-        frames: of each of them, the addresses of its pages' frames.
+        frames: of each of them, the addresses of its pages' frames, on the CPU.
         report: what was found, once the load is done.
         wait: returns when the load is done.
     """
@@ -103,7 +104,7 @@ class Check:
     def __init__(
         self,
         pools: Sequence[AdoptedPool],
-        frames: Sequence[torch.Tensor],
+        frames: Sequence[npt.NDArray[np.int64]],
         report: Report,
         wait: Callable[[], None],
     ) -> None:
@@ -123,7 +124,7 @@ class Check:
             return ""
         session.current().counts[FAILURES] += count
         for view, frames in zip(self._pools, self._frames, strict=True):
-            sharing.report_damaged(view, frames.cpu().numpy())
+            sharing.report_damaged(view, frames)
         names = ", ".join(type(view.pool).__name__ for view in self._pools)
         return f"{count} pages of {names} came back from the tier with other bytes ({which})"
 
@@ -150,7 +151,7 @@ def compare(arena: Any, checked: Checked | None, vectors: Vectors, wait: Callabl
         _skipped(error)
         return None
     session.current().counts["integrity:checked"] += pages
-    frames = [vectors.pages[mine[0]].frames for mine in checked.vectors]
+    frames = [vectors.addresses[mine[0]] for mine in checked.vectors]
     return Check(checked.pools, frames, report, wait)
 
 
@@ -170,8 +171,7 @@ def damaged(view: AdoptedPool, host_indices: torch.Tensor) -> torch.Tensor:
     arena = view.arena
     if view.sums is None or arena.device.type != "cpu" or not arena.cpu_addressable:
         return host_indices[:0]
-    pages = host_indices[:: view.slots] // view.slots
-    pages = Chosen.of(view.sums, pages).pages
+    pages = Chosen.of(view.sums, pages_of(host_indices.cpu(), view.slots)).pages
     section = view.section
     found = arena.sections(section.space, pages, section.offset, section.nbytes)
     wrong = view.sums.wrong(pages, found, section.offset)

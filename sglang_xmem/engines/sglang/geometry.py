@@ -81,6 +81,19 @@ def space_of(name: str) -> str:
     return _SPACES.get(name.lower(), KV)
 
 
+def pages_of(indices: torch.Tensor, slots: int) -> torch.Tensor:
+    """Numbers of pages: int64 (n / slots,), on the CPU.
+
+    Args:
+        indices: of all slots of each page, in order; on the CPU.
+        slots: of a page.
+    """
+    if slots == 1:
+        return indices
+    first = indices.numpy()[::slots]
+    return torch.from_numpy(first >> slots.bit_length() - 1 if slots & slots - 1 == 0 else first // slots)
+
+
 def lay_out(
     sections: Iterable[tuple[str, str, int]],
 ) -> tuple[dict[str, Section], dict[str, int]]:

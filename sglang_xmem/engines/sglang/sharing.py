@@ -21,7 +21,7 @@ import numpy.typing as npt
 from sglang_xmem import session
 from sglang_xmem.bank_space import BankSpace
 from sglang_xmem.engines.sglang import storage, versions
-from sglang_xmem.engines.sglang.geometry import Description, Section
+from sglang_xmem.engines.sglang.geometry import Description, Section, pages_of
 
 if TYPE_CHECKING:
     from sglang_xmem.engines.sglang.pools import AdoptedPool
@@ -242,7 +242,7 @@ def attach(view: AdoptedPool) -> None:
     def free_pages(indices: Any) -> int:
         numbers = indices.cpu()
         freed = int(free(numbers))
-        space.free(numbers[::slots] // slots)
+        space.free(pages_of(numbers, slots))
         return freed
 
     def clear_pages() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_xmem import session
+from sglang_xmem.engines.sglang.geometry import pages_of
 from sglang_xmem.sums import FAILURES, keyed_sum
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def attach(view: AdoptedPool) -> None:
     def get_page_buffer_meta(indices: torch.Tensor) -> tuple[list[int], list[int]]:
         """Addresses and sizes of the components of each page, page by page."""
         _addressable(arena)
-        pages = indices[:: view.slots] // view.slots
-        starts = (arena.spaces[section.space].table[pages.cpu()] + section.offset).tolist()
+        pages = pages_of(indices.cpu(), view.slots)
+        starts = (arena.spaces[section.space].table[pages] + section.offset).tolist()
         offsets, at = [], 0
         for nbytes in view.component_bytes:
             offsets.append(at)

@@ -17,6 +17,7 @@ from sglang_xmem import session
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.engines.sglang import checks
 from sglang_xmem.engines.sglang.checks import Checked, Vectors
+from sglang_xmem.engines.sglang.geometry import pages_of
 from sglang_xmem.errors import CopyError
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def _vectors(arena: Any, moves: Sequence[Any], checked: Checked | None, *, claim
         number = known.get(key)
         if number is None:
             number = known[key] = len(wanted)
-            wanted.append((pool.section.space, _pages_of(_on_cpu(host), pool.slots)))
+            wanted.append((pool.section.space, pages_of(_on_cpu(host), pool.slots)))
         numbers.append(number)
         slots.append(device[:: pool.slots])
     chosen = [] if checked is None else checked.chosen([wanted[number][1] for number in numbers])
@@ -267,18 +268,6 @@ def _vectors(arena: Any, moves: Sequence[Any], checked: Checked | None, *, claim
     found = arena.upload([*there, *others])
     pages = [Pages(found[number], slot) for number, slot in zip(numbers, slots, strict=True)]
     return Vectors(pages, [there[number] for number in numbers], chosen, found[len(wanted) :])
-
-
-def _pages_of(indices: torch.Tensor, slots: int) -> torch.Tensor:
-    """Numbers of pages: int64 (n / slots,), on the CPU.
-
-    Args:
-        indices: of all slots of each page, in order.
-    """
-    if slots == 1:
-        return indices
-    first = indices.numpy()[::slots]
-    return torch.from_numpy(first >> slots.bit_length() - 1 if slots & slots - 1 == 0 else first // slots)
 
 
 def _on_cpu(indices: torch.Tensor) -> torch.Tensor:
