@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -103,6 +104,16 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[str
 def tiny_model(model_of: Callable[[Sequence[str]], str]) -> Path:
     """Directory of a random model whose output depends on its prompt's prefix."""
     return Path(model_of(()))
+
+
+@pytest.fixture
+def tmpfs() -> Iterator[Path]:
+    """A folder in memory: unlike that of tmp_path's files, the CUDA driver can register what is mapped from it."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("needs tmpfs")
+    directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    yield directory
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_scripts import script
 from sglang_server import Answer
 
-PATH = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "serving_soak.py"
-
-
-def _script() -> Any:
-    spec = importlib.util.spec_from_file_location("serving_soak", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-soak = _script()
+soak: Any = script("serving_soak")
 PROMPTS = soak.prompts(0)
 EXPECTED = [[index, index + 1, index + 2] for index in range(len(PROMPTS))]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mtier"))
 
-from service import MIB, REPOSITORY, Daemon, wait_until
+from service import MIB, REPOSITORY, AskedProcess, Daemon, wait_until
 
 from sglang_xmem.mtier.build import built
 
@@ -68,28 +67,13 @@ for line in sys.stdin:
 """
 
 
-class Engine:
+class Engine(AskedProcess):
+    """A process with a session of its own."""
+
     def __init__(self, daemon: Daemon) -> None:
         path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "MTIER_SOCKET": str(daemon.socket_path), "PYTHONPATH": path}
-        command = [sys.executable, "-c", ENGINE.format(frame=FRAME)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, expression: str) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(60)
+        super().__init__(["-c", ENGINE.format(frame=FRAME)], environment)
 
 
 def record(name: str, row: dict[str, Any]) -> None:

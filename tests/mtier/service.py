@@ -14,7 +14,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -167,8 +170,45 @@ class Library:
         return int(self.c.mTierResetAll())
 
 
-class ClientProcess:
-    """A process with the library loaded, which runs lines of Python that print what they find.
+class AskedProcess:
+    """A process that evaluates lines of Python and prints each value as JSON; ended when its context is left.
+
+    Args:
+        arguments: of the interpreter.
+        environment: all variables.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def read_line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def ask(self, expression: str) -> Any:
+        """The value of a Python expression."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(expression + "\n")
+        self.process.stdin.flush()
+        line = self.read_line()
+        assert line, f"the process ended at {expression!r} with status {self.process.wait(PATIENCE_S)}"
+        return json.loads(line)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class ClientProcess(AskedProcess):
+    """A process with the library loaded: what it is asked may name `lib`, a Library.
 
     Args:
         environment: added to this process's.
@@ -176,35 +216,13 @@ class ClientProcess:
 
     def __init__(self, build: Path, socket_path: Path, environment: dict[str, str] | None = None) -> None:
         variables = {**os.environ, **client_environment(build, socket_path), **(environment or {})}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
-        )
-
-    def ask(self, expression: str) -> Any:
-        """The value of a Python expression over `lib`, a Library."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"the client ended at {expression!r} with status {self.process.wait(PATIENCE_S)}"
-        return json.loads(line)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(PATIENCE_S)
+        super().__init__([__file__], variables)
 
     def close(self) -> int:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         return self.process.wait(PATIENCE_S)
-
-    def __enter__(self) -> ClientProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import StartDaemon
-from service import INVALID_ARGUMENT, MIB, REPLY_BYTES, REPLY_HEAD, REPOSITORY, Daemon, request, wait_until
+from service import (
+    INVALID_ARGUMENT,
+    MIB,
+    REPLY_BYTES,
+    REPLY_HEAD,
+    REPOSITORY,
+    AskedProcess,
+    Daemon,
+    request,
+    wait_until,
+)
 
 from sglang_xmem.bank import HAVE, JOIN_REQUEST, NEW, STALE, BankSession
 from sglang_xmem.errors import Unavailable, sentence
@@ -66,30 +74,14 @@ for line in sys.stdin:
 """
 
 
-class Other:
-    """A session of MODEL in another process, which evaluates what it is asked."""
+class Other(AskedProcess):
+    """A session of MODEL in another process."""
 
     def __init__(self, frames: int) -> None:
         script = SCRIPT.format(tests=str(Path(__file__).parent), frames=frames)
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests/mtier")])}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
-        )
-        assert self._line() == "ready\n"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def ask(self, expression: str) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        return json.loads(self._line())
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(20)
+        super().__init__(["-c", script], variables)
+        assert self.read_line() == "ready\n"
 
 
 def test_another_process_finds_pages_and_a_kill_leaves_them(daemon: Daemon) -> None:

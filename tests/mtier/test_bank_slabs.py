@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import StartDaemon
-from service import MIB, REPOSITORY, ClientProcess, Daemon, wait_until
+from service import MIB, REPOSITORY, AskedProcess, ClientProcess, Daemon, wait_until
 from test_bank_sessions import FRAME, MODEL
 from test_gpu_banks import Machine, machine
 from test_hardening import small_container
@@ -50,8 +48,8 @@ for line in sys.stdin:
 """
 
 
-class Engine:
-    """A process with a session of its own, over the fake driver; evaluates what it is asked."""
+class Engine(AskedProcess):
+    """A process with a session of its own, over the fake driver."""
 
     def __init__(self, machine: Machine, gpu: str = "0", **more: str) -> None:
         script = ENGINE.format(
@@ -67,23 +65,7 @@ class Engine:
             "PYTHONPATH": str(REPOSITORY),
             **more,
         }
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, expression: str) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(20)
+        super().__init__(["-c", script], environment)
 
 
 def test_pages_in_a_gpu_are_shared_and_outlast_engine_and_service(machine: Machine) -> None:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import re
-import shutil
 import signal
 import struct
 import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,7 @@ import pytest
 from conftest import StartDaemon
 from fake_dax import FakeDax
 from fake_pinning import pinning
-from service import MIB, PATIENCE_S, REPOSITORY, Daemon, wait_until
+from service import MIB, PATIENCE_S, REPOSITORY, AskedProcess, Daemon, wait_until
 from test_bank_sessions import FRAME, MODEL, OTHER, fill, key, view
 
 from sglang_xmem.bank import BankSession
@@ -63,12 +59,8 @@ class Bank:
 
 
 @pytest.fixture
-def device() -> Iterator[FakeDax]:
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("needs tmpfs")
-    directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    yield FakeDax(directory)
-    shutil.rmtree(directory)
+def device(tmpfs: Path) -> FakeDax:
+    return FakeDax(tmpfs)
 
 
 @pytest.fixture
@@ -113,33 +105,13 @@ for line in sys.stdin:
 """
 
 
-class Engine:
+class Engine(AskedProcess):
     """A process with a session of its own."""
 
     def __init__(self) -> None:
         tests = REPOSITORY / "tests"
         script = ENGINE.format(paths=[str(tests / "mtier"), str(tests / "unit"), str(tests / "contracts")])
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, expression: str) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
+        super().__init__(["-c", script], {**os.environ, "PYTHONPATH": str(REPOSITORY)})
 
 
 # ---- pages ----

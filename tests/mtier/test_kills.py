@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import subprocess
@@ -11,21 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_scripts
+from bench_scripts import FOLDER, script
+
 from sglang_xmem.bench.report import read_rows
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "kills.py"
+SCRIPT = FOLDER / "kills.py"
 
 
-def _script() -> Any:
-    spec = importlib.util.spec_from_file_location("kills", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kills = _script()
+kills: Any = script("kills")
 
 
 def test_a_hundred_kills_leave_nothing(tmp_path: Path, build: Path) -> None:
@@ -57,9 +50,10 @@ def test_what_stays_is_noticed() -> None:
     """Negative control: the process that is killed has a child, leaves a file, and saw a wrong page."""
     name = Path("/dev/shm") / f"xmem_kills_{os.getpid()}"
     program = (
-        "import importlib.util, os, subprocess, sys, time\n"
-        f"spec = importlib.util.spec_from_file_location('kills', {str(SCRIPT)!r})\n"
-        "kills = importlib.util.module_from_spec(spec); spec.loader.exec_module(kills)\n"
+        "import os, subprocess, sys, time\n"
+        f"sys.path.insert(0, {str(Path(bench_scripts.__file__).parent)!r})\n"
+        "from bench_scripts import script\n"
+        "kills = script('kills')\n"
         "def work(tier, seed, report):\n"
         "    child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
         f"    open({str(name)!r}, 'w').write(str(child.pid))\n"

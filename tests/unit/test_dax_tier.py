@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,12 +44,8 @@ class Device(FakeDax):
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("needs tmpfs")
-    directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    yield Device(directory)
-    shutil.rmtree(directory)
+def device(tmpfs: Path) -> Device:
+    return Device(tmpfs)
 
 
 @pytest.fixture
