@@ -141,6 +141,10 @@ class LazyCopier(PageCopier):
         if self._report is not None:
             self._report(f"lazy load: {pending.waited_for} of {len(pending.program.parts)} parts at a wait")
 
+    def forget(self) -> None:
+        """Drop what is left of the load. Call this before its memory goes: `finish_all` would write there."""
+        self._pending = None
+
     def _copy(self, program: Program, pages: Sequence[Pages], *, load: bool, counters: LayerCounters | None) -> None:
         assert isinstance(program, LazyProgram)
         self.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -65,8 +65,26 @@ class Rig:
         return found
 
 
-def test_a_part_is_copied_when_it_is_waited_for() -> None:
-    rig = Rig()
+@pytest.fixture
+def make_rig() -> Iterator[Callable[[], Rig]]:
+    """Make rigs whose unfinished loads end with the test, before their tensors do."""
+    rigs: list[Rig] = []
+
+    def make() -> Rig:
+        rigs.append(Rig())
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.copier.forget()
+
+
+@pytest.fixture
+def rig(make_rig: Callable[[], Rig]) -> Rig:
+    return make_rig()
+
+
+def test_a_part_is_copied_when_it_is_waited_for(rig: Rig) -> None:
     rig.load(rig.counters)
     assert rig.state() == ["poison"] * 3
     rig.counters.wait(0)
@@ -85,8 +103,7 @@ def test_a_part_is_copied_when_it_is_waited_for() -> None:
     assert not rig.device[:, rest].any()
 
 
-def test_a_wait_copies_the_parts_before() -> None:
-    rig = Rig()
+def test_a_wait_copies_the_parts_before(rig: Rig) -> None:
     rig.load(rig.counters)
     rig.counters.wait(2)
     assert rig.state() == ["right", "right", "poison"]
@@ -97,8 +114,7 @@ def test_a_wait_copies_the_parts_before() -> None:
 
 
 @pytest.mark.parametrize("event", ["load", "finish_all"])
-def test_the_rest_is_copied_when_something_else_is_enqueued_or_asked(event: str) -> None:
-    rig = Rig()
+def test_the_rest_is_copied_when_something_else_is_enqueued_or_asked(event: str, rig: Rig) -> None:
     rig.load(rig.counters)
     rig.counters.wait(0)
     if event == "load":
@@ -112,30 +128,27 @@ def test_the_rest_is_copied_when_something_else_is_enqueued_or_asked(event: str)
     assert rig.reports == ["lazy load: 1 of 3 parts at a wait"]
 
 
-def test_a_load_without_counters_is_not_late() -> None:
-    rig = Rig()
+def test_a_load_without_counters_is_not_late(rig: Rig) -> None:
     rig.load()
     assert rig.state() == ["right"] * 3
 
 
-def test_other_counters_do_not_copy() -> None:
-    rig = Rig()
+def test_other_counters_do_not_copy(rig: Rig) -> None:
     rig.load(rig.counters)
     rig.copier.make_counters(4).wait(3)
     assert rig.state() == ["poison"] * 3
 
 
-def test_vectors_that_change_too_early_are_noticed() -> None:
+def test_vectors_that_change_too_early_are_noticed(make_rig: Callable[[], Rig]) -> None:
     for vector in ("frames", "slots"):
-        rig = Rig()
+        rig = make_rig()
         rig.load(rig.counters)
         getattr(rig.pages, vector)[0] += 1
         with pytest.raises(AssertionError, match="changed before the load was complete"):
             rig.counters.wait(0)
 
 
-def test_a_store_is_behind_the_load_before_it() -> None:
-    rig = Rig()
+def test_a_store_is_behind_the_load_before_it(rig: Rig) -> None:
     before = rig.tier.clone()
     rig.load(rig.counters)
     rig.copier.store(rig.program, [Pages(rig.pages.frames[:1], torch.tensor([0]))])
