@@ -20,11 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_source import Sources
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from scripts.sglang_source import Sources  # noqa: E402
 from sglang_xmem.engines.sglang import versions  # noqa: E402
 from sglang_xmem.engines.sglang.versions import VersionTable  # noqa: E402
 

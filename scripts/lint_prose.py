@@ -53,7 +53,7 @@ def found_in(text: str) -> list[tuple[int, str, str]]:
 def files() -> list[Path]:
     """What git tracks, but for this script, its test and results."""
     listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
-    own = {"scripts/lint_prose.py", "tests/unit/test_lint_prose.py"}
+    own = {"scripts/lint_prose.py", "tests/scripts/test_lint_prose.py"}
     paths = [path for path in listing.stdout.split("\0") if path and path not in own]
     return [ROOT / path for path in paths if Path(path).suffix in SUFFIXES and (ROOT / path).is_file()]
 

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sglang_server import CPU_OPTIONS, Answer, Server, ServerFailed, launch_server_command, tier_in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.sglang_server import CPU_OPTIONS, Answer, Server, ServerFailed, launch_server_command, tier_in
 
 #: In the order of the table; the keys of `ttft_ms` in the JSON line.
 KINDS = {"recompute": "not cached, recomputed", "hbm_hit": "hit in the device pool", "tier_hit": "hit in the tier"}

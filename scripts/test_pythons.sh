@@ -11,8 +11,7 @@ use_cpu_engine_without_gpu
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 cd "$REPOSITORY"
-files=()
-for name in config errors gpu_runs lint_prose machine torch_free; do files+=("tests/unit/test_$name.py"); done
+files=(tests/unit/test_{config,errors,machine,torch_free}.py tests/scripts/test_{gpu_runs,lint_prose}.py)
 
 for version in "${versions[@]}"; do
     # pyenv puts shims on PATH, also of versions that they do not run.

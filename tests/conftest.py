@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests import REPOSITORY
 
 
 @functools.cache
@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
+    # Processes that tests start import `tests` and `scripts` too, wherever they run.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
@@ -60,7 +62,7 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 
 
 #: Folders of tests in the order in which they run: what fails soonest comes first, engines after everything else.
-ORDER = ("unit", "fakes", "contracts", "emulation", "bench", "mtier", "pools", "e2e", "gpu")
+ORDER = ("unit", "repository", "scripts", "fakes", "contracts", "emulation", "bench", "mtier", "pools", "e2e", "gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

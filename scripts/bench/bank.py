@@ -36,10 +36,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sglang_server import CPU_OPTIONS, Answer, Server, ServerFailed, launch_server_command, tier_in
-
+from scripts.sglang_server import CPU_OPTIONS, Answer, Server, ServerFailed, launch_server_command, tier_in
 from sglang_xmem.bench import environment
 from sglang_xmem.bench.shapes import config_of, write_shape
 

@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from copy_moves import pattern  # type: ignore[import-not-found]  # this folder is no package
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.bench.copy_moves import pattern
 from sglang_xmem.copies import make_copier, nvrtc
 from sglang_xmem.copies.base import Pages, Program, Step
 from sglang_xmem.copies.counters import LayerCounters

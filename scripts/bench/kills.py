@@ -25,17 +25,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "mtier"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from service import MIB, Daemon, client_environment
 
 from sglang_xmem.arena import SpaceSpec
 from sglang_xmem.bank_space import TRAILER_BYTES, BankSpace
 from sglang_xmem.bench.moves import CASES, Scene
 from sglang_xmem.mtier.build import built
 from sglang_xmem.tiers.bank import BankRankPlan, BankSettings, BankTier
+from tests.mtier.service import MIB, Daemon, client_environment
 
 TIERS = ("dram", "mtier", "bank")
 STATES = ("starting", "copying", "service killed")

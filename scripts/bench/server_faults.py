@@ -29,11 +29,10 @@ from typing import Any
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.serving_soak import START_TIMEOUT_S, Load, counted, engine_options, prompts, right_answers
-from sglang_server import Server, launch_server_command
-
+from scripts.bench.serving_soak import START_TIMEOUT_S, Load, counted, engine_options, prompts, right_answers
+from scripts.sglang_server import Server, launch_server_command
 from sglang_xmem import errors, gpus
 from sglang_xmem.bench.runs import has_gpu
 

@@ -25,10 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sglang_server import CPU_OPTIONS, HOST, Server, launch_server_command
-
+from scripts.sglang_server import CPU_OPTIONS, HOST, Server, launch_server_command
 from sglang_xmem import errors
 from sglang_xmem.bench.runs import Results, has_gpu
 

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_worker import FAKE_WORKER, Bench
 
 from sglang_xmem import cli
 from sglang_xmem.bench import engine, multiturn, progress, runs, shapes, sizing, trace, ttft
 from sglang_xmem.bench.sizing import KVShape
 from sglang_xmem.errors import ConfigError
+from tests.bench.fake_worker import FAKE_WORKER, Bench
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ import pytest
 from sglang_xmem import cli
 from sglang_xmem.bench import compare, report, stats
 from sglang_xmem.errors import ConfigError
+from tests import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = ROOT / "docs" / "results" / "ttft.jsonl"
+COMMITTED = REPOSITORY / "docs" / "results" / "ttft.jsonl"
 
 
 def ttft_row(backend: str, tokens: int, ms: list[float], run: str = "r", **more: Any) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def test_factors_over_hbm_say_where_spreads_overlap(capsys: pytest.CaptureFixtur
 def widest(columns: int, *arguments: str) -> tuple[int, str]:
     """The longest line of a table in a terminal of so many columns, and all of it."""
     command = shlex.join([sys.executable, "-m", "sglang_xmem.cli", "bench", "report", *arguments])
-    environment = {**os.environ, "COLUMNS": str(columns), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "COLUMNS": str(columns), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         ["script", "-qec", f"stty cols {columns}; {command}", "/dev/null"],
         capture_output=True, text=True, env=environment, check=True, stdin=subprocess.DEVNULL,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from bench_scripts import script
-from sglang_server import Answer
 
-soak: Any = script("serving_soak")
+from scripts.bench import serving_soak as soak
+from scripts.sglang_server import Answer, Server
+
 PROMPTS = soak.prompts(0)
 EXPECTED = [[index, index + 1, index + 2] for index in range(len(PROMPTS))]
 
@@ -32,7 +32,7 @@ class FakeServer:
 
 
 def load(server: FakeServer) -> Any:
-    return soak.Load(server, PROMPTS, EXPECTED, seed=0)
+    return soak.Load(cast(Server, server), PROMPTS, EXPECTED, seed=0)
 
 
 def test_prompts_share_prefixes_and_differ_behind_them() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tiers import MIB, Case, TierContract, planned
 
 from sglang_xmem.tiers.mtier import MTierSettings, MTierTier, bank_rooms
+from tests.contracts.tiers import MIB, Case, TierContract, planned
 
 
 class TestMTier(TierContract):

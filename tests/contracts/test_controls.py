@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from copiers import Limits, Scene
 
 from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
 from sglang_xmem.copies.counters import LayerCounters
 from sglang_xmem.copies.torch import TorchPageCopier, TorchProgram, units_at
+from tests.contracts.copiers import Limits, Scene
 
 
 class _Wrong(TorchPageCopier):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_pinning import MIB, pinning
-from test_dax_tier import Device, device
-from tiers import Case, TierContract
+
+from tests.contracts.tiers import Case, TierContract
+from tests.unit.tiers.fake_pinning import MIB, pinning
+from tests.unit.tiers.test_dax import Device, device
 
 __all__ = ["device"]
 

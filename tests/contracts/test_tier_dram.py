@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_pinning import MIB, pinning
-from tiers import Case, TierContract, planned
 
 from sglang_xmem import machine
 from sglang_xmem.tiers.dram import DramSettings, DramTier
+from tests.contracts.tiers import Case, TierContract, planned
+from tests.unit.tiers.fake_pinning import MIB, pinning
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from test_peer_tier import MIB, RESERVE_BYTES, machine_with
-from tiers import Case, TierContract, planned
 
 from sglang_xmem.tiers.peer import CONTEXT_BYTES, PeerSettings, PeerTier
+from tests.contracts.tiers import Case, TierContract, planned
+from tests.unit.tiers.test_peer import MIB, RESERVE_BYTES, machine_with
 
 
 class TestPeer(TierContract):

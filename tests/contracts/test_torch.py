@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from copiers import CopierContract
 
 from sglang_xmem.copies.geometry import Slab
 from sglang_xmem.copies.torch import TorchPageCopier
+from tests.contracts.copiers import CopierContract
 
 
 class TestTorch(CopierContract):

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from copiers import CopierContract, Limits
 
 from sglang_xmem.copies.geometry import Slab
 from sglang_xmem.copies.triton import TritonPageCopier
+from tests.contracts.copiers import CopierContract, Limits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import harness
-from harness import BASE_OPTIONS, OUTPUT_TOKENS, PROMPT_TOKENS, ServerClient, prompt
-from sglang_server import Answer, Server, launch_server_command, tier_in
+from scripts.sglang_server import Answer, Server, launch_server_command, tier_in
+from tests.e2e import harness
+from tests.e2e.harness import BASE_OPTIONS, OUTPUT_TOKENS, PROMPT_TOKENS, ServerClient, prompt
 
 BANK: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "bank", "log_level": "info"}
 

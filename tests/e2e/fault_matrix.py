@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
-from harness import FAULT, XMEM_DRAM, Spec, Step, run
+from tests.e2e import harness
+from tests.e2e.harness import FAULT, XMEM_DRAM, Spec, Step, run
 
 #: Faults that a rank survives, in the order in which an engine meets them.
 SURVIVED = ("refuse store", "refuse load", "delay", "flip", "stale", "flip load")

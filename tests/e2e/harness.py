@@ -29,9 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from sglang_server import (
+from scripts.sglang_server import (
     CPU_OPTIONS,
     Answer,
     Server,
@@ -41,6 +39,7 @@ from sglang_server import (
     serve_command,
     tier_in,
 )
+from tests import REPOSITORY
 
 Entry = Literal["engine", "launch_server", "serve"]
 #: A step's name and its arguments, see `run_steps`.
@@ -296,7 +295,11 @@ def _run_server(spec: Spec, scratch: Path) -> Result:
 
 def _with_plugin(sglang: str = "") -> dict[str, str]:
     """Environment in which SGLang finds the tests' plugin; `sglang`: folder with another SGLang."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [sglang, str(PLUGIN), os.environ.get("PYTHONPATH")]))}
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [sglang, str(PLUGIN), str(REPOSITORY), os.environ.get("PYTHONPATH")])
+        )
+    }
 
 
 def wait_for_end(marker: str, timeout_s: float = SURVIVAL_S) -> list[str]:

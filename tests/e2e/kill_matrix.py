@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bank_rig import Engine, Service, engine, until
-from fault_matrix import REFERENCE
-from harness import BASE_OPTIONS, DEVICE_POOL_TOKENS, OUTPUT_TOKENS, PROMPT_TOKENS, START_TIMEOUT_S, prompt
-from sglang_server import Answer, Server, ServerFailed, launch_server_command
+from scripts.sglang_server import Answer, Server, ServerFailed, launch_server_command
+from tests.e2e.bank_rig import Engine, Service, engine, until
+from tests.e2e.fault_matrix import REFERENCE
+from tests.e2e.harness import BASE_OPTIONS, DEVICE_POOL_TOKENS, OUTPUT_TOKENS, PROMPT_TOKENS, START_TIMEOUT_S, prompt
 
 VICTIMS = ("service", "engine", "both")
 PHASES = ("idle", "store", "load", "publish", "take")

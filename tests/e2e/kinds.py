@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness import LONGER, OTHER_PREFIX, PROMPT_TOKENS, Load, Spec, Step
+from tests.e2e.harness import LONGER, OTHER_PREFIX, PROMPT_TOKENS, Load, Spec, Step
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import harness
-import kill_matrix
 import pytest
-from bank_rig import Engine, Service, engine, places, until
-from harness import LONGER, PROMPT_TOKENS
-from kinds import KINDS, Kind
-from sglang_server import Answer
+
+from scripts.sglang_server import Answer
+from tests import REPOSITORY
+from tests.e2e import harness, kill_matrix
+from tests.e2e.bank_rig import Engine, Service, engine, places, until
+from tests.e2e.harness import LONGER, PROMPT_TOKENS
+from tests.e2e.kinds import KINDS, Kind
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -36,7 +37,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 
 def make_model(kind: Kind, directory: Path) -> Path:
-    script = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
+    script = REPOSITORY / "scripts" / "make_tiny_model.py"
     subprocess.run([sys.executable, str(script), str(directory), *kind.model], check=True)
     return directory
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import EVICT_AND_ASK_AGAIN, PROMPT_TOKENS, XMEM_DRAM, Spec, Step, run
+
+from tests.e2e.harness import EVICT_AND_ASK_AGAIN, PROMPT_TOKENS, XMEM_DRAM, Spec, Step, run
 
 pytestmark = pytest.mark.cpu_engine
 

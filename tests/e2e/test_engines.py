@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
-from harness import (
+
+from tests.e2e import harness
+from tests.e2e.harness import (
     EVICT_AND_ASK_AGAIN,
     PROMPT_TOKENS,
     STOCK,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import fault_matrix
-import harness
 import pytest
-from fault_matrix import SURVIVED, Row
+
+from tests.e2e import fault_matrix, harness
+from tests.e2e.fault_matrix import SURVIVED, Row
 
 pytestmark = pytest.mark.cpu_engine
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import harness
 import pytest
-from harness import Result, run
-from kinds import KINDS, Kind, loads_of
+
+from tests.e2e import harness
+from tests.e2e.harness import Result, run
+from tests.e2e.kinds import KINDS, Kind, loads_of
 
 pytestmark = pytest.mark.cpu_engine
 

@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import harness
 import pytest
-from kinds import KINDS
-from sglang_server import HOST
+
+from scripts.sglang_server import HOST
+from tests.e2e import harness
+from tests.e2e.kinds import KINDS
 
 pytestmark = pytest.mark.cpu_engine
 

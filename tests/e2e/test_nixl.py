@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import harness
 import pytest
-from harness import Answer, Step
-from kinds import KINDS
+
+from tests.e2e import harness
+from tests.e2e.harness import Answer, Step
+from tests.e2e.kinds import KINDS
 
 pytestmark = pytest.mark.cpu_engine
 

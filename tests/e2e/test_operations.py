@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import BASE_OPTIONS, EVICT_AND_ASK_AGAIN, Answer, Server, ServerClient, run_steps
 
 from sglang_xmem import metrics, scrape
+from tests import REPOSITORY
+from tests.e2e.harness import BASE_OPTIONS, EVICT_AND_ASK_AGAIN, Answer, Server, ServerClient, run_steps
 
 pytestmark = pytest.mark.cpu_engine
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENT = REPOSITORY / "docs" / "operations.md"
 DEFAULT_URL = "http://127.0.0.1:30000"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import harness
 import pytest
-from kinds import KINDS, loads_of
-from other_sglang import patched, unpacked
-from test_kinds import check_tier_hit
 
 from sglang_xmem.engines.sglang import versions
+from tests.e2e import harness
+from tests.e2e.kinds import KINDS, loads_of
+from tests.e2e.test_kinds import check_tier_hit
+from tests.unit.engines.other_sglang import patched, unpacked
 
 pytestmark = pytest.mark.cpu_engine
 

@@ -8,15 +8,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from copiers import CopierContract, Limits
-from emulated import _RAISED, library
-from test_dma import Gpu, Kernel, small  # noqa: F401  (small is a fixture)
 
 from sglang_xmem.copies.dma import BUFFERS, DmaCopier
 from sglang_xmem.copies.geometry import Slab
 from sglang_xmem.copies.table import PARAMETER_OFFSETS, PARAMETERS_BYTES
 from sglang_xmem.copies.tuning import CudaTuning, fit_tuning
 from sglang_xmem.kernels import source
+from tests.contracts.copiers import CopierContract, Limits
+from tests.emulation.emulated import _RAISED, library
+from tests.unit.copies.test_dma import Gpu, Kernel, small  # noqa: F401  (small is a fixture)
 
 
 class Kernels(Kernel):

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from copiers import CopierContract, Limits, Scene
-from emulated import EmulatedCopier, EmulatedProgram
 
 from sglang_xmem.copies.geometry import Slab
 from sglang_xmem.copies.table import divider, magic
 from sglang_xmem.copies.tuning import CudaTuning
 from sglang_xmem.kernels import source
+from tests.contracts.copiers import CopierContract, Limits, Scene
+from tests.emulation.emulated import EmulatedCopier, EmulatedProgram
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import _RAISED, library
 
 from sglang_xmem.copies.base import Pages
 from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.copies.sums_cuda import SOURCE_FILE, WARPS, CudaReport, Parameters, piece_bytes, records
 from sglang_xmem.kernels import source
 from sglang_xmem.sums import Chosen, CpuSummer, Group, SectionSums
+from tests.emulation.emulated import _RAISED, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import SlowFakeTier
-from faults import FaultyCopier, FaultyTier
 
 from sglang_xmem.canary import Canary, Perch
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane, Slab
 from sglang_xmem.copies.torch import TorchPageCopier
 from sglang_xmem.errors import CopyError, Unavailable
+from tests.fakes.faults import FaultyCopier, FaultyTier
+from tests.unit.fakes import SlowFakeTier
 
 FRAME_BYTES = 64
 

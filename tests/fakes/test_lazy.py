@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
-from lazy import POISON, LazyCopier, LazyCounters, finish_all
 
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane, Slab
 from sglang_xmem.copies.torch import TorchPageCopier
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contracts"))
-
-from copiers import CopierContract
+from tests.contracts.copiers import CopierContract
+from tests.fakes.lazy import POISON, LazyCopier, LazyCounters, finish_all
 
 LAYERS, PAGES, UNIT = 3, 8, 16
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mtier"))
-
-from service import MIB, REPOSITORY, AskedProcess, Daemon, wait_until
-
 from sglang_xmem.mtier.build import built
+from tests import REPOSITORY
+from tests.mtier.service import MIB, AskedProcess, Daemon, wait_until
 
 pytestmark = pytest.mark.gpu
 

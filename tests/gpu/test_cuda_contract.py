@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from copiers import CopierContract, Limits
 
 from sglang_xmem.copies import CopyPolicy, dma, make_copier, shared
 from sglang_xmem.copies.base import PageCopier
@@ -14,6 +13,7 @@ from sglang_xmem.copies.cuda import CudaPageCopier
 from sglang_xmem.copies.geometry import Slab
 from sglang_xmem.copies.triton import TritonPageCopier
 from sglang_xmem.copies.tuning import DEFAULT_TUNING, SMALL_UNIT_TUNING, CudaTuning
+from tests.contracts.copiers import CopierContract, Limits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cache_of_kernels")]
 

@@ -14,9 +14,18 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
-
-from harness import EVICT_AND_ASK_AGAIN, GPU_OPTIONS, PROMPT_TOKENS, STORAGE_DIRECTORY, Answer, Result, Spec, Step, run
+from tests import REPOSITORY
+from tests.e2e.harness import (
+    EVICT_AND_ASK_AGAIN,
+    GPU_OPTIONS,
+    PROMPT_TOKENS,
+    STORAGE_DIRECTORY,
+    Answer,
+    Result,
+    Spec,
+    Step,
+    run,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +58,7 @@ TIER_NAMES = [pytest.param(name, marks=pytest.mark.gpus(count)) for name, count 
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Deep and wide enough for a load to take a while; not so sharp that rounding decides."""
     directory = tmp_path_factory.mktemp("model") / "qwen3"
-    script = HERE.parents[1] / "scripts" / "make_tiny_model.py"
+    script = REPOSITORY / "scripts" / "make_tiny_model.py"
     size = ["--layers", "16", "--hidden-size", "1024", "--heads", "16", "--kv-heads", "8", "--head-dim", "128"]
     subprocess.run([sys.executable, str(script), str(directory), *size, "--sharpness", "2"], check=True)
     return directory

@@ -21,13 +21,11 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mtier"))
-
-from service import MIB, Daemon, client_environment, wait_until
-
 from sglang_xmem import gpus
 from sglang_xmem.bench import environment as machine
 from sglang_xmem.mtier.build import built
+from tests import REPOSITORY
+from tests.mtier.service import MIB, Daemon, client_environment, wait_until
 
 HERE = Path(__file__).resolve().parent
 MTIER = HERE.parent / "mtier"
@@ -419,10 +417,10 @@ def test_nothing_stays_after_the_service(start_service: StartService, how: signa
 
 @pytest.mark.gpus(3)
 def test_two_engines_share_a_third_gpu_s_bank_and_one_is_killed(start_service: StartService, tmp_path: Path) -> None:
-    from sharing import GPU_OPTIONS, share
+    from tests.mtier.sharing import GPU_OPTIONS, share
 
     model = tmp_path / "model"
-    script = HERE.parents[1] / "scripts" / "make_tiny_model.py"
+    script = REPOSITORY / "scripts" / "make_tiny_model.py"
     # As the quickstart's on a GPU: a head size that every attention backend has.
     size = ["--layers", "16", "--hidden-size", "1024", "--heads", "16", "--kv-heads", "8", "--head-dim", "128"]
     size += ["--sharpness", "2"]

@@ -6,22 +6,17 @@ The bytes go in and out by the driver's copies from the rank's GPU, so what it c
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "contracts"))
-
-from test_dax_tier import Device, device
-from tiers import MIB, Case, TierContract, planned
-
 from sglang_xmem import gpus, machine
 from sglang_xmem.tiers.dram import DramSettings, DramTier
 from sglang_xmem.tiers.peer import PeerSettings, PeerTier
+from tests.contracts.tiers import MIB, Case, TierContract, planned
+from tests.unit.tiers.test_dax import Device, device
 
 __all__ = ["device"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from service import MIB, Daemon, build_fake_cuda
 
 from sglang_xmem.mtier.build import built
+from tests.mtier.service import MIB, Daemon, build_fake_cuda
 
 StartDaemon = Callable[..., Daemon]
 

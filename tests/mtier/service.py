@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 #: Seconds after which something hangs, on any machine.
 PATIENCE_S = 60.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,12 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from service import Daemon, wait_until
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
-
-from harness import BASE_OPTIONS, EVICT_AND_ASK_AGAIN, GPU_OPTIONS, PROMPT_TOKENS, ServerClient, run_steps
-from sglang_server import Answer, Server, launch_server_command, tier_in
+from scripts.sglang_server import Answer, Server, launch_server_command, tier_in
+from tests.e2e.harness import BASE_OPTIONS, EVICT_AND_ASK_AGAIN, GPU_OPTIONS, PROMPT_TOKENS, ServerClient, run_steps
+from tests.mtier.service import Daemon, wait_until
 
 __all__ = ["GPU_OPTIONS", "share"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from conftest import StartDaemon
-from service import MIB
-from test_dax_bank import Bank, bank, device
-from tiers import Case, TierContract, planned
 
 from sglang_xmem.tiers.bank import BankSettings, BankTier
+from tests.contracts.tiers import Case, TierContract, planned
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import MIB
+from tests.mtier.test_dax_bank import Bank, bank, device
 
 __all__ = ["bank", "device"]  # fixtures
 

@@ -10,28 +10,27 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import StartDaemon
-from service import (
-    INVALID_ARGUMENT,
-    MIB,
-    REPLY_BYTES,
-    REPLY_HEAD,
-    REPOSITORY,
-    AskedProcess,
-    Daemon,
-    request,
-    wait_until,
-)
 
 from sglang_xmem.bank import HAVE, JOIN_REQUEST, NEW, STALE, BankSession
 from sglang_xmem.errors import Unavailable, sentence
 from sglang_xmem.mtier import client
 from sglang_xmem.mtier.daemon import status_text
+from tests import REPOSITORY
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import (
+    INVALID_ARGUMENT,
+    MIB,
+    REPLY_BYTES,
+    REPLY_HEAD,
+    AskedProcess,
+    Daemon,
+    request,
+    wait_until,
+)
 
 FRAME = 64 << 10
 MODEL, OTHER = b"m" * 32, b"o" * 32
@@ -65,8 +64,7 @@ def view(session: BankSession, address: int) -> Any:
 
 SCRIPT = """
 import json, sys
-sys.path.insert(0, {tests!r})
-from test_bank_sessions import *
+from tests.mtier.test_bank_sessions import *
 session = BankSession(MODEL, FRAME, {frames}, "other")
 print("ready", flush=True)
 for line in sys.stdin:
@@ -78,8 +76,8 @@ class Other(AskedProcess):
     """A session of MODEL in another process."""
 
     def __init__(self, frames: int) -> None:
-        script = SCRIPT.format(tests=str(Path(__file__).parent), frames=frames)
-        variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests/mtier")])}
+        script = SCRIPT.format(frames=frames)
+        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         super().__init__(["-c", script], variables)
         assert self.read_line() == "ready\n"
 

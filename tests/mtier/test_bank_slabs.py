@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartDaemon
-from service import MIB, REPOSITORY, AskedProcess, ClientProcess, Daemon, wait_until
-from test_bank_sessions import FRAME, MODEL
-from test_gpu_banks import Machine, machine
-from test_hardening import small_container
-from test_restart import Raw
 
 from sglang_xmem.bank import BankSession
 from sglang_xmem.mtier.client import HOST, bank_info
+from tests import REPOSITORY
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import MIB, AskedProcess, ClientProcess, Daemon, wait_until
+from tests.mtier.test_bank_sessions import FRAME, MODEL
+from tests.mtier.test_gpu_banks import Machine, machine
+from tests.mtier.test_hardening import small_container
+from tests.mtier.test_restart import Raw
 
 __all__ = ["machine", "small_container"]  # fixtures
 
 ENGINE = """
 import ctypes, json, sys
 import numpy as np
-sys.path.insert(0, {tests!r})
 from sglang_xmem.bank import BankSession, NEW
 from sglang_xmem.errors import sentence
 from sglang_xmem.mtier.client import GPU, HOST, bank_info
@@ -52,9 +52,7 @@ class Engine(AskedProcess):
     """A process with a session of its own, over the fake driver."""
 
     def __init__(self, machine: Machine, gpu: str = "0", **more: str) -> None:
-        script = ENGINE.format(
-            tests=str(Path(__file__).parent), driver=str(machine.driver["MTIER_CUDA_LIBRARY"]), frame=FRAME
-        )
+        script = ENGINE.format(driver=str(machine.driver["MTIER_CUDA_LIBRARY"]), frame=FRAME)
         environment = {
             **os.environ,
             **machine.driver,

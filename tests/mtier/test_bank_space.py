@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import StartDaemon
-from service import MIB
 
 from sglang_xmem.arena import SpaceSpec
 from sglang_xmem.bank_space import TRAILER_BYTES, BankSpace
@@ -22,6 +20,8 @@ from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.engines.sglang import sharing
 from sglang_xmem.sums import SectionSums
 from sglang_xmem.tiers.bank import BankRankPlan, BankSettings, BankTier
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import MIB
 
 FRAME = 64 << 10
 KEYS = [bytes([number]) * 31 + b"\0" for number in range(8)]

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from service import MIB, Daemon
 
 from sglang_xmem import gpus, machine
 from sglang_xmem.errors import ConfigError, TierUnavailable
 from sglang_xmem.mtier import build as builder
 from sglang_xmem.mtier import daemon
+from tests.mtier.service import MIB, Daemon
 
 GIB = 1 << 30
 

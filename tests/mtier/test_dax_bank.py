@@ -15,11 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartDaemon
-from fake_dax import FakeDax
-from fake_pinning import pinning
-from service import MIB, PATIENCE_S, REPOSITORY, AskedProcess, Daemon, wait_until
-from test_bank_sessions import FRAME, MODEL, OTHER, fill, key, view
 
 from sglang_xmem.bank import BankSession
 from sglang_xmem.errors import SettingError, Unavailable
@@ -28,6 +23,12 @@ from sglang_xmem.mtier.client import DAX, HOST, bank_info
 from sglang_xmem.tiers import Ranks, hostmem
 from sglang_xmem.tiers.bank import BankSettings, BankTier
 from sglang_xmem.tiers.dax import DaxSettings, DaxTier, StandIn, bank_bytes
+from tests import REPOSITORY
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import MIB, PATIENCE_S, AskedProcess, Daemon, wait_until
+from tests.mtier.test_bank_sessions import FRAME, MODEL, OTHER, fill, key, view
+from tests.unit.tiers.fake_dax import FakeDax
+from tests.unit.tiers.fake_pinning import pinning
 
 #: Of a service's memory here, its superblock's included.
 GRANULE = 2 * MIB
@@ -91,8 +92,7 @@ def found(numbers: list[int], identity: bytes = MODEL) -> list[int]:
 
 ENGINE = """
 import ctypes, json, sys
-sys.path[:0] = {paths!r}
-from test_dax_bank import *
+from tests.mtier.test_dax_bank import *
 from sglang_xmem.errors import sentence
 def join(**more):
     global mine
@@ -109,9 +109,7 @@ class Engine(AskedProcess):
     """A process with a session of its own."""
 
     def __init__(self) -> None:
-        tests = REPOSITORY / "tests"
-        script = ENGINE.format(paths=[str(tests / "mtier"), str(tests / "unit"), str(tests / "contracts")])
-        super().__init__(["-c", script], {**os.environ, "PYTHONPATH": str(REPOSITORY)})
+        super().__init__(["-c", ENGINE], {**os.environ, "PYTHONPATH": str(REPOSITORY)})
 
 
 # ---- pages ----

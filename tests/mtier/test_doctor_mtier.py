@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartDaemon
-from service import MIB, client_environment
+
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import MIB, client_environment
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("xmem") is None or importlib.util.find_spec("torch") is None,

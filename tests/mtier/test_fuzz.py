@@ -18,15 +18,18 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import (
+
+from sglang_xmem.bank import JOIN_REQUEST, NEW, BankSession
+from sglang_xmem.mtier.build import BuildError, built
+from tests import REPOSITORY
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import (
     HELLO,
     KEEP,
     MAGIC,
     MIB,
     REPLY_BYTES,
     REPLY_HEAD,
-    REPOSITORY,
     REQUEST,
     RESET_ALL,
     SERVER_ERROR,
@@ -36,10 +39,7 @@ from service import (
     request,
     wait_until,
 )
-from test_bank_sessions import fill, key, view
-
-from sglang_xmem.bank import JOIN_REQUEST, NEW, BankSession
-from sglang_xmem.mtier.build import BuildError, built
+from tests.mtier.test_bank_sessions import fill, key, view
 
 MESSAGES = int(os.environ.get("SGLANG_XMEM_FUZZ_MESSAGES", "20000"))
 SEED = int(os.environ.get("SGLANG_XMEM_FUZZ_SEED", "1"))
@@ -185,7 +185,7 @@ def test_page_bank_survives_hostile_messages_kills_and_restarts(
     addresses = fill(honest, list(range(1, 11)))
     count, others = MESSAGES // 8, 8
     command = [sys.executable, __file__, str(daemon.socket_path), str(count)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests/mtier")))}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     clients = [
         subprocess.Popen([*command, str(SEED * 100 + n)], stdout=subprocess.PIPE, text=True, env=environment)
         for n in range(others)
@@ -270,8 +270,7 @@ def test_service_survives_hostile_messages(
 
 LIBRARY_CALLS = """
 import ctypes, os, sys
-sys.path.insert(0, sys.argv[1])
-from service import *
+from tests.mtier.service import *
 lib = Library(os.environ["MTIER_LIB_PATH"])
 assert lib.status()[0] == NOT_INITIALIZED
 assert lib.init() == SUCCESS
@@ -300,8 +299,7 @@ print("done")
 #: With each of the driver's calls failing in turn, and then none.
 FAULTY_CALLS = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
-from service import *
+from tests.mtier.service import *
 lib = Library(os.environ["MTIER_LIB_PATH"])
 fault = os.environ["FAKE_CUDA_FAULT"]
 assert lib.init() == SUCCESS
@@ -355,14 +353,13 @@ def run_sanitized(
         "MTIER_TIMEOUT_MS": "200",
         **(more or {}),
     }
-    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", script]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
 LIED_TO = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
-from service import *
+from tests.mtier.service import *
 lib = Library(os.environ["MTIER_LIB_PATH"])
 codes = set()
 for _ in range(150):

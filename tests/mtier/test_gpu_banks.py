@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import (
+
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import (
     EMPTY_CUDA_CONTEXT,
     GRANULE,
     INVALID_ARGUMENT,

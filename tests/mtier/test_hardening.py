@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import (
+
+from tests import REPOSITORY
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import (
     GRANULE,
     MALLOC_ERROR,
     MIB,
     OUT_OF_MEMORY,
-    REPOSITORY,
     SUCCESS,
     ClientProcess,
     Daemon,

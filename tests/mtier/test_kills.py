@@ -10,21 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench_scripts
-from bench_scripts import FOLDER, script
-
+from scripts.bench import kills
 from sglang_xmem.bench.report import read_rows
-
-SCRIPT = FOLDER / "kills.py"
-
-
-kills: Any = script("kills")
+from tests import REPOSITORY
 
 
 def test_a_hundred_kills_leave_nothing(tmp_path: Path, build: Path) -> None:
     """In a process of its own, which forks: this one may have threads."""
     output = tmp_path / "rows.jsonl"
-    command = [sys.executable, str(SCRIPT), "--rounds", "100", "--output", str(output)]
+    command = [sys.executable, str(kills.__file__), "--rounds", "100", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_rows(output)
@@ -51,9 +45,8 @@ def test_what_stays_is_noticed() -> None:
     name = Path("/dev/shm") / f"xmem_kills_{os.getpid()}"
     program = (
         "import os, subprocess, sys, time\n"
-        f"sys.path.insert(0, {str(Path(bench_scripts.__file__).parent)!r})\n"
-        "from bench_scripts import script\n"
-        "kills = script('kills')\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from scripts.bench import kills\n"
         "def work(tier, seed, report):\n"
         "    child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
         f"    open({str(name)!r}, 'w').write(str(child.pid))\n"

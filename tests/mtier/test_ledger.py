@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import (
+
+from tests import REPOSITORY
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import (
     FAILURE,
     FREE,
     GRANULE,
@@ -232,8 +234,8 @@ def test_a_client_has_one_unread_grant_at_a_time(start_daemon: StartDaemon) -> N
 #: What a process imports while it may read where Python is installed.
 BECOME_NOBODY = f"""
 import os, socket, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from service import Library
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.mtier.service import Library
 os.setgroups([])
 os.setgid({NOBODY})
 os.setuid({NOBODY})

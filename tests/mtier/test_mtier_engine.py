@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import MIB, client_environment, wait_until
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import MIB, client_environment, wait_until
 
 pytestmark = [
     pytest.mark.cpu_engine,
@@ -20,8 +18,8 @@ pytestmark = [
 
 
 def test_hit_from_a_bank(tiny_model: Path, build: Path, start_daemon: StartDaemon) -> None:
-    from harness import EVICT_AND_ASK_AGAIN, Spec, run
-    from test_engines import check_ended, check_tier_hit
+    from tests.e2e.harness import EVICT_AND_ASK_AGAIN, Spec, run
+    from tests.e2e.test_engines import check_ended, check_tier_hit
 
     daemon = start_daemon("--bank", f"host:{16 * MIB}", "--bank", f"host:{512 * MIB}")
     environment = client_environment(build, daemon.socket_path)
@@ -39,7 +37,7 @@ def test_two_servers_share_a_bank_and_one_is_killed(
     tiny_model: Path, build: Path, fake_cuda: Path, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     """The same as tests/gpu runs on GPUs, with GPU memory that is files."""
-    from sharing import share
+    from tests.mtier.sharing import share
 
     driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_CONTEXT": "0"}
     daemon = start_daemon("--bank", f"gpu:1:{128 * MIB}", environment=driver)
@@ -62,8 +60,8 @@ def mapped_memory() -> int:
 
 
 def test_a_pool_striped_over_banks(tiny_model: Path, build: Path, start_daemon: StartDaemon) -> None:
-    from harness import EVICT_AND_ASK_AGAIN, Spec, run
-    from test_engines import check_ended, check_tier_hit
+    from tests.e2e.harness import EVICT_AND_ASK_AGAIN, Spec, run
+    from tests.e2e.test_engines import check_ended, check_tier_hit
 
     daemon = start_daemon("--bank", f"host:{64 * MIB}", "--bank", f"host:{64 * MIB}")
     environment = client_environment(build, daemon.socket_path)

@@ -14,22 +14,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import (
+
+from sglang_xmem.bank import BankSession
+from sglang_xmem.mtier.client import JOIN, SLAB
+from tests import REPOSITORY
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import (
     INVALID_ARGUMENT,
     MIB,
     REPLY_HEAD,
-    REPOSITORY,
     SUCCESS,
     ClientProcess,
     Daemon,
     request,
     wait_until,
 )
-from test_bank_sessions import FRAME, MODEL, OTHER, fill, join_request, joined, key, view
-
-from sglang_xmem.bank import BankSession
-from sglang_xmem.mtier.client import JOIN, SLAB
+from tests.mtier.test_bank_sessions import FRAME, MODEL, OTHER, fill, join_request, joined, key, view
 
 
 @pytest.fixture
@@ -173,10 +173,9 @@ def test_a_session_is_the_same_after_a_restart_and_another_one_after_two_ends(
 
 def test_who_ends_while_no_service_runs_leaves_nothing_behind(daemon: Daemon) -> None:
     keep = BankSession(MODEL, FRAME, 28)
-    script = f"""
+    script = """
     import sys
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
-    from test_bank_sessions import *
+    from tests.mtier.test_bank_sessions import *
     session = BankSession(MODEL, FRAME, 100)
     fill(session, list(range(30)))
     session.claim(70)

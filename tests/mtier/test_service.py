@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import (
+
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import (
     BANK_STATUS,
     FREE,
     GRANULE,

@@ -10,12 +10,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import MIB, client_environment, wait_until
 
 from sglang_xmem.errors import ConfigError, Unavailable
 from sglang_xmem.tiers import Ranks, mtier
 from sglang_xmem.tiers.mtier import MTierRankPlan, MTierSettings, MTierTier
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import MIB, client_environment, wait_until
 
 needs_sdk = pytest.mark.skipif(
     importlib.util.find_spec("xmem") is None or importlib.util.find_spec("torch") is None,

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import StartDaemon
-from service import MIB, REPOSITORY, client_environment
+
+from tests import REPOSITORY
+from tests.mtier.conftest import StartDaemon
+from tests.mtier.service import MIB, client_environment
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xmem") is None, reason="needs the package xmem-mtier")

@@ -7,10 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from factories import KINDS, Pools, make
-from seam import XMEM, sglang  # noqa: F401  (sglang is a fixture)
 
 from sglang_xmem import session
+from tests.pools.factories import KINDS, Pools, make
+from tests.pools.seam import XMEM, sglang  # noqa: F401  (sglang is a fixture)
 
 
 @pytest.fixture

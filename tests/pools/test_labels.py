@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-import factories
 import pytest
+
+from tests.pools import factories
 
 
 @pytest.mark.skipif(os.environ.get("SGLANG_USE_CPU_ENGINE") != "1", reason="configures SGLang for a CPU")

@@ -6,15 +6,15 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
-import factories
 import pytest
 import torch
-from factories import KINDS, Pools, make
-from seam import Seam, available, sglang  # noqa: F401  (sglang is a fixture)
-from trips import POISON, Trip, as_bytes, there_and_back
 
 from sglang_xmem import session
 from sglang_xmem.arena import Arena
+from tests.pools import factories
+from tests.pools.factories import KINDS, Pools, make
+from tests.pools.seam import Seam, available, sglang  # noqa: F401  (sglang is a fixture)
+from tests.pools.trips import POISON, Trip, as_bytes, there_and_back
 
 
 def _cases() -> Iterator[tuple[Seam, str, int, torch.dtype, str]]:
@@ -152,7 +152,7 @@ def test_a_missing_page_is_noticed(pools: Pools) -> None:
 
 def test_every_array_of_a_page_is_described() -> None:
     """Bytes of a host page are those of its arrays' rows, so no array was forgotten here."""
-    from seam import STOCK
+    from tests.pools.seam import STOCK
 
     with STOCK.setup():
         for kind, traits in KINDS.items():

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from other_sglang import unpacked
 
 from sglang_xmem.engines.sglang import versions
+from tests.unit.engines.other_sglang import unpacked
 
 #: One case of each way in which versions differ: buffers of K and V, latents, indexers, states, windows, drafts.
 KINDS = ("mha-16", "mla-64", "dsa-64", "gdn-16", "swa-16", "mha_packed_draft-16", "gdn_draft_sidecar-16")

@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 
 import torch
-from factories import DEVICE_PAGES, MAMBA, Array, Pools
+
+from tests.pools.factories import DEVICE_PAGES, MAMBA, Array, Pools
 
 POISON = 0xA5
 

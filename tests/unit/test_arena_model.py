@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from fakes import FakeSettings, ShyFakeTier
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.plan import Placement, make_plan
 from sglang_xmem.tiers import Extent, Ranks, Region
+from tests.unit.fakes import FakeSettings, ShyFakeTier
 
 SCENES, STEPS = 100, 1000
 Bytes = npt.NDArray[np.uint8]

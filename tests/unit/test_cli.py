@@ -6,14 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import sglang_xmem
 from sglang_xmem import cli
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests import REPOSITORY
 
 WITHOUT_TORCH = """
 import sys

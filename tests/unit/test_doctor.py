@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 from cuda.bindings import driver as bindings
-from test_peer_tier import FAILURE, GRANULARITY, SUCCESS, FakeDriver
 
 from sglang_xmem import cli, gpus, machine
 from sglang_xmem.config import parse_options
@@ -31,8 +30,9 @@ from sglang_xmem.errors import ConfigError, Unavailable
 from sglang_xmem.plan import make_plan
 from sglang_xmem.tiers import Ranks
 from sglang_xmem.tiers import mtier as mtier_tier
+from tests import REPOSITORY
+from tests.unit.tiers.test_peer import FAILURE, GRANULARITY, SUCCESS, FakeDriver
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 GB = 10**9
 COPY_BYTES = GRANULARITY
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import FakeSettings, FakeTier, ShyFakeTier, SlowFakeTier
 
 from sglang_xmem import plan as plan_module
 from sglang_xmem.config import CopySettings, Options
@@ -24,6 +23,7 @@ from sglang_xmem.plan import (
     tried_tiers,
 )
 from sglang_xmem.tiers import MemoryTier, Ranks, tier_classes
+from tests.unit.fakes import FakeSettings, FakeTier, ShyFakeTier, SlowFakeTier
 
 FAKES: list[type[FakeTier]] = [FakeTier, ShyFakeTier, SlowFakeTier]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_metrics import LABELS, FakeSession
 
 from sglang_xmem import cli, metrics, scrape
 from sglang_xmem.errors import ConfigError
 from sglang_xmem.watch import InFlight
+from tests.unit.test_metrics import LABELS, FakeSession
 
 client = pytest.importorskip("prometheus_client")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -157,11 +156,7 @@ def _say(what: str) -> None:
 
 
 def _fake(name: str) -> Any:
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "fakes"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop()
+    return importlib.import_module(f"tests.fakes.{name}")
 
 
 def _lazy() -> Any:

@@ -13,7 +13,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from copiers import CopierContract, Limits
 
 from sglang_xmem.arena import Arena
 from sglang_xmem.copies import CopyPolicy, cuda, dma, make_copier
@@ -26,6 +25,7 @@ from sglang_xmem.copies.torch import TorchPageCopier
 from sglang_xmem.copies.tuning import CudaTuning
 from sglang_xmem.errors import CopyError
 from sglang_xmem.tiers import Traits
+from tests.contracts.copiers import CopierContract, Limits
 
 CPU = torch.device("cpu")
 TUNING = CudaTuning(ctas=4, threads=64, unroll=2)

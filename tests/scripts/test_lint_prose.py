@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from lint_prose import found_in, lowered, worse
+
+from scripts.lint_prose import found_in, lowered, worse
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 from cuda.bindings import driver as bindings
-from fake_pinning import MIB, PinDriver, pinning
 
 from sglang_xmem.errors import LOWER_SIZE, ConfigError, Unavailable
 from sglang_xmem.tiers import hostmem
+from tests.unit.tiers.fake_pinning import MIB, PinDriver, pinning
 
 ADDRESS = 1 << 40
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_dax import FakeDax
-from fake_pinning import PinDriver, pinning
 
 from sglang_xmem.errors import SettingError, Unavailable
 from sglang_xmem.tiers import Ranks, hostmem
 from sglang_xmem.tiers.dax import DaxRankPlan, DaxSettings, DaxTier, StandIn
+from tests.unit.tiers.fake_dax import FakeDax
+from tests.unit.tiers.fake_pinning import PinDriver, pinning
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from seam import placed
 
 from sglang_xmem import session
 from sglang_xmem.engines.sglang import recovery, versions
 from sglang_xmem.engines.sglang.transfer import CHECK
+from tests.pools.seam import placed
 
 
 class Check:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_pinning import PinDriver, pinning
-from test_machine import SECCOMP, run
 
 from sglang_xmem import gpus, machine
 from sglang_xmem.errors import ConfigError, Remedy, SettingError, Unavailable
 from sglang_xmem.tiers import Ranks, dram, hostmem
 from sglang_xmem.tiers.dram import DramRankPlan, DramSettings, DramTier
+from tests.unit.test_machine import SECCOMP, run
+from tests.unit.tiers.fake_pinning import PinDriver, pinning
 
 MIB = 1 << 20
 GIB = 1 << 30

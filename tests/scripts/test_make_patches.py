@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import make_patches
 import pytest
-from other_sglang import PATCHES, patched, unpacked
-from test_hooks import ALL_HOOKS, play, value_of
 
+from scripts import make_patches
 from sglang_xmem.engines.sglang import versions
+from tests.unit.engines.other_sglang import PATCHES, patched, unpacked
+from tests.unit.engines.test_hooks import ALL_HOOKS, play, value_of
 
 
 @pytest.mark.parametrize("version", versions.known())

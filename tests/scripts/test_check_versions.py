@@ -6,9 +6,9 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-import check_versions
 import pytest
 
+from scripts import check_versions
 from sglang_xmem.engines.sglang import versions
 
 SEAM = "sglang/srt/mem_cache/l2_transfer.py"

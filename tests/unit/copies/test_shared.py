@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from copiers import CopierContract, Limits, Scene
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from sglang_xmem.copies.geometry import Plane, Slab
 from sglang_xmem.copies.shared import SharedCopier, deal
 from sglang_xmem.copies.torch import TorchPageCopier
 from sglang_xmem.errors import CopyError
+from tests.contracts.copiers import CopierContract, Limits, Scene
 
 COUNTERS = 0xC0DE
 RESTORED = -1

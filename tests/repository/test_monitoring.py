@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from sglang_xmem import metrics
+from tests import REPOSITORY
 
 yaml = pytest.importorskip("yaml")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MONITORING = REPOSITORY / "monitoring"
 QUESTIONS = ("Where do hits come from?", "How fast, against the link?", "How full is the tier?", "Is it healthy?")
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import gpu_runs
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from scripts import gpu_runs
+from tests import REPOSITORY
 
 
 @pytest.fixture

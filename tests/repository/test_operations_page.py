@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from sglang_xmem import metrics, sums
+from tests import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = (REPOSITORY / "docs" / "operations.md").read_text()
 VARIABLE = re.compile(r"\b(?:SGLANG_XMEM|MTIER)_[A-Z_]*[A-Z]\b")
 SUFFIXES = (".py", ".sh", ".h", ".cpp")

@@ -6,8 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import check_versions
 import pytest
+
+from scripts import check_versions
 
 PATCHES = check_versions.REPOSITORY / "patches"
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "sglang_cpu"))
+from tests import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "scripts" / "sglang_cpu"))
 
 from sglang_cpu import copies, linear_attention, speculative
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = REPOSITORY / "scripts"
 LAYERS, PAGE, PAGES, HEADS, DIM = 3, 4, 8, 2, 8
 ROW = HEADS * DIM * 2
 SIZE = PAGES * PAGE
