@@ -22,7 +22,7 @@ from sglang_xmem.bank_space import TRAILER_BYTES
 from sglang_xmem.canary import Perch
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
-from sglang_xmem.engines.sglang import sharing, storage
+from sglang_xmem.engines.sglang import identity, sharing, storage
 from sglang_xmem.engines.sglang.geometry import (
     KV,
     MAMBA,
@@ -185,9 +185,9 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
                     "it has no place for models whose first pool has no bytes", Remedy("use_tier", value="dram")
                 )
             )
-        elif sharing.is_settled(active):
+        elif identity.is_settled(active):
             assert active.facts is not None
-            identities = [sharing.identity(active.facts, placed, [*described, *later], space) for space in frames]
+            identities = [identity.of_space(active.facts, placed, [*described, *later], space) for space in frames]
             active.placement.share_as(identities, active.label)
         arena = Arena(
             active.placement,

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from sglang_xmem import gpus, session
-from sglang_xmem.engines.sglang import flags, launcher, pools, sharing, storage, versions
+from sglang_xmem.engines.sglang import flags, identity, launcher, pools, storage, versions
 from sglang_xmem.engines.sglang.hooks import place
 from sglang_xmem.engines.sglang.launcher import BANK, INFO_KEY
 from sglang_xmem.errors import ConfigError, CopyError, UnsupportedSGLang, refuse
@@ -101,7 +101,7 @@ def _settle_sharing(table: versions.VersionTable, server_args: Any, plan: Plan) 
     )
     active = session.current()
     active.label = str(server_args.served_model_name or server_args.model_path)
-    active.look_up_facts = functools.partial(sharing.facts, server_args, plan.options.tiers[BANK].tag)
+    active.look_up_facts = functools.partial(identity.facts, server_args, plan.options.tiers[BANK].tag)
     active.facts = active.look_up_facts()
 
 
