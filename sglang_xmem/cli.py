@@ -34,7 +34,10 @@ BENCHMARKS = {
 
 
 class _Lazy(argparse.ArgumentParser):
-    """A parser that imports its command's module when it is used: help and arguments come from there."""
+    """A parser of one command, which imports the command's module when it is used: help and arguments are there.
+
+    It refuses what it does not know itself: argparse would pass that up, and the root would print its own usage.
+    """
 
     module: str | None = None
 
@@ -48,7 +51,10 @@ class _Lazy(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._load()
-        return super().parse_known_args(args, namespace)
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
 
 def parser() -> argparse.ArgumentParser:

@@ -55,6 +55,18 @@ def test_help_imports_no_benchmark() -> None:
         assert f"'{name}'" not in done.stdout
 
 
+@pytest.mark.parametrize("command", [*cli.COMMANDS, *(f"bench {name}" for name in cli.BENCHMARKS), "bench", ""])
+def test_an_unknown_option_shows_the_usage_of_its_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # A benchmark that wants a file has one, and `bench` alone wants a benchmark.
+    behind = {"bench report": ["f"], "bench compare": ["f", "g"], "bench trace": ["f"], "bench": ["ttft"]}
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), "--bogus", *behind.get(command, ["doctor"] if not command else [])])
+    assert ended.value.code == 2
+    usage, error = capsys.readouterr().err.rsplit("\n", 2)[:2]
+    assert " ".join(usage.split()).startswith(f"usage: {' '.join(['sglang-xmem', *command.split()])} [")
+    assert error == f"{' '.join(['sglang-xmem', *command.split()])}: error: unrecognized arguments: --bogus"
+
+
 def documented_commands() -> list[str]:
     """Every command of ours in the documentation's code blocks."""
     commands = []
