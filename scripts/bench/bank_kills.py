@@ -29,16 +29,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the times of kills")
     parser.add_argument("--output", type=Path, default=Path("faults.jsonl"), help="JSON Lines file to append to")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    command = "python scripts/bench/bank_kills.py --model MODEL " + " ".join(
+        f"--{name} {getattr(arguments, name)}" for name in ("rounds", "seed", "victims", "phases")
+    )
+    failed = False
+    with tempfile.TemporaryDirectory() as scratch, arguments.output.open("a") as file:
         matrix = kill_matrix.Matrix(arguments.model, Path(scratch), arguments.rounds, arguments.seed)
-        rows = matrix.run(arguments.victims.split(","), arguments.phases.split(","))
-    command = f"python scripts/bench/bank_kills.py --model MODEL --rounds {arguments.rounds} --seed {arguments.seed}"
-    with arguments.output.open("a") as file:
-        for row in rows:
+        for row in matrix.run(arguments.victims.split(","), arguments.phases.split(",")):
             text = json.dumps({"bench": "bank_kills", **row._asdict(), "device": "cpu", "command": command})
             print(text, flush=True)
             file.write(text + "\n")
-    return int(any(row.wrong or row.hung or (row.victim == "service" and row.lost_requests) for row in rows))
+            file.flush()
+            failed |= bool(row.wrong or row.hung or (row.victim == "service" and row.lost_requests))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,14 +74,16 @@ class Matrix:
         self._starts = 0
         self._stack = contextlib.ExitStack()
 
-    def run(self, victims: Sequence[str] = VICTIMS, phases: Sequence[str] = PHASES) -> list[Row]:
-        """A row per cell."""
+    def run(self, victims: Sequence[str] = VICTIMS, phases: Sequence[str] = PHASES) -> Iterator[Row]:
+        """A row per cell, as soon as it is there."""
         names = [f"{v} {p} {n}" for v in victims for p in phases for n in range(self._rounds)]
         right = self._right(names)
         self._service = Service(self._folder)
         try:
             self._start()
-            return [self._cell(victim, phase, right) for victim in victims for phase in phases]
+            for victim in victims:
+                for phase in phases:
+                    yield self._cell(victim, phase, right)
         finally:
             self._stack.close()
             self._service.kill()

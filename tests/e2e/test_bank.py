@@ -272,7 +272,7 @@ def frames(service: Service, state: str) -> int:
 
 
 def test_kills_lose_no_answer_of_an_engine_that_lives_and_make_none_wrong(tiny_model: Path, tmp_path: Path) -> None:
-    rows = kill_matrix.Matrix(tiny_model, tmp_path, rounds=3).run(victims=["service"])
+    rows = list(kill_matrix.Matrix(tiny_model, tmp_path, rounds=3).run(victims=["service"]))
     assert [row.phase for row in rows] == list(kill_matrix.PHASES)
     assert all((row.wrong, row.hung, row.lost_requests) == (0, 0, 0) for row in rows), rows
     assert all(row.answers >= 6 for row in rows)
