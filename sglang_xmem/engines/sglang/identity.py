@@ -8,9 +8,11 @@ identified, the engine shares with nobody.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +27,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Counts changes of what an identity is made of.
-SCHEMA = 3
+SCHEMA = 4
 #: Files that weights are in.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+#: Of --load-format, where the weights are not those of the model's files.
+_FROM_ELSEWHERE = {"remote", "remote_instance", "rdma", "ipc_cache", "private"}
+#: Names a package whose models SGLang takes instead of its own.
+_MODEL_PACKAGE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+#: Models that are no paths are then not those of the same names on Hugging Face.
+_MODELSCOPE = "SGLANG_USE_MODELSCOPE"
 #: Host pools of latents and of their indexer, which are not split over attention heads.
 _REPLICATED = {"MLATokenToKVPoolHost", "DSAIndexerPoolHost"}
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
@@ -49,7 +57,10 @@ _SETTINGS = (
     "speculative_draft_model_quantization",
     "speculative_draft_load_format",
     "speculative_draft_kv_cache_dtype",
+    "speculative_draft_window_size",
+    "speculative_draft_sink_size",
     "model_impl",
+    "trust_remote_code",
     "model_config_parser",
     "model_loader_extra_config",
     "custom_weight_loader",
@@ -59,14 +70,17 @@ _SETTINGS = (
     "kt_method",
     "kt_num_gpu_experts",
     "mamba_ssm_dtype",
+    # Whoever asks for equal bits from run to run must not find pages of engines that do not.
+    "enable_deterministic_inference",
+    "rl_on_policy_target",
 )
 #: ServerArgs that name a file, or weights that are used next to the model's.
-_FILES = ("quantization_param_path", "decrypted_config_file")
-_OTHER_WEIGHTS = ("kt_weight_path", "uno_lora_path")
+_FILES = ("quantization_param_path", "decrypted_config_file", "decrypted_draft_config_file")
+_OTHER_WEIGHTS = ("kt_weight_path", "uno_lora_path", "modelopt_checkpoint_restore_path")
 
 
 class Unidentified(Exception):
-    """Weights that look like others'; the message is a clause."""
+    """Weights or code that may be others than they look; the message is a clause."""
 
 
 def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
@@ -80,11 +94,17 @@ def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
     settings = {name: str(getattr(server_args, name, None)) for name in _SETTINGS}
     if dummy:
         settings["random_seed"] = str(server_args.random_seed)
-    draft = getattr(server_args, "speculative_draft_model_path", None)
     try:
-        weights = weights_digest(server_args.model_path, server_args.revision, has_weights=not dummy)
-        if draft:
-            settings["draft"] = weights_digest(draft, getattr(server_args, "speculative_draft_model_revision", None))
+        _refuse_what_is_not_in_files(server_args)
+        folder = getattr(server_args, "download_dir", None)
+        models = {"weights": (server_args.model_path, server_args.revision, not dummy)}
+        if draft := getattr(server_args, "speculative_draft_model_path", None):
+            models["draft"] = (draft, getattr(server_args, "speculative_draft_model_revision", None), True)
+        for name, (model, revision, has_weights) in models.items():
+            settings[name] = weights_digest(model, revision, has_weights=has_weights, download_dir=folder)
+            if getattr(server_args, "trust_remote_code", False):
+                settings |= _code_elsewhere(_folder_of(model, revision))
+        settings |= _model_package()
         for name in _FILES:
             if file := getattr(server_args, name, None):
                 settings[f"{name}'s content"] = _digest_of(Path(file).read_bytes())
@@ -94,11 +114,42 @@ def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
         # SGLang's keys of an adapter's pages know its name and path, which stay when it is trained again.
         for path in sorted(set(_adapters(getattr(server_args, "lora_paths", None)))):
             settings[f"adapter {path}"] = weights_digest(path)
-    except (Unidentified, OSError) as error:
+    except (Unidentified, OSError, ValueError) as error:
         session.current().notes.append(f"pages are not shared with other engines: {error}")
         return None
     version = versions.installed()
-    return {"schema": SCHEMA, "format": storage.FORMAT, "sglang": version, "tag": tag, "weights": weights, **settings}
+    return {"schema": SCHEMA, "format": storage.FORMAT, "sglang": version, "tag": tag, **settings}
+
+
+def _refuse_what_is_not_in_files(server_args: Any) -> None:
+    """Raise Unidentified where files of this machine do not say what the model computes."""
+    if server_args.load_format in _FROM_ELSEWHERE:
+        raise Unidentified(f"weights of --load-format {server_args.load_format} come from elsewhere")
+    if getattr(server_args, "weight_cache_mode", None) not in (None, "off"):
+        raise Unidentified("weights of a cache may be older than their files")
+    if getattr(server_args, "forward_hooks", None):
+        raise Unidentified("--forward-hooks may change what the model computes")
+
+
+def _code_elsewhere(folder: Path) -> dict[str, str]:
+    """Digests of the code in other repositories that a model's configuration names, as `OWNER/NAME--MODULE.CLASS`."""
+    config = folder / "config.json"
+    named = json.loads(config.read_text()).get("auto_map") if config.is_file() else None
+    repositories = sorted(set(re.findall(r'"([\w.-]+/[\w.-]+?)--', json.dumps(named))))
+    return {f"code of {name}": code_digest(_folder_of(name)) for name in repositories}
+
+
+def _model_package() -> dict[str, str]:
+    name = os.environ.get(_MODEL_PACKAGE)
+    if not name:
+        return {}
+    try:
+        spec = importlib.util.find_spec(name)
+    except ImportError:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise Unidentified(f"{_MODEL_PACKAGE}={name} names no package")
+    return {"model package": " ".join([name, *(code_digest(Path(path)) for path in spec.submodule_search_locations)])}
 
 
 def _adapters(given: Any) -> list[str]:
@@ -119,45 +170,73 @@ def is_settled(active: Session) -> bool:
     return active.facts is not None
 
 
-def weights_digest(model: str, revision: str | None = None, *, has_weights: bool = True) -> str:
+def weights_digest(
+    model: str, revision: str | None = None, *, has_weights: bool = True, download_dir: str | None = None
+) -> str:
     """A digest of a model's files: names, sizes, times, samples of the weights, and the whole of what is small.
+
+    Its code counts: SGLang runs that of a model's folder with --trust-remote-code.
 
     Args:
         has_weights: False: none of the files needs to be of weights.
+        download_dir: where SGLang keeps weights that it downloads; their configuration stays in the usual cache.
 
     Raises:
         Unidentified: they are not on this machine.
     """
-    path = Path(model)
-    if not path.exists():
-        path = _downloaded(model, revision)
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if _counts(file))
-    if has_weights and not any(file.suffix in _WEIGHTS for file in files):
-        raise Unidentified(f"{path} has no files of weights")
+    path = _folder_of(model, revision)
+    folders = [path]
+    if download_dir and not Path(model).exists():
+        folders.append(_downloaded(model, revision, download_dir))
+    if has_weights and not any(file.suffix in _WEIGHTS for file in _files(folders[-1])):
+        raise Unidentified(f"{folders[-1]} has no files of weights")
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            status = os.fstat(content.fileno())
-            digest.update(repr((file.name, status.st_size)).encode())
-            if file.suffix == ".json":
-                digest.update(content.read())
-                continue
-            digest.update(repr(status.st_mtime_ns).encode())
-            for number in range(_SAMPLES):
-                content.seek(max(0, status.st_size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-                digest.update(content.read(_SAMPLE_BYTES))
+    for folder in folders:
+        for file in _files(folder):
+            with file.open("rb") as content:
+                status = os.fstat(content.fileno())
+                digest.update(repr((file.name, status.st_size)).encode())
+                if file.suffix == ".json":
+                    digest.update(content.read())
+                    continue
+                digest.update(repr(status.st_mtime_ns).encode())
+                for number in range(_SAMPLES):
+                    content.seek(max(0, status.st_size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                    digest.update(content.read(_SAMPLE_BYTES))
+        digest.update(code_digest(folder).encode())
     return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """Those of weights and of configuration, whose suffixes differ."""
+    return [path] if path.is_file() else sorted(file for file in path.iterdir() if _counts(file))
 
 
 def _counts(file: Path) -> bool:
     return file.suffix in _WEIGHTS or (file.suffix == ".json" and not file.name.startswith("tokenizer"))
 
 
-def _downloaded(model: str, revision: str | None) -> Path:
+def code_digest(folder: Path) -> str:
+    """A digest of all Python files in a folder and below it; of none where it is a file."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(repr((file.relative_to(folder).as_posix(), len(content))).encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _folder_of(model: str, revision: str | None = None) -> Path:
+    return path if (path := Path(model)).exists() else _downloaded(model, revision)
+
+
+def _downloaded(model: str, revision: str | None, cache_dir: str | None = None) -> Path:
+    if os.environ.get(_MODELSCOPE, "").lower() in ("1", "true"):
+        raise Unidentified(f"{model} comes from ModelScope")
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
     except Exception as error:  # of many kinds, also where it names no repository
         raise Unidentified(f"the files of {model} are not found ({type(error).__name__})") from None
 

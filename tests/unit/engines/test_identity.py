@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,14 +70,27 @@ def test_files_that_change_while_they_are_loaded_are_shared_with_nobody(model: P
     assert active.facts is None
 
 
-def test_facts_name_what_a_page_depends_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def notes() -> list[str]:
+    """Why pages are not shared."""
+    return []
+
+
+@pytest.fixture
+def facts(model: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What pages of an engine with the model depend on; `changes` of its settings."""
     monkeypatch.setattr(identity.versions, "installed", lambda: "0.5.23")
+    monkeypatch.setattr(identity.session, "current", lambda: SimpleNamespace(notes=notes))
 
     def facts(tag: str = "", **changes: Any) -> Any:
         settings = dict.fromkeys(identity._SETTINGS, None)
         record = {**settings, "model_path": str(model), "load_format": "auto", "random_seed": 1, **changes}
         return identity.facts(SimpleNamespace(**record), tag)
 
+    return facts
+
+
+def test_facts_name_what_a_page_depends_on(facts: Callable[..., Any]) -> None:
     assert facts() == facts(random_seed=2, served_model_name="another")
     for other in (
         {"dtype": "float16"},
@@ -87,6 +101,9 @@ def test_facts_name_what_a_page_depends_on(model: Path, monkeypatch: pytest.Monk
         {"load_format": "dummy"},
         {"load_format": "dummy", "random_seed": 2},
         {"tag": "mine"},
+        {"trust_remote_code": True},
+        {"enable_deterministic_inference": True},
+        {"speculative_draft_window_size": 512},
     ):
         assert facts(**other) != facts()
     assert facts(load_format="dummy", random_seed=2) != facts(load_format="dummy", random_seed=1)
@@ -94,9 +111,8 @@ def test_facts_name_what_a_page_depends_on(model: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("form", ["{}", "name={}", "mapping", "one mapping for all"])
 def test_an_adapter_that_is_trained_again_under_its_name_shares_nothing(
-    form: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, facts: Callable[..., Any], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(identity.versions, "installed", lambda: "0.5.23")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"one")
@@ -106,19 +122,125 @@ def test_an_adapter_that_is_trained_again_under_its_name_shares_nothing(
     elif form == "one mapping for all":
         given = {"name": str(adapter)}
 
-    def facts(**changes: Any) -> Any:
-        settings = dict.fromkeys(identity._SETTINGS, None)
-        record = {**settings, "model_path": str(model), "load_format": "auto", **changes}
-        return identity.facts(SimpleNamespace(**record), "")
-
     before = facts(lora_paths=given)
     assert before == facts(lora_paths=given)
     assert before != facts()
     (adapter / "adapter_model.safetensors").write_bytes(b"two")
     assert facts(lora_paths=given) != before
     (adapter / "adapter_model.safetensors").unlink()
-    monkeypatch.setattr(identity.session, "current", lambda: SimpleNamespace(notes=[]))
     assert facts(lora_paths=given) is None
+
+
+@pytest.mark.parametrize("where", ["modeling_x.py", "layers/attention.py"])
+def test_other_code_in_a_models_folder_shares_nothing(where: str, model: Path, facts: Callable[..., Any]) -> None:
+    """With --trust-remote-code it computes the pages. Time stamps say nothing: each clone has its own."""
+    code = model / where
+    code.parent.mkdir(exist_ok=True)
+    code.write_text("scale = 1")
+    before = facts()
+    os.utime(code, (1, 1))
+    assert facts() == before
+    code.write_text("scale = 2")
+    assert facts() != before
+    code.write_text("scale = 1")
+    assert facts() == before
+    code.rename(code.with_name("renamed.py"))
+    assert facts() != before
+
+
+def downloaded(cache: Path, name: str, file: str, content: str) -> None:
+    """A repository as Hugging Face's client keeps it."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    folder = repository / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(content)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what Hugging Face's client has downloaded, empty."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def test_code_of_another_repository_that_a_model_runs_counts(
+    model: Path, hub: Path, facts: Callable[..., Any], notes: list[str]
+) -> None:
+    references = '{"AutoModel": "owner/code--modeling.Model", "AutoTokenizer": ["owner/code--slow.Slow", null]}'
+    (model / "config.json").write_text(f'{{"auto_map": {references}}}')
+    assert facts() is not None  # it is not run
+    assert facts(trust_remote_code=True) is None
+    assert "owner/code" in notes[-1]
+    downloaded(hub, "owner/code", "modeling.py", "scale = 1")
+    before = facts(trust_remote_code=True)
+    assert before is not None
+    downloaded(hub, "owner/code", "modeling.py", "scale = 2")
+    assert facts(trust_remote_code=True) not in (None, before)
+
+
+def test_models_of_an_external_package_count(
+    tmp_path: Path, facts: Callable[..., Any], notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = facts()
+    monkeypatch.setenv("SGLANG_EXTERNAL_MODEL_PACKAGE", "package_of_models")
+    assert facts() is None
+    assert "package_of_models" in notes[-1]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "package_of_models"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "model.py").write_text("scale = 1")
+    before = facts()
+    assert before not in (None, without)
+    (package / "model.py").write_text("scale = 2")
+    assert facts() not in (None, without, before)
+
+
+def test_weights_in_a_folder_of_their_own_are_those_that_count(
+    hub: Path, tmp_path: Path, facts: Callable[..., Any], notes: list[str]
+) -> None:
+    own = tmp_path / "own"
+    given = {"model_path": "owner/model", "download_dir": str(own)}
+    downloaded(hub, "owner/model", "model.safetensors", "old")
+    assert facts(**given) is None
+    downloaded(own, "owner/model", "model.safetensors", "new")
+    before = facts(**given)
+    assert before is not None
+    downloaded(hub, "owner/model", "config.json", '{"rope_theta": 2e6}')  # the configuration stays there
+    assert facts(**given) not in (None, before)
+    before = facts(**given)
+    downloaded(own, "owner/model", "model.safetensors", "newer")
+    assert facts(**given) not in (None, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"load_format": "remote_instance"}, "--load-format remote_instance"),
+        ({"weight_cache_mode": "client"}, "older than their files"),
+        ({"forward_hooks": [{"name": "scale"}]}, "--forward-hooks"),
+    ],
+)
+def test_what_no_file_names_is_shared_with_nobody(
+    given: dict[str, Any], why: str, facts: Callable[..., Any], notes: list[str]
+) -> None:
+    assert facts(weight_cache_mode="off", forward_hooks=None) is not None
+    assert facts(**given) is None
+    assert why in notes[-1]
+
+
+def test_a_name_of_modelscope_is_not_looked_up_elsewhere(
+    hub: Path, facts: Callable[..., Any], notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded(hub, "owner/model", "model.safetensors", "another model")
+    assert facts(model_path="owner/model") is not None
+    monkeypatch.setenv("SGLANG_USE_MODELSCOPE", "true")
+    assert facts(model_path="owner/model") is None
+    assert "ModelScope" in notes[-1]
 
 
 # ---- updates ----
