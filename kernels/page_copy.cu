@@ -8,10 +8,11 @@
 //   device + slots[i * slots_stride] / divisor * stride   the device's side.
 // The addresses may be local HBM, a peer GPU's HBM or pinned host memory.
 //
-// Both variants have the same name and signature. They run beside the forward pass, so the grid is a few CTAs that
-// walk all the work ("persistent"): every *warp* takes tiles, tile by tile, `all warps of the grid` apart, and no
-// warp ever waits for another. Tiles are numbered plane after plane; a tile never crosses planes. How many tiles a plane
-// has is its number of pages times what the plane's record says, so the host computes nothing that depends on both.
+// Both variants have the same name and signature. They run concurrently with the forward pass, so the grid is a few
+// CTAs that walk all the work ("persistent"). Every *warp* processes one tile at a time with a stride of all warps of
+// the grid, and no warp ever waits for another. Tiles are numbered plane after plane; a tile never crosses planes. How
+// many tiles a plane has is its number of pages times what the plane's record says, so the host computes nothing that
+// depends on both.
 //
 // A load is one launch for all layers, and the forward pass wants to know layer by layer what is in place. Planes come
 // sorted by the part of the load (a layer) that they belong to: `counters[p]` (if counters is not null) rises by 1 for
@@ -250,7 +251,7 @@ struct Shape {
         : pieces((u32)word), vector((u32)(word >> 32) & 0xffff), part((u32)(word >> 48)) {}
 };
 
-// Tells how far a warp is, by the part of its next tile.
+// Reports a warp's progress by the part of its next tile.
 struct Progress {
     u32 *counters;
     u32 raised;  // counters that the warp has raised; none is ever due without counters
@@ -376,7 +377,7 @@ struct Divider {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     page_copy(const Plane *planes, u32 num_planes, u32 load, u32 *counters, u32 num_parts,
               const __grid_constant__ Vectors vectors) {
-    const u32 lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // tells nvcc: same in the warp
+    const u32 lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform in the warp, for nvcc
     const u32 stride = gridDim.x * WARPS;
     u32 tile = blockIdx.x * WARPS + warp;
     Walk walk(planes, num_planes, vectors, lane);
@@ -496,8 +497,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 //
 // Every warp owns a ring of STAGES buffers of STAGE_BYTES in shared memory. A stage is filled by a bulk copy that counts
 // its bytes on the stage's mbarrier, and emptied by another; no data passes registers, and lane 0 issues both.
-// PENDING_STORES stages may be on their way out while the other STAGES - PENDING_STORES are on their way in.
-// Needs addresses and sizes that are multiples of 16 on both sides.
+// PENDING_STORES stages may have a store in flight while the other STAGES - PENDING_STORES have a load in flight. Needs
+// addresses and sizes that are multiples of 16 on both sides.
 //
 // A tile is one stage's worth: a unit, or a chunk of a larger one. Small units are a bulk copy each; where most are
 // small, the host takes the register variant.

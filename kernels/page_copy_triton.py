@@ -16,8 +16,8 @@ import triton.language as tl
 #: divisor, accesses of ALIGNMENT bytes of a unit, vector, and whether its tiles are wide.
 RECORD_WORDS = 7
 
-#: Triton compiles for each integer of a tuple that is 1, a multiple of 16 or below 2^31, also where it is told not to.
-#: So numbers come in a way that is none of these.
+#: Triton specializes on each integer of a tuple that is 1, a multiple of 16 or below 2^31, even when asked not to. So
+#: numbers are encoded to be none of these.
 _FAR = tl.constexpr(1 << 33)
 
 

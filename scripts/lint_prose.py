@@ -1,34 +1,35 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Counts words that say less than others: lint_prose.py [--update] [--list FILE...]
+"""Finds words that a reader has to look up or read twice: lint_prose.py [FILE...]
 
-A ratchet: `scripts/prose_counts.json` has how many of them each file may have. A file with more fails; one with fewer
-lowers its count at the next --update, which never raises one.
+Checks Markdown and scripts whole, and comments, docstrings and strings of Python, C++ and CUDA: an identifier is not
+prose. A phrase is found across a line break too. Exit status: 1 if there are findings.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import re
 import subprocess
 import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNTS = Path(__file__).with_name("prose_counts.json")
 SUFFIXES = {".py", ".md", ".cu", ".h", ".cpp", ".sh", ".service"}
-#: Word for word, what to write instead.
+#: Regular expressions, a space for any white space, and what to write instead.
 WORDS = {
-    r"pass(?:es|ed)? (?:\w+ )?over": "skip, skipped",
+    r"pass(?:es|ed|ing)? (?:\w+ )?over": "skip, skipped",
     r"way out": "fix, remedy",
     r"told|tells?": "reported, reports, says",
-    r"dealt|in turn": "assigned round-robin",
+    r"dealt|in turn": "assigned round-robin, alternately, one by one",
     r"rests|resting|asleep|awake": "idle clocks",
     r"room": "free capacity, space",
     r"seats?": "rank plan",
     r"besides?": "concurrently with, next to",
-    r"stands": "is",
+    r"stands(?! in\b| for\b)": "is",
     r"in place of": "instead of",
     r"taken": "in use, used",
     r"cannot be had": "unavailable",
@@ -37,17 +38,63 @@ WORDS = {
     ),
     r"(?:ms|us|bytes|counters?|events?|launch(?:es)?|units?) an? (?:layer|rank|page|token)": "per layer",
 }
-PATTERN = re.compile("|".join(rf"(?P<w{n}>\b(?:{words})\b)" for n, words in enumerate(WORDS)), re.IGNORECASE)
+PATTERN = re.compile(
+    "|".join(rf"(?P<w{n}>\b(?:{words})\b)" for n, words in enumerate(WORDS)).replace(" ", r"[ \t]*(?:\n[ \t]*|[ \t])"),
+    re.IGNORECASE,
+)
+
+_STRINGS = {getattr(tokenize, name) for name in ("STRING", "FSTRING_MIDDLE") if hasattr(tokenize, name)}
+#: A comment, a string or a character of C++, whichever begins first.
+_CPP = re.compile(r"(?P<prose>//[^\n]*|/\*.*?\*/|\"(?:[^\"\\\n]|\\.)*\")|'(?:[^'\\\n]|\\.)+'", re.DOTALL)
+#: What begins a line of a comment.
+_MARKS = re.compile(r"^([ \t]*)(#:?|///?|\*)(?= )", re.MULTILINE)
+#: Expressions in an f-string, which Python 3.10 and 3.11 give as part of it.
+_FIELDS = re.compile(r"\{[^{}]*\}")
 
 
-def found_in(text: str) -> list[tuple[int, str, str]]:
+def found_in(text: str, suffix: str = ".md") -> list[tuple[int, str, str]]:
     """Line, words and what to write instead, of each finding."""
+    prose = _prose(text, suffix)
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        for match in PATTERN.finditer(line):
-            index = next(n for n in range(len(WORDS)) if match[f"w{n}"])
-            found.append((number, match[0], list(WORDS.values())[index]))
+    for match in PATTERN.finditer(prose):
+        index = next(n for n in range(len(WORDS)) if match[f"w{n}"])
+        line = prose.count("\n", 0, match.start()) + 1
+        found.append((line, " ".join(match[0].split()), list(WORDS.values())[index]))
     return found
+
+
+def _prose(text: str, suffix: str) -> str:
+    """`text` with spaces instead of what is not prose, so that lines keep their numbers."""
+    if suffix == ".py":
+        text = _only(text, _python_spans(text))
+    elif suffix in (".cpp", ".cu", ".h"):
+        text = _only(text, (match.span() for match in _CPP.finditer(text) if match["prose"]))
+    return _MARKS.sub(lambda match: " " * len(match[0]), text)
+
+
+def _only(text: str, spans: Iterator[tuple[int, int]]) -> str:
+    blank = list(re.sub(r"[^\n]", " ", text))
+    for start, end in spans:
+        # Quotes go too, so that adjacent strings read as one.
+        blank[start:end] = text[start:end].replace('"', " ")
+    return "".join(blank)
+
+
+def _python_spans(text: str) -> Iterator[tuple[int, int]]:
+    starts = [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        start, end = starts[token.start[0] - 1] + token.start[1], starts[token.end[0] - 1] + token.end[1]
+        if token.type == tokenize.COMMENT:
+            yield start, end
+        elif token.type in _STRINGS:
+            at = start
+            if re.match(r"\w*[fF]", token.string):
+                for field in _FIELDS.finditer(text, start, end):
+                    yield at, field.start()
+                    at = field.end()
+            yield at, end
 
 
 def files() -> list[Path]:
@@ -58,41 +105,17 @@ def files() -> list[Path]:
     return [ROOT / path for path in paths if Path(path).suffix in SUFFIXES and (ROOT / path).is_file()]
 
 
-def worse(counts: dict[str, int], allowed: dict[str, int]) -> list[str]:
-    """A line for each file that has more than it may."""
-    return [
-        f"{path}: {count} findings, {allowed.get(path, 0)} allowed; see scripts/lint_prose.py --list {path}"
-        for path, count in counts.items()
-        if count > allowed.get(path, 0)
-    ]
-
-
-def lowered(counts: dict[str, int], allowed: dict[str, int]) -> dict[str, int]:
-    """What files may have from now on: as many as before at most, and none where there is none."""
-    least = {path: min(count, allowed.get(path, 0)) for path, count in counts.items()}
-    return {path: count for path, count in sorted(least.items()) if count}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="lower the counts of files that have improved")
-    parser.add_argument("--start", action="store_true", help="write the counts as they are; for a new word of the list")
-    parser.add_argument("--list", nargs="+", metavar="FILE", help="all findings in files")
-    arguments = parser.parse_args()
-    if arguments.list:
-        for name in arguments.list:
-            for number, words, instead in found_in(Path(name).read_text(encoding="utf-8")):
-                print(f"{name}:{number}: {words!r}: write {instead}")
-        return 0
-    counts = {str(path.relative_to(ROOT)): len(found_in(path.read_text(encoding="utf-8"))) for path in files()}
-    allowed = counts if arguments.start else json.loads(COUNTS.read_text())
-    if arguments.update or arguments.start:
-        COUNTS.write_text(json.dumps(lowered(counts, allowed), indent=1) + "\n")
-    problems = worse(counts, allowed)
-    for line in problems:
-        print(line, file=sys.stderr)
-    print(f"prose: {sum(counts.values())} findings in {len(counts)} files", file=sys.stderr)
-    return 1 if problems else 0
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all that git tracks")
+    count = 0
+    for path in parser.parse_args().files or files():
+        for line, words, instead in found_in(path.read_text(encoding="utf-8"), path.suffix):
+            name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            print(f"{name}:{line}: {words!r}: write {instead}", file=sys.stderr)
+            count += 1
+    print(f"prose: {count} findings", file=sys.stderr)
+    return 1 if count else 0
 
 
 if __name__ == "__main__":

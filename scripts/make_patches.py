@@ -98,7 +98,7 @@ def _with_seams(source: str, hooks: list[Hook]) -> str:
                 break
         if not isinstance(node, ast.FunctionDef):
             raise SystemExit(f"error: {hook.target} is not a function in its file")
-        # Below classmethod, since a hook stands around the function and not around the descriptor.
+        # Below classmethod, since a hook wraps the function and not the descriptor.
         above = [d for d in node.decorator_list if isinstance(d, ast.Name) and d.id in ("classmethod", "staticmethod")]
         line = above[-1].lineno + 1 if above else min([node.lineno, *(d.lineno for d in node.decorator_list)])
         insertions.append((line, f'{" " * node.col_offset}@seam("{hook.target}")\n'))

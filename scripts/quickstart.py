@@ -167,7 +167,7 @@ def summary(rounds: list[dict[str, Answer]], tier: str | None) -> dict[str, Any]
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
-    # An exception, so that the server is stopped on the way out.
+    # An exception, so that the server is stopped during cleanup.
     raise SystemExit(128 + number)
 
 

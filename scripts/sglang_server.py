@@ -41,7 +41,7 @@ class Answer:
     Attributes:
         output_ids: generated tokens.
         logprobs: their log probabilities, if asked for.
-        cached: prompt tokens that were taken from a cache, by where they were: device, host, storage.
+        cached: prompt tokens served from a cache, by location: device, host, storage.
         ttft_ms: time from sending the request to its first token.
         verifications: how often the model looked at drafts; 0 without speculative decoding.
     """
@@ -218,7 +218,7 @@ def launch_server_command() -> list[str]:
 
 
 def serve_command() -> list[str]:
-    """`sglang serve` as installed beside the interpreter that runs this."""
+    """`sglang serve` as installed next to the interpreter that runs this."""
     return [str(Path(sys.executable).parent / "sglang"), "serve"]
 
 

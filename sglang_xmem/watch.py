@@ -1,7 +1,7 @@
-"""A thread that nothing blocks: it notices loads and stores that do not end, and exports what a session counted.
+"""A thread that nothing blocks: it detects loads and stores that do not end, and exports a session's counters.
 
-A copy that never ends cannot be taken back: it may write to its pages at any later time, when they belong to somebody
-else. So a rank whose copy is overdue ends, in one sentence, and whoever supervises it starts it again.
+A copy that never ends cannot be cancelled: it may write to its pages at any later time, when they belong to another
+request. So a rank with an overdue copy exits with one sentence, and its supervisor restarts it.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Watch:
 
 
 def end_rank(message: str) -> NoReturn:
-    """End this process at once with one sentence, and tell SGLang's parent, as SGLang's own watchdog does."""
+    """End this process at once with one sentence, and signal SGLang's parent, as SGLang's own watchdog does."""
     sys.stderr.write(f"sglang_xmem: {message}\n")
     sys.stderr.flush()
     with suppress(psutil.Error, OSError):

@@ -1,4 +1,4 @@
-"""Puts sglang_cpu.pth beside the package, where every interpreter of the environment reads it at start."""
+"""Puts sglang_cpu.pth next to the package, where every interpreter of the environment reads it at startup."""
 
 from pathlib import Path
 

@@ -132,7 +132,7 @@ def _made(
     policy: CopyPolicy,
     staging_bytes: int,
 ) -> PageCopier:
-    """The copier of a known name, with no way out."""
+    """Make the copier of a known name, without a fallback."""
     if name != "cuda" and (policy.runner is not None or policy.relays):
         raise CopyError(
             f"The copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or "

@@ -1,7 +1,7 @@
 """What every page copier does: move pages between frames of a memory tier and the pools on the device.
 
-Words used here. A *plane* is an array on the device of which a page has one contiguous *unit*. A *frame* is room for
-one page in the tier, all its planes. A *move* is one load or store of pages of any index spaces. *Load* moves tier ->
+Words used here. A *plane* is an array on the device of which a page has one contiguous *unit*. A *frame* is the tier
+memory of one page, all its planes. A *move* is one load or store of pages of any index spaces. *Load* moves tier ->
 device, *store* device -> tier (SGLang calls the latter backup or write-back). A *part* of a load is what one layer
 waits for.
 """
@@ -135,7 +135,8 @@ class PageCopier(ABC):
         Args:
             program: from this copier's `compile`.
             pages: those of each vector that the program's steps name.
-            counters: from `make_counters`: tell when each part is in place. The load before that used them is complete.
+            counters: from `make_counters`: report when each part is in place. The previous load that used them is
+                complete.
             addresses: `frames` of each of `pages`, on the CPU, for copiers that plan with them.
 
         Raises:

@@ -1,8 +1,9 @@
-"""How the forward pass learns which layers of a load are in place, when the load is one kernel launch for all of them.
+"""Per-layer completion of a load that is one kernel launch for all layers: device counters for the forward pass.
 
-An event behind each layer would take a launch a layer. Here the copy kernel raises a counter a layer in GPU memory, and
-a stream that needs the layer waits for the counter's value (cuStreamWaitValue32), which costs no multiprocessor. What a
-counter stands for, the *part* of a load, the program's steps say; a part without steps is raised with the one before.
+An event per layer would take a launch per layer. Here the copy kernel raises one counter per layer in GPU memory, and a
+stream that needs the layer waits for the counter's value (cuStreamWaitValue32), which occupies no multiprocessor. The
+program's steps define the *part* of the load that a counter stands for; a part without steps is raised with the
+previous one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The page copy by the hand-written CUDA kernel: a few thread blocks that move all pages beside the forward pass."""
+"""The page copy by the hand-written CUDA kernel: a few thread blocks that move all pages during the forward pass."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Plane(NamedTuple):
         return (self.device_units - 1) * self.device_stride + self.unit_bytes
 
     def check(self, slabs: Iterable[Slab]) -> None:
-        """Raises ValueError for numbers that no copier can work with, or a unit that no slab's frame has room for."""
+        """Raise ValueError for numbers that no copier supports, or a unit that does not fit into any slab's frame."""
         room = max((slab.frame_bytes for slab in slabs), default=0)
         fine = {
             "unit_bytes": 1 <= self.unit_bytes <= MAX_UNIT_BYTES,

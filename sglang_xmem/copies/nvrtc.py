@@ -113,10 +113,10 @@ def load(image: bytes, symbol: str, device: torch.device, shared_bytes: int = 0)
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver, driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-            # A multiprocessor divides its memory into L1 and shared memory when a block arrives at it idle, and until
-            # it is idle again. By default it would take as little shared memory as this kernel's block needs, and then
-            # have no place for the blocks of attention that should run beside it. A kernel without shared memory wants
-            # the L1: what it has in flight arrives there.
+            # An idle multiprocessor divides its memory into L1 and shared memory when a block arrives, and keeps that
+            # division until it is idle again. By default it would provide only the shared memory that this kernel's
+            # block needs, and attention blocks could not run concurrently. A kernel without shared memory needs the L1,
+            # where its loads in flight arrive.
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             _checked(driver, driver.cuFuncSetAttribute(function, attribute, 100))  # percent
     return function

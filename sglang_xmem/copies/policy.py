@@ -37,7 +37,7 @@ def decide(traits: Traits, settings: Any, region: Region, rank_gpu: int | None) 
     if rank_gpu is None:
         return CopyPolicy()
     relays = getattr(settings, "relays", ()) if traits.cpu_addressable else ()
-    # Those dealt to this rank are the ones that were given access.
+    # Only the relays assigned to this rank have access.
     policy = CopyPolicy(relays=tuple(gpu for gpu in relays if gpu in region.reachable_from))
     copy_on = getattr(settings, "copy_on", "rank")
     if copy_on == "rank" or not region.gpus:

@@ -1,8 +1,8 @@
-"""Copies that another GPU runs: the one whose memory is the tier pushes pages over and fetches them back, or one that
-relays host memory through its own link.
+"""Copies that another GPU executes: the one whose memory is the tier, or one that relays host memory through its own
+link.
 
-The rank's own GPU then gives no multiprocessor to a load, and its kernels do not wait for reads of another GPU's memory
-that are under way when they end. The other GPU has to be idle for that, and needs a CUDA context (about 0.6 GB).
+A load then occupies no multiprocessor of the rank's own GPU, and its kernels do not wait at their end for reads of
+another GPU's memory in flight. The other GPU must be idle, and needs a CUDA context (about 0.6 GB).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from sglang_xmem.errors import CopyError
 
-#: The way out where another GPU cannot copy for the rank's.
+#: The fix where another GPU cannot copy for the rank's.
 WITHOUT_IT = "set peer.copy_on to rank, or leave out dram.relays"
 
 
@@ -73,7 +73,7 @@ def check_access(gpu: int, rank: torch.device, addresses: Iterable[int]) -> None
     """
     from cuda.bindings import driver
 
-    # Memory of cuMemMap is mapped for a GPU at a time; the attribute tells it from memory of cuMemAlloc.
+    # Memory of cuMemMap is mapped for one GPU at a time; the attribute distinguishes it from memory of cuMemAlloc.
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
     for address in addresses:
         status, plain = driver.cuPointerGetAttribute(attribute, address)

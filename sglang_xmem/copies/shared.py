@@ -1,7 +1,7 @@
-"""One copy dealt to several GPUs, each of which has a link of its own to the tier's memory.
+"""One copy divided among several GPUs, each with its own link to the tier's memory.
 
-Host memory is reached over PCIe, and each GPU has a link. The rank's own GPU moves one share of the pages; each relay,
-which is another GPU, moves one through its own link and passes it over NVLink, which is many times as fast.
+Each GPU reaches host memory through its own PCIe link. The rank's own GPU moves one share of the pages; each relay,
+which is another GPU, moves one share through its own link and forwards it over NVLink, which is many times faster.
 """
 
 from __future__ import annotations

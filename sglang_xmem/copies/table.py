@@ -1,4 +1,4 @@
-"""What page_copy.cu is told: a record a plane, in a table that is written once, and a launch's parameters."""
+"""The arguments of page_copy.cu: one record per plane, in a table that is written once, and a launch's parameters."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class TorchPageCopier(PageCopier):
             for number, which, frames in found[step.vector]:
                 tier = tiers[number]
                 if tier is None:
-                    raise ValueError(f"frames of slab {self.slabs[number]} have no room for {step.plane}")
+                    raise ValueError(f"frames of slab {self.slabs[number]} do not hold {step.plane}")
                 if load:
                     device[units[which]] = tier[frames]
                 else:
@@ -78,8 +78,8 @@ class TorchProgram(Program):
     """A program with a view of each plane, and of its units in each slab.
 
     Attributes:
-        views: for each step, the device's units, and those of the frames of each slab; None where such a frame has no
-            room for the unit.
+        views: for each step, the device's units, and those of the frames of each slab; None if the unit does not fit
+            into such a frame.
     """
 
     def __init__(self, copier: PageCopier, steps: Sequence[Step], num_parts: int) -> None:

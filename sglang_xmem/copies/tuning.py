@@ -32,7 +32,7 @@ class CudaTuning:
         rings: warps of a block, each with its own ring of stages; bulk variant.
         stages: buffers of a ring, at most 32; bulk variant.
         stage_bytes: size of each, a multiple of 128; bulk variant.
-        pending_stores: stages of a ring that may be on their way out while the others are on their way in.
+        pending_stores: stages of a ring that may have a store in flight while the others have a load in flight.
 
     Raises:
         ValueError: settings out of range.
@@ -119,12 +119,12 @@ class CudaTuning:
 
 
 #: A load or a store in eight thread blocks, each with little of a multiprocessor: 128 KiB of shared memory, so that one
-#: block of attention (64 KiB) or of a MoE product (68 KiB) still fits beside it, and few registers.
+#: block of attention (64 KiB) or of a MoE product (68 KiB) still fits next to it, and few registers.
 _FRUGAL: Final = CudaTuning(variant="bulk", ctas=8, rings=8, stages=4, stage_bytes=4096, pending_stores=1)
 
-#: By direction and path; docs/performance.md has the measurements behind them. More blocks would fill the link, but a
-#: load runs beside the forward pass, and attention kernels plan one wave over all multiprocessors: blocks that take
-#: places from that wave double attention's time.
+#: By direction and path; the measurements are in docs/performance.md. More blocks would saturate the link, but a load
+#: runs concurrently with the forward pass, and attention kernels plan one wave over all multiprocessors: blocks that
+#: displace part of that wave double attention's time.
 DEFAULT_TUNING: Final[Mapping[tuple[Direction, Path], CudaTuning]] = {
     ("load", "nvlink"): _FRUGAL,
     ("store", "nvlink"): _FRUGAL,

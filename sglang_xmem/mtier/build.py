@@ -25,7 +25,7 @@ DAEMON = "mtierd"
 PAGES = "libpages.so"
 NATIVE = Path(__file__).with_name("native")
 PREBUILT_VARIABLE = "SGLANG_XMEM_MTIER_DIR"
-#: Lies beside both: the digests of the sources that they were made of, and of each of them.
+#: Next to both: the digests of their sources and of each library.
 STAMP = "mtier.digests"
 
 _FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")

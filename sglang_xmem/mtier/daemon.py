@@ -277,15 +277,15 @@ def _dax_bytes(bank: _Bank, granule: int) -> int:
 
 
 def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:
-    """Bytes of a bank on a GPU: those that are wanted, at most and otherwise all that is free less the reserve.
+    """Bytes of a bank on a GPU: the requested size, or all free memory less the reserve, which is also the maximum.
 
-    Others may use the GPU too: who names it knows. Nothing here makes a CUDA context.
+    Others may use a named GPU too. Nothing here makes a CUDA context.
     """
     try:
         visible = gpus.visible_gpus()
         if gpu not in visible:
             raise ConfigError(
-                f"--bank {text}: there is no GPU {gpu}; this process sees {len(visible)}, counted from 0. Name one "
+                f"--bank {text}: GPU {gpu} does not exist; this process sees {len(visible)}, counted from 0. Name one "
                 "of these or change CUDA_VISIBLE_DEVICES."
             )
         free, _ = gpus.memory_bytes(gpu)

@@ -17,11 +17,11 @@ class _Wrong(TorchPageCopier):
     """A copier of which one thing is wrong."""
 
     def steps(self, steps: Sequence[Step]) -> Sequence[Step]:
-        """What is compiled in place of `steps`."""
+        """What is compiled instead of `steps`."""
         return steps
 
     def pages(self, pages: Sequence[Pages]) -> Sequence[Pages]:
-        """What is moved in place of `pages`."""
+        """What is moved instead of `pages`."""
         return pages
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> TorchProgram:

@@ -366,7 +366,7 @@ class _Forker:
     def _read(self) -> int:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, "the process that forks engines is gone; its message stands above"
+        assert line, "the process that forks engines is gone; see its message above"
         return int(line)
 
 

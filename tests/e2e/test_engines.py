@@ -134,7 +134,7 @@ def test_sglang_serve_and_sigkill(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_no_flag_gives_stock_hicache_in_a_server(tiny_model: Path) -> None:
-    """`--no-hicache-use-xmem` beats what stands before it; io backend direct is stock's other copy."""
+    """`--no-hicache-use-xmem` overrides earlier flags; io backend direct is stock's other copy."""
     options = {**STOCK, "hicache_io_backend": "direct", "hicache_use_xmem": False}
     result = run(Spec("launch_server", str(tiny_model), options))
     check_tier_hit(result.answers)
@@ -179,7 +179,7 @@ def test_storage_backend_file_on_top_of_the_tier(tiny_model: Path, tmp_path: Pat
 
 
 def check_refusal(refusal: harness.Refusal, expected: list[str]) -> None:
-    """One line says what is wrong, in the user's terms, and no traceback stands around it."""
+    """One line says what is wrong, in the user's terms, without a traceback."""
     assert refusal.status > 0
     assert "Traceback" not in refusal.stderr
     said = [line for line in refusal.stderr.splitlines() if line.startswith("sglang_xmem: ")]

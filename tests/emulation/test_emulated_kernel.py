@@ -107,22 +107,22 @@ def test_every_warp_raises_every_counter_and_none_too_soon(tuning: str) -> None:
         assert load.early == []
 
 
-#: What is wrong with a kernel: text, what stands there in its place, and a tuning that shows it.
+#: Faults of a kernel: text, its replacement, and a tuning that shows the fault.
 WRONG = {
-    "fills a stage that is on its way out": ("            bulk_wait_read();\n", "", "bulk_waits"),
-    "tells of bulk copies that have not arrived": (
+    "fills a stage whose store is in flight": ("            bulk_wait_read();\n", "", "bulk_waits"),
+    "reports bulk copies that have not arrived": (
         "            bulk_wait_all();\n            progress.raise(part_of(what), lane);",
         "            progress.raise(part_of(what), lane);",
         "bulk",
     ),
-    "tells of the tile at hand": ("part > raised", "part + 1 > raised", "register"),
+    "reports the current tile": ("part > raised", "part + 1 > raised", "register"),
     "raises counters without a fence": ("        if (lane == 0) fence_writes();\n", "", "register"),
     "fences one lane's writes alone": (
         "        __syncwarp();\n        if (lane == 0) fence_writes();\n",
         "        if (lane == 0) fence_writes();\n        __syncwarp();\n",
         "register",
     ),
-    "forgets to tell at the end": ("    progress.raise(num_parts, lane);\n}", "}", "register"),
+    "does not report at the end": ("    progress.raise(num_parts, lane);\n}", "}", "register"),
     "ends before its copies": ("    bulk_wait_all();\n    progress.raise(num_parts, lane);", "", "bulk"),
     "reads past a vector's end": ("min((u64)page + lane, pages.count - 1)", "(u64)page + lane", "register"),
     "takes a plane's tiles for the next one's": ("end <= tile", "end < tile", "register"),

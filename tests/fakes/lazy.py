@@ -95,7 +95,8 @@ class LazyCopier(PageCopier):
 
     Args:
         inner: copies at once, on the CPU.
-        report: told at the end of each load how many parts were copied because somebody waited for them.
+        report: called at the end of each load with the number of parts that were copied because something waited for
+            them.
     """
 
     name = "lazy"

@@ -84,7 +84,7 @@ def test_a_part_is_copied_when_it_is_waited_for(rig: Rig) -> None:
     assert rig.state() == ["poison"] * 3
     rig.counters.wait(0)
     assert rig.state() == ["right", "poison", "poison"]
-    # Part 1 has no steps: nothing but what stands before it.
+    # Part 1 has no steps: it is complete with the part before it.
     rig.counters.wait(1)
     assert rig.state() == ["right", "poison", "poison"]
     rig.counters.wait(2)

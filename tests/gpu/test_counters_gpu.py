@@ -1,4 +1,4 @@
-"""A load in one launch tells part by part what is in place: whoever waits for a part sees its bytes, no later."""
+"""A load in one launch reports each part when it is in place: a stream that waits for a part sees its bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA and Triton kernels on a GPU, over every kind of tier memory: the contract, all variants in turn."""
+"""The CUDA and Triton kernels on a GPU, over every kind of tier memory: the contract, for each variant."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from sglang_xmem import gpus
 
 pytestmark = pytest.mark.gpu
 
-#: Room for what others on this machine do in the meantime; the doctor's own buffers are larger.
+#: Tolerance for other processes of this machine; the doctor's own buffers are larger.
 SLACK_BYTES = 100 << 20
 
 

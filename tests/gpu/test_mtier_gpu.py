@@ -104,7 +104,7 @@ def test_the_command_serves_all_that_is_free(tmp_path: Path) -> None:
         bank = json.loads(done.stdout)["banks"][0]
         assert (bank["kind"], bank["gpu"]) == ("gpu", 1)
         assert abs(bank["total"] - (free - GIB)) < 2 * SLACK
-        assert used(1) - before < 2 * SLACK, "neither a context nor memory is taken"
+        assert used(1) - before < 2 * SLACK, "neither a context nor memory is allocated"
     finally:
         process.terminate()
         assert process.wait(20) == 0
@@ -113,7 +113,7 @@ def test_the_command_serves_all_that_is_free(tmp_path: Path) -> None:
 
 def test_the_command_refuses_what_a_gpu_has_not() -> None:
     count = len(gpus.visible_gpus())
-    for bank, words in ((f"gpu:{count}", f"there is no GPU {count}"), ("gpu:1:900GB", "GB free, of which 1.07 GB")):
+    for bank, words in ((f"gpu:{count}", f"GPU {count} does not exist"), ("gpu:1:900GB", "GB free, of which 1.07 GB")):
         command = [sys.executable, "-m", "sglang_xmem.cli", "mtierd", "--bank", bank]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stdout) == (1, "")
@@ -269,7 +269,7 @@ rows = [(torch.randperm(2 * pages)[:pages] * page).to(device) for _ in range(2)]
 copiers, regions = {}, []
 # A GPU without a context serves its memory more slowly. The service has one there while its memory is out; this one is
 # for the other tier, whatever it does itself.
-awake = torch.empty(1, device="cuda:1")
+context = torch.empty(1, device="cuda:1")
 for name, config in (("mtier", None), ("peer", {"peer": {"gpus": [1], "copy_on": "rank"}})):
     tier, region = tiers.placement(name, config).allocate(nbytes)
     regions.append(region)
@@ -295,7 +295,7 @@ print(json.dumps(gbps))
 
 
 def test_copy_rate_is_that_of_tier_peer(start_service: StartService) -> None:
-    """The same kernel on the same GPUs, in turn in one process: mapped memory is memory, wherever it comes from."""
+    """The same kernel on the same GPUs, alternately in one process: mapped memory is as fast, whoever allocated it."""
     daemon = start_service(f"gpu:1:{12 * GIB}")
     gbps = json.loads(run(RATES, daemon))
     ratios = {what: round(gbps[f"mtier {what}"] / gbps[f"peer {what}"], 4) for what in ("load", "store")}
@@ -325,7 +325,7 @@ for line in sys.stdin:
         memory = _bytes_at(sdk.malloc(0, nbytes), nbytes, torch.device("cuda", gpu))
         memory.fill_(byte)
         torch.cuda.synchronize()
-        print("RESULT taken", flush=True)
+        print("RESULT filled", flush=True)
     else:
         pieces = memory.split(1 << 30)
         print("RESULT", all(bool((piece == byte).all()) for piece in pieces), flush=True)
@@ -366,9 +366,9 @@ def test_a_killed_client_s_memory_is_back(start_service: StartService) -> None:
     assert used(1) - before < 2 * SLACK, "a bank that is not used has no context on the GPU"
     assert not is_named(daemon, 1)
     with Client(daemon, 0, 1, 3 * GIB) as one, Client(daemon, 0, 2, 3 * GIB) as two:
-        assert one.ask("take") == two.ask("take") == "taken"
+        assert one.ask("take") == two.ask("take") == "filled"
         assert 6 * GIB <= used(1) - before < 6 * GIB + CONTEXT, "the memory, and one context"
-        assert is_named(daemon, 1), "the service keeps the GPU awake"
+        assert is_named(daemon, 1), "the service keeps the GPU at full clocks"
         assert one.ask("check") == two.ask("check") == "True"
         held = used(1)
         one.process.send_signal(signal.SIGKILL)
@@ -379,7 +379,7 @@ def test_a_killed_client_s_memory_is_back(start_service: StartService) -> None:
         memory_s = time.monotonic() - start
         assert two.ask("check") == "True"
         with Client(daemon, 0, 3, 5 * GIB) as three:
-            assert three.ask("take") == "taken"
+            assert three.ask("take") == "filled"
             assert two.ask("check") == three.ask("check") == "True"
     wait_until(lambda: daemon.available() == 8 * GIB, 1)
     wait_until(lambda: used(1) - before < 2 * SLACK, 30)
@@ -393,10 +393,10 @@ def test_memory_is_there_for_the_next_client_at_once(start_service: StartService
     size = free * 6 // 10 // GIB * GIB
     daemon = start_service(f"gpu:1:{size}")
     with Client(daemon, 0, 1, size) as one, Client(daemon, 0, 2, size) as two:
-        assert one.ask("take") == "taken"
+        assert one.ask("take") == "filled"
         one.process.send_signal(signal.SIGKILL)
         wait_until(lambda: daemon.available() == size, 1)
-        assert two.ask("take") == "taken"
+        assert two.ask("take") == "filled"
         assert two.ask("check") == "True"
 
 
@@ -405,7 +405,7 @@ def test_nothing_stays_after_the_service(start_service: StartService, how: signa
     before = used(1)
     daemon = start_service(f"gpu:1:{4 * GIB}")
     with Client(daemon, 0, 5, 2 * GIB) as client:
-        assert client.ask("take") == "taken"
+        assert client.ask("take") == "filled"
         daemon.stop(how)
         assert client.ask("check") == "True"  # what is mapped stays readable
         assert used(1) - before >= 2 * GIB

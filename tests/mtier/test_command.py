@@ -50,7 +50,7 @@ def test_banks_of_hosts_and_gpus() -> None:
 @pytest.mark.parametrize(
     ("banks", "words"),
     [
-        (["gpu:4"], "--bank gpu:4: there is no GPU 4; this process sees 4"),
+        (["gpu:4"], "--bank gpu:4: GPU 4 does not exist; this process sees 4"),
         (["gpu:1"], "--bank gpu:1: GPU 1 has 1.07 GB free, of which 1.07 GB stay so"),
         (["gpu:0:1GB"], "--bank gpu:0:1GB: GPU 0 has 0.00 GB free"),
         (["gpu:3:4GiB"], "Give less, or free memory there"),

@@ -296,7 +296,7 @@ print("done")
 """
 
 
-#: With each of the driver's calls failing in turn, and then none.
+#: With each of the driver's calls failing, one per case, and then none.
 FAULTY_CALLS = """
 import os, sys
 from tests.mtier.service import *

@@ -39,7 +39,7 @@ SYNCHRONIZED = "cuda.fake_cuda_live(3)"
 
 
 class Machine:
-    """A service over GPU banks, its clients, and a driver that can be told to fail."""
+    """A service over GPU banks, its clients, and a driver that can be made to fail."""
 
     def __init__(self, build: Path, fake_cuda: Path, start_daemon: StartDaemon, directory: Path) -> None:
         self.build = build
@@ -113,7 +113,7 @@ def test_memory_of_a_gpu(machine: Machine) -> None:
         assert client.ask(SYNCHRONIZED) == 1  # as cudaFree: after what the GPU still does with it
         assert client.ask("lib.free(lib.p[1])") == INVALID_ARGUMENT
         assert client.ask(LIVE) == [0, 0, 0]
-        # A bank of host memory beside it is as ever.
+        # A bank of host memory is not affected.
         assert client.ask(KEEP.format(bank=0, nbytes=3 * MIB)) == SUCCESS
         assert client.ask("lib.free(lib.p[1])") == SUCCESS
     assert machine.handles() == 0
@@ -144,7 +144,7 @@ def test_an_empty_context_is_an_error_of_its_own(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("banks", "environment", "words"),
     [
-        (["gpu:2:99999744"], {}, "--bank gpu:2:99999744 cannot be served: there is no GPU 2; this process sees 2"),
+        (["gpu:2:99999744"], {}, "--bank gpu:2:99999744 cannot be served: GPU 2 does not exist; this process sees 2"),
         ([f"gpu:0:{1 << 40}"], {}, "give a size in between"),
         (["gpu:0:4096"], {}, "smaller than the granularity"),
         (["gpu:0"], {}, "give host:BYTES, gpu:ORDINAL:BYTES or dax:PATH:BYTES"),
@@ -335,7 +335,7 @@ def test_a_service_that_ends_gives_errors_and_no_hang(machine: Machine, number: 
         assert client.ask(KEEP.format(bank=0, nbytes=64 * MIB)) == SUCCESS
 
 
-# ---- the context that keeps a bank's GPU awake ----
+# ---- the context that keeps a bank's GPU at full clocks ----
 
 
 def test_a_context_is_held_while_memory_is_out(machine: Machine) -> None:

@@ -140,7 +140,7 @@ def test_reset_all_empties_the_banks_and_nobody_crashes(lib: Library, build: Pat
         assert client.ask(keep(0, 4 * MIB)) == SUCCESS
         assert lib.reset_all() == SUCCESS
         assert daemon.available() == 64 * MIB
-        # Not told, and what it maps is still there.
+        # The client is not notified, and its mapping is still there.
         assert client.ask(filled(1, 4 * MIB).replace("(p,", "(lib.p[1],")) is True
         assert client.ask("lib.free(lib.p[1])") == SUCCESS
         assert lib.free(mine) == SUCCESS
@@ -159,7 +159,7 @@ def test_granularity(lib: Library, start_daemon: StartDaemon) -> None:
 
 
 def test_no_fragmentation(lib: Library, start_daemon: StartDaemon) -> None:
-    """Every second of many allocations comes back, and then one takes all of their room."""
+    """Every second of many allocations is freed, and then one allocation uses all of the freed memory."""
     start_daemon()
     assert lib.init() == SUCCESS
     addresses = [lib.malloc(0, GRANULE)[1] for _ in range(32)]

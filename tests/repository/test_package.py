@@ -116,7 +116,7 @@ def test_wheel_has_everything(wheel: Path) -> None:
                 assert archive.read(inside) == (REPOSITORY / path).read_bytes()
     assert any(name.startswith("sglang_xmem/kernels/") and name.endswith(".cu") for name in names)
     assert "sglang_xmem/py.typed" in names
-    assert {name.partition("/")[0] for name in names} == {"sglang_xmem", metadata}, "nothing beside the package"
+    assert {name.partition("/")[0] for name in names} == {"sglang_xmem", metadata}, "nothing next to the package"
     assert dict(entry_points["sglang.srt.plugins"]) == {"sglang_xmem": "sglang_xmem.plugin:register"}
     assert dict(entry_points["console_scripts"]) == {"sglang-xmem": "sglang_xmem.cli:main"}
 

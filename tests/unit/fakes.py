@@ -16,14 +16,14 @@ class FakeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FakeTier(MemoryTier):
-    """`missing`: why there is no such tier; `taken`: why it is gone since; `fail_at`: which allocation fails."""
+    """`missing`: why the machine lacks the tier; `lost`: why it has gone since; `fail_at`: which allocation fails."""
 
     name = "fake"
     nominal_gbps = 1000.0
     traits = Traits(cpu_addressable=False, counts_as_host_ram=False, link="nvlink")
     Settings = FakeSettings
     missing: ClassVar[str | None] = None
-    taken: ClassVar[str | None] = None
+    lost: ClassVar[str | None] = None
     fail_at: ClassVar[int | None] = None
     live: ClassVar[list[int]] = []
 
@@ -34,8 +34,8 @@ class FakeTier(MemoryTier):
         return tuple(range(len(ranks.gpus)))
 
     def capacity_bytes(self) -> int:
-        if self.taken:
-            raise Unavailable(self.taken)
+        if self.lost:
+            raise Unavailable(self.lost)
         return int(self.settings.free_bytes)
 
     def waste_bytes(self, granule: int) -> int:

@@ -1,4 +1,4 @@
-"""The user's options: what is taken, and every refusal with its fix."""
+"""The user's options: what is accepted, and every refusal with its fix."""
 
 from __future__ import annotations
 

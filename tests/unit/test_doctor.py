@@ -38,10 +38,10 @@ COPY_BYTES = GRANULARITY
 
 
 class FakeCuda(FakeDriver):
-    """Contexts, streams, events and copies besides: bytes really move, on a clock that links' rates set.
+    """Adds contexts, streams, events and copies: bytes really move, and take the time that the links' rates imply.
 
     Attributes:
-        seen: GPUs that a context was made on or memory taken from.
+        seen: GPUs on which a context was made or memory allocated.
         corrupt: copies arrive with their first byte wrong.
     """
 
@@ -280,7 +280,7 @@ def test_every_failing_call_is_a_reason_and_leaves_nothing(monkeypatch: pytest.M
 
 def test_memory_is_pinned_from_cpus_near_the_gpu(two: GpuMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/sys/devices/system/node/node0/cpulist").exists():
-        pytest.skip("this kernel tells of no NUMA node")
+        pytest.skip("this kernel reports no NUMA node")
     before = os.sched_getaffinity(0)
     monkeypatch.setattr(gpus, "numa_node", lambda gpu: 0)
     with bandwidth._cpus_near(0):
@@ -419,7 +419,7 @@ class FakeSdk:
 
 
 @pytest.mark.parametrize(
-    ("size_gb", "bank_gb", "taken"),
+    ("size_gb", "bank_gb", "chosen"),
     [(50, 60, "mtier"), (50, 40, "peer"), (90, None, "peer"), (200, None, "dram"), (600, 40, None)],
 )
 def test_verdict(
@@ -428,14 +428,14 @@ def test_verdict(
     capsys: pytest.CaptureFixture[str],
     size_gb: int,
     bank_gb: int | None,
-    taken: str | None,
+    chosen: str | None,
 ) -> None:
     if bank_gb is not None:
         monkeypatch.setattr(mtier_tier, "_sdk", lambda: FakeSdk(bank_gb * GB))
     status, found = doctor(capsys, "--hicache-size", str(size_gb), "--no-bandwidth")
     verdict = found["tiers"]
-    assert status == (0 if taken else 1)
-    assert verdict["takes"] == taken
+    assert status == (0 if chosen else 1)
+    assert verdict["takes"] == chosen
     assert [line["tier"] for line in verdict["found"]] == ["mtier", "peer", "bank", "dram"]
     assert two.cuda.calls == [], "--no-bandwidth touches no GPU"
 
@@ -450,7 +450,7 @@ def test_verdict(
         assert all(line["reason"] in words for line in verdict["found"]), words
     else:
         plan = planned()
-        assert plan.candidates[0].tier == taken
+        assert plan.candidates[0].tier == chosen
         reasons = [(line["tier"], line["reason"]) for line in verdict["found"] if line["reason"] is not None]
         assert [(skipped.tier, skipped.words()) for skipped in plan.skipped] == reasons
 
@@ -675,7 +675,7 @@ def test_json_has_the_documented_keys(full: GpuMachine, capsys: pytest.CaptureFi
     names = {f"versions.{name}" for name in found["versions"]}
     assert names == {f"versions.{name}" for name in ("python", "sglang_xmem", *facts.PACKAGES)}
     leaves = paths(found)
-    # An empty list of one element of a list beside a full one of another.
+    # A list may be empty in one element and full in another.
     leaves -= {leaf for leaf in leaves if any(other.startswith(f"{leaf}[]") for other in leaves)}
     assert leaves - names == documented - {"versions.NAME"}
     assert found["gpus"]["list"][0]["read_gbps"] == 50.0

@@ -32,7 +32,7 @@ FAKES: list[type[FakeTier]] = [FakeTier, ShyFakeTier, SlowFakeTier]
 def fake_tiers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(plan_module, "tier_classes", lambda: {tier.name: tier for tier in FAKES})
     for tier in FAKES:
-        for name in ("missing", "taken", "fail_at"):
+        for name in ("missing", "lost", "fail_at"):
             monkeypatch.setattr(tier, name, None)
     yield
     for tier in FAKES:
@@ -109,8 +109,8 @@ def test_a_tier_that_auto_does_not_try_serves_by_name() -> None:
 
 def test_a_rank_skips_a_tier_that_was_taken_since(monkeypatch: pytest.MonkeyPatch) -> None:
     where = placement(options())
-    monkeypatch.setattr(FakeTier, "taken", "GPU 1 is in use by process 7")
-    monkeypatch.setattr(SlowFakeTier, "taken", None)
+    monkeypatch.setattr(FakeTier, "lost", "GPU 1 is in use by process 7")
+    monkeypatch.setattr(SlowFakeTier, "lost", None)
     assert tier_of(where).name == "slowfake"
     assert where.skipped == [Skipped("fake", "GPU 1 is in use by process 7")]
 
@@ -176,7 +176,7 @@ def test_nothing_stays_after_an_error_of_another_kind(
 
 
 def test_an_automatic_size_is_of_a_tier_with_free_capacity() -> None:
-    """SGLang ends with a traceback where it is told that there is none."""
+    """SGLang ends with a traceback if its budget is 0."""
     where = placement(options(fast=0))
     assert where.first_tier().name == "slowfake"
     assert where.skipped == [Skipped("fake", "it has no free capacity left", (LOWER_SIZE,))]
@@ -198,7 +198,7 @@ def test_an_automatic_size_follows_the_tier_and_the_host(tier: str, own: int, ho
 
 
 def test_an_automatic_size_is_judged_by_what_it_was_made_of_and_the_next_pool_by_now() -> None:
-    """Other ranks have taken of the machine's memory meanwhile; a later pool is not judged by an older answer."""
+    """Other ranks have used host memory since; a later pool is not judged by an older answer."""
     now = [1000]
     where = placement(options("slowfake"), host_budget=lambda nbytes: now[0])
     assert where.automatic_bytes(1000) == 1000

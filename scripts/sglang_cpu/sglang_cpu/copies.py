@@ -260,7 +260,7 @@ def transfer_kv_all_layer_direct_lf_pf(
     dst_indices: torch.Tensor,
     page_size: int,
 ) -> None:
-    """Back up all layers to page_first_direct: sources are the layers of each destination in turn."""
+    """Back up all layers to page_first_direct: sources are the layers of each destination, in order."""
     src_pages, dst_pages = src_indices[::page_size] // page_size, dst_indices[::page_size] // page_size
     layers = len(src_ptrs) // len(dst_ptrs)
     for number, src in enumerate(src_ptrs):

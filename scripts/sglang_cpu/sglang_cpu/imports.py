@@ -67,7 +67,7 @@ class TorchvisionFinder(MetaPathFinder):
     """Defines the operators that torchvision's Python files describe but its unloadable library does not provide.
 
     Finds nothing itself. It acts where torchvision has tried its library and is about to describe the operators:
-    at that point `_has_ops` tells whether they exist, so a CPU build of torchvision is left alone.
+    at that point `_has_ops` reports whether they exist, so a CPU build of torchvision is left alone.
     """
 
     library: Any = None  # torch drops the definitions with this object

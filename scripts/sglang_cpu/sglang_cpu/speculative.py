@@ -100,7 +100,7 @@ def build_tree_kernel_efficient_cpu(
     draft_token_num: int,
     tree_mask_mode: int,
 ) -> None:
-    """Describe each request's drafts as a chain: what follows what, where it stands, and what it may see."""
+    """Describe each request's drafts as a chain: each token's successor, position and attention mask."""
     if topk != 1:
         raise NotImplementedError(f"sglang_cpu builds trees of drafts for topk 1, not {topk}")
     if int(tree_mask_mode) not in (0, 1):

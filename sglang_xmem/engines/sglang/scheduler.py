@@ -212,7 +212,7 @@ def transfer_streams(result: Any, self: Any, io_backend: str) -> None:
 
 
 def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
-    """Try the tier out, and tell the launcher about it (hook)."""
+    """Self-test the tier, and report it to the launcher (hook)."""
     from sglang.srt.runtime_context import get_observability
 
     active = session.current()

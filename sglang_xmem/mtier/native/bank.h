@@ -72,9 +72,9 @@ class Bank {
     const std::uint64_t granularity_;
 };
 
-// Shared host memory, one anonymous file an allocation, so there are no holes between allocations that could fragment
-// the bank. The service keeps a descriptor of its own, by which it can tell whether anybody else has the file: a client
-// may say that it gave memory back, or end, while a descriptor or a mapping that it passed on lives.
+// Shared host memory, one anonymous file per allocation, so the bank cannot fragment. The service keeps its own
+// descriptor, which shows whether another process still has the file: a client may free memory, or exit, while a
+// descriptor or a mapping that it passed on is still in use.
 class HostBank : public Bank {
   public:
     using Bank::Bank;
@@ -139,10 +139,10 @@ class HostBank : public Bank {
 // descriptor. Physical memory is put together from granules, so there are no holes that could fragment the bank, and
 // one allocation is one descriptor however large it is.
 //
-// Making memory needs no CUDA context, but a GPU on which no process has one rests and serves its memory to others at a
-// lower rate. So the bank holds the GPU's primary context while any of its memory is out, and for a moment longer,
-// since making one takes a while and a client may allocate and free over and over: a GPU whose bank is not used looks
-// idle to others. Nothing but the clearing of memory is done in the context.
+// Allocating memory needs no CUDA context, but a GPU without any context runs at idle clocks and serves its memory to
+// other GPUs at a lower rate. So the bank holds the GPU's primary context while any of its memory is allocated, and for
+// a few seconds longer, since making a context is slow and a client may allocate and free repeatedly. A GPU whose bank
+// is unused looks idle to others. The context is used only to clear memory.
 //
 // The driver has the memory back when the service has released it and no client maps it any more: a client that dies
 // loses its own mappings with its process. It does not say who maps it, so a client that says it gave memory back is
@@ -176,7 +176,7 @@ class GpuBank : public Bank {
             return nullptr;
         }
         if (gpu >= count) {
-            *why = "there is no GPU " + std::to_string(gpu) + "; this process sees " + std::to_string(count) +
+            *why = "GPU " + std::to_string(gpu) + " does not exist; this process sees " + std::to_string(count) +
                    ", counted from 0, so name one of these";
             return nullptr;
         }
@@ -232,7 +232,7 @@ class GpuBank : public Bank {
         // Reserved first, so that nothing can fail once there is a handle or a context to lose.
         auto entry = handles_.emplace(id, 0).first;
         Made made;
-        // Before the memory, which could leave the context no room.
+        // Before the memory, which could leave no space for the context.
         cuda::Result result = awake_ ? cuda::kOk : driver_.DevicePrimaryCtxRetain(&context_, device_);
         const char *call = "cuDevicePrimaryCtxRetain";
         awake_ = result == cuda::kOk;

@@ -152,7 +152,7 @@ class Channel {
         }
     }
 
-    // As recvmsg; at most one file descriptor is taken.
+    // As recvmsg; accepts at most one file descriptor.
     ssize_t receive(std::vector<char> *buffer, int *received) {
         iovec part{buffer->data(), buffer->size()};
         alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];

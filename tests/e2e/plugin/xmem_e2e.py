@@ -1,8 +1,8 @@
 """A plugin of SGLang for the end-to-end tests: checks what loads move, leaves pools out of them, and delays copies.
 
-This directory on PYTHONPATH is enough for SGLang to find it, beside whatever else is installed; `harness` puts it
-there. Without the variables below it does nothing. It knows SGLang and the copier contract, and no adapter: it acts on
-instances of SGLang's transfer engine, in front of whatever has replaced that class's methods.
+SGLang finds it if this directory is on PYTHONPATH, in addition to installed plugins; `harness` puts it there. Without
+the variables below it does nothing. It knows SGLang and the copier contract, and no adapter: it acts on instances of
+SGLang's transfer engine, in front of whatever has replaced that class's methods.
 """
 
 from __future__ import annotations

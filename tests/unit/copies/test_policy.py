@@ -44,7 +44,7 @@ def test_a_named_peer_copies_while_it_is_idle(busy: dict[int, str]) -> None:
     busy[5] = "GPU 5 is in use by process 7"
     assert peer((5, 6), (5,), gpus=(5, 6)) == CopyPolicy()
     assert peer((6, 5), (6,), gpus=(6, 5)) == CopyPolicy(runner=6)
-    # One that nobody named was idle when it was taken; this engine's own use of it is none.
+    # A GPU that the user did not name was idle when it was chosen; this engine's own use does not count.
     assert peer((5, 6), (5,)) == CopyPolicy(runner=5)
 
 

@@ -1,4 +1,4 @@
-"""A move dealt to several copiers: every page is moved once, in the right order of streams, and told of in one sum."""
+"""A move divided among several copiers: every page is moved once, in the right stream order, and counted once."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def removed_target_in_a_scheduler() -> None:
 
 
 def target_of_another_plugin_in_a_scheduler() -> Any:
-    """SGLang's registry patches a target once, and passes over what comes later; here both hooks run."""
+    """SGLang's registry patches a target once, and skips later hooks; here both hooks run."""
     from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

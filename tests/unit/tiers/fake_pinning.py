@@ -99,7 +99,7 @@ class PinDriver:
 
 @contextmanager
 def pinning(register_bytes: int = 2 * MIB) -> Iterator[PinDriver]:
-    """A driver in place of this machine's, which pins so many bytes at a time."""
+    """A driver instead of this machine's, which pins at most the given bytes at a time."""
     driver = PinDriver()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpus, "driver", lambda: driver)

@@ -107,7 +107,7 @@ def test_what_is_no_devdax_is_refused(device: Device) -> None:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    # A file is never taken by a setting.
+    # A setting never names a file.
     assert "which is a file and no devdax. Give a devdax" in sentence(str(device.path))
     assert "which is a directory and no devdax" in sentence("/dev")
     assert "which is no device of memory and no devdax" in sentence("/dev/null")
@@ -260,7 +260,7 @@ sys.stdin.readline()
 
 
 class Process:
-    """Claims a range of the device when it is told to."""
+    """Claims a range of the device on request."""
 
     def __init__(self, device: Device, offset_mib: int, mib: int) -> None:
         command = [sys.executable, "-c", CLAIM, str(device.path), str(device.root), str(offset_mib), str(mib)]
@@ -310,7 +310,7 @@ def test_a_range_is_one_processs(device: Device, start: Any) -> None:
     for call in (mine.capacity_bytes, lambda: mine.allocate(MIB), lambda: device.plans(offset_mib=14, mib=8)):
         with pytest.raises(Unavailable, match=rf"in use by process {owner.process.pid} "):
             call()
-    # Beside it is free; all that is not the first rank's, too.
+    # The range next to it is free, and so is everything but the first rank's.
     device.tier(offset_mib=16, mib=48).allocate(MIB).release()
     owner.kill()
     deadline = time.monotonic() + 10

@@ -28,7 +28,7 @@ EPERM = "Operation not permitted"
 
 
 class Nodes:
-    """A machine of NUMA nodes, in place of this one's.
+    """A machine with NUMA nodes, instead of this one.
 
     Attributes:
         cpus: of each node.
@@ -69,7 +69,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
-    """Two NUMA nodes with GPUs 0 and 1 on node 0 and 1, and GPU 2 on one that it does not tell."""
+    """Two NUMA nodes with GPUs 0 and 1 on node 0 and 1, and GPU 2 on an unknown one."""
     return Nodes(monkeypatch)
 
 
@@ -124,7 +124,7 @@ def test_memory_without_cpus_is_used_where_it_is_named(two_nodes: Nodes) -> None
     two_nodes.cpus[2] = set()
     two_nodes.free[2] = 500 * GIB
     two_nodes.near[3] = 2
-    # Where nothing tells, all nodes but that one.
+    # Without that information, all nodes but that one.
     assert nodes_of((0, 1, 2, 3, None)) == [(0,), (1,), (0, 1), (0, 1), (0, 1)]
     assert nodes_of((0, None), numa_node=2) == [(2,), (2,)]
     two_nodes.host = 600 * GIB
@@ -306,7 +306,7 @@ def test_ranks_of_a_node_share_its_capacity(two_nodes: Nodes) -> None:
     assert capacities((0, 1)) == [10, 20]
     assert capacities((0, 0, 1)) == [5, 5, 20]
     assert capacities((0, 1, None), numa_node=1) == pytest.approx([20 / 3] * 3)
-    # What others have taken of the node since is gone too, and a container's limit holds.
+    # Memory that others have used since counts too, and so does a container's limit.
     assert tier(nodes=(0,), share_bytes=1 << 40).capacity_bytes() == 10 * GIB
     two_nodes.host = 3 * GIB
     assert capacities((0, 0)) == [1.5, 1.5]
@@ -450,7 +450,7 @@ def flags_of_mapping(address: int) -> set[str]:
             inside = int(span[1], 16) <= address < int(span[2], 16)
         elif inside and line.startswith("VmFlags:"):
             return set(line.split()[1:])
-    pytest.skip("this kernel does not tell a mapping's flags")
+    pytest.skip("this kernel does not report a mapping's flags")
 
 
 def test_a_forked_child_does_not_get_pinned_memory(pins: PinDriver) -> None:

@@ -79,7 +79,7 @@ class FakeDriver:
         self.contexts.remove(device)
         if device not in self.contexts:
             self.free[device] += self.context_bytes
-        assert not any(block.gpu == device for block in self.mapped.values()), "asleep with memory in use"
+        assert not any(block.gpu == device for block in self.mapped.values()), "idle clocks with memory in use"
         return (SUCCESS,)
 
     def cuMemGetAllocationGranularity(self, prop: Any, flags: Any) -> tuple[Any, int]:
@@ -178,7 +178,7 @@ class Machine:
 
 @contextmanager
 def machine_with(free: list[int]) -> Iterator[Machine]:
-    """A machine with so many bytes free on its GPUs, in place of this one's."""
+    """A machine with the given bytes free on its GPUs, instead of this one."""
     machine = Machine(free)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpus, "driver", lambda: machine.driver)
@@ -380,7 +380,7 @@ def small_peers(count: int, mib: int = 64) -> Iterator[Machine]:
 
 
 def used(machine: Machine) -> dict[int, int]:
-    """MiB taken from each GPU that anything was taken from."""
+    """MiB allocated on each GPU with allocations."""
     now = machine.driver.free
     return {gpu: (then - now[gpu]) // MIB for gpu, then in machine.start.items() if then != now[gpu]}
 
@@ -394,7 +394,7 @@ def test_one_peer_gives_one_block() -> None:
             "the rank's GPU and the one that copies"
         )
         assert machine.driver.handles == {}, "the mapping alone keeps the memory"
-        assert machine.driver.contexts == [1], "the peer is kept awake"
+        assert machine.driver.contexts == [1], "the peer is kept at full clocks"
         assert "GPU 1" in region.summary
         region.release()
         machine.check_untouched()
