@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sglang_xmem.bench import report, stats
+from sglang_xmem.bench.report import KINDS, Row
 from sglang_xmem.errors import ConfigError
 
 FASTER, SLOWER, NOISE, UNKNOWN, MISSING = "faster", "slower", "noise", "one sample", "not measured"
-
-#: What is compared of each benchmark's rows: a rate, of which more is better, or the median of ttft_ms.
-METRICS = {
-    "ttft": "TTFT p50 ms",
-    "throughput": "tokens_per_s",
-    "multiturn": "TTFT p50 ms",
-    "trace": "TTFT p50 ms",
-    "copy": "gbps",
-}
+COMPARED = [name for name, kind in KINDS.items() if kind.metric]
 
 
 class Change(NamedTuple):
@@ -46,7 +39,7 @@ class Change(NamedTuple):
 
     @property
     def change(self) -> float:
-        """Relative to A."""
+        """Of B to A, as a share of A."""
         return self.b / self.a - 1
 
 
@@ -60,11 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    a, b = load(args.a, args.results), load(args.b, args.results)
-    benches = {row.get("bench") for row in [*a, *b]}
-    if len(benches) != 1 or (bench := str(next(iter(benches)))) not in METRICS:
+    a, b = find(args.a, args.results), find(args.b, args.results)
+    benches = {row["bench"] for row in [*a, *b]}
+    bench = next(iter(benches))
+    if len(benches) != 1 or bench not in COMPARED:
         raise ConfigError(
-            f"{args.a} and {args.b} are not two results of one benchmark. Compare {', '.join(METRICS)} with its like."
+            f"{args.a} and {args.b} are not two results of one benchmark. Compare {', '.join(COMPARED)} with its like."
         )
     changes = compare(a, b)
     if not changes:
@@ -74,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
         b_cells = ["-", "-"] if change.verdict == MISSING else [f"{change.b:.2f}", f"{change.change:+.1%}"]
         spread = "-" if change.spread is None else f"{change.spread:.2f}"
         lines.append([_words(change.what), f"{change.a:.2f}", *b_cells, spread, change.verdict])
-    title = f"{bench}, {METRICS[bench]}: A = {a[0].get('run')}, B = {b[0].get('run')}"
-    report.show_table(title, [" ".join(report.IDENTITY[bench]), "A", "B", "change", "spread", "B is"], lines)
+    title = f"{bench}, {KINDS[bench].metric}: A = {a[0]['run']}, B = {b[0]['run']}"
+    report.show_table(title, [" ".join(KINDS[bench].identity), "A", "B", "change", "spread", "B is"], lines)
     for side, rows, other in (("A", a, b), ("B", b, a)):
-        alone = {report.identity(row) for row in rows} - {report.identity(row) for row in other}
+        alone = {report.identity(row)[1:] for row in rows} - {report.identity(row)[1:] for row in other}
         if alone:
-            print(f"only in {side}: " + "; ".join(sorted(_words(what[1:]) for what in alone)))
+            print(f"only in {side}: " + "; ".join(sorted(map(_words, alone))))
     for name in ("shape", "page_size", "tp_size", "machine"):
         values = [{str(row[name]) for row in rows if name in row} for rows in (a, b)]
         if all(values) and values[0] != values[1]:
@@ -91,45 +85,36 @@ def _words(what: Sequence[Any]) -> str:
     return " ".join("all" if value is None else str(value) for value in what)
 
 
-def load(name: str, results: Path) -> list[dict[str, Any]]:
-    """Rows of one run: of a file, a file's run, or a run's id.
+def find(name: str, results: Path) -> list[Row]:
+    """Flat rows of one run: of a file, a file's run, or a run's id.
 
     Raises:
         ConfigError: there is none.
     """
     file, _, run_id = name.partition("#")
-    path = Path(file)
-    if path.is_file():
-        rows = report.read_rows(path)
-        run_id = run_id or next((str(row["run"]) for row in reversed(rows) if "run" in row), "")
-        found = report.rows_of_run(rows, run_id)
+    if Path(file).is_file():
+        rows = report.load(Path(file))
+        found = [row for row in rows if row["run"] == (run_id or rows[-1]["run"])]
     else:
-        candidates = [p for p in sorted(results.glob("*.jsonl")) if not p.name.endswith(".runs.jsonl")]
-        found = [row for p in candidates for row in report.rows_of_run(report.read_rows(p), name)]
-        # Timelines have the id of the run that they were recorded in.
-        found = [row for row in found if row.get("bench") in METRICS] or found
+        # Other files have a run's id too, such as those of timelines.
+        rows = [report.flat(row) for path in sorted(results.glob("*.jsonl")) for row in report.read_rows(path)]
+        mine = [row for row in rows if row.get("run") == name and row.get("bench") in COMPARED]
+        found = [row for row in mine if report.problem(row) is None]
     if not found:
         raise ConfigError(f"{name} is neither a file with results nor a run in {results}/*.jsonl. Name one of these.")
-    for row in found:
-        report.check_row(row, path)
-    return found
+    return [row for row in found if "skipped" not in row and "error" not in row] or found
 
 
-def _value(row: dict[str, Any], metric: str) -> float | None:
-    found = row["ttft_ms"]["p50"] if metric == "TTFT p50 ms" else row.get(metric)
-    return None if found is None else float(found)
-
-
-def compare(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> list[Change]:
+def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Change]:
     """Rows that both sides have, in A's order."""
     other = {report.identity(row): row for row in report.merged(b)}
     changes = []
     for row in report.merged(a):
         match, what = other.get(report.identity(row)), report.identity(row)[1:]
-        metric = METRICS[str(row["bench"])]
-        first, second = _value(row, metric), None if match is None else _value(match, metric)
-        if match is None or not first:
+        metric = str(KINDS[row["bench"]].metric)
+        if match is None or not row.get(metric):
             continue
+        first, second = row[metric], match.get(metric)
         if not second:
             changes.append(Change(what, first, math.nan, None, MISSING))
             continue
@@ -137,7 +122,7 @@ def compare(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> list[Ch
         spread, verdict = None, UNKNOWN
         if mine is not None and theirs is not None:
             spread = max(mine[1] - mine[0], theirs[1] - theirs[0])
-            better = (second > first) == (metric != "TTFT p50 ms")
+            better = (second > first) == ("_ms" not in metric)
             verdict = (FASTER if better else SLOWER) if stats.differs(mine, theirs, second - first) else NOISE
         changes.append(Change(what, first, second, spread, verdict))
     return changes

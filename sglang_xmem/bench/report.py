@@ -9,75 +9,243 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sglang_xmem.bench import stats
+from sglang_xmem.bench import environment, stats
 from sglang_xmem.errors import ConfigError
 
+#: A line of a file of results. Here rows are flat: what was nested has a name such as "ttft_ms.p50".
 Row = dict[str, Any]
 
-#: Order, colours (Okabe and Ito's, which colour-blind readers can distinguish) and markers of backends.
-STYLES = {
-    "hbm": ("#000000", None),
-    "peer": ("#009e73", "^"),
-    "mtier": ("#cc79a7", "D"),
-    "dax": ("#f0e442", "o"),
-    "auto": ("#56b4e9", "o"),
-    "dram": ("#0072b2", "o"),
-    "stock": ("#d55e00", "s"),
-    "server": ("#e69f00", "v"),
-    "recompute": ("#888888", None),
-}
+#: Backends in the order of tables and legends.
+ORDER = ("hbm", "peer", "mtier", "dax", "auto", "dram", "bank", "stock", "server", "recompute")
 FLOOR_AND_CEILING = ("hbm", "recompute")
 
-#: What a row of a benchmark is a measurement of, and what its rows have at least.
-IDENTITY = {
-    "ttft": ("backend", "prompt_tokens", "shape"),
-    "throughput": ("backend", "hit_ratio", "concurrency"),
-    "multiturn": ("backend", "turn"),
-    "trace": ("backend",),
-    "copy": ("tier", "case", "direction"),
-    "soak": ("tier",),
+
+# ---- cells ----
+
+
+def ms(value: float) -> str:
+    """Four digits."""
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f}" if value >= 10 else f"{value:.2f}"
+
+
+def short(value: float) -> str:
+    """Three digits: 2.23M, 960k, 40.3, 0.00412."""
+    for unit, name, least in ((1e6, "M", 1e6), (1e3, "k", 1e4)):
+        if value >= least:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def span(low: float, high: float) -> str:
+    return f"{short(low)}-{short(high)}"
+
+
+def tokens_label(tokens: float) -> str:
+    """81920 is 80K."""
+    whole = round(tokens)
+    return f"{whole // 1024}K" if whole >= 1024 and whole % 1024 == 0 else str(whole)
+
+
+def turn_label(turn: int | None) -> str:
+    """Turns are counted from 0; None is all of them."""
+    return {None: "all", 0: "1 cold", 1: "2 warm"}.get(turn) or str(int(turn or 0) + 1)
+
+
+def counts(proven: float, unproven: float) -> str:
+    return f"{proven:.0f}+{unproven:.0f}"
+
+
+# ---- what rows are ----
+
+
+class Kind(NamedTuple):
+    """Rows of one benchmark.
+
+    Attributes:
+        identity: keys that say what a row is a measurement of; the first names the backend or tier.
+        columns: heading, how a cell is written, and the keys that it is written of: numbers, unless that is `str`.
+        title: above a table, with keys of its first row in braces.
+        legend: below it.
+        metric: what is compared: a time in ms, or a rate, of which more is better; None where nothing is.
+        samples: the list of all values of that.
+    """
+
+    identity: tuple[str, ...]
+    title: str
+    columns: tuple[tuple[Any, ...], ...]
+    legend: str = ""
+    metric: str | None = "ttft_ms.p50"
+    samples: str = "all_ms"
+
+
+_LATENCY = (("TTFT p50 ms", ms, "ttft_ms.p50"), ("p90", ms, "ttft_ms.p90"), ("p99", ms, "ttft_ms.p99"))
+_HITS = (("hits device", percent, "hit_ratio.device"), ("hits host", percent, "hit_ratio.host"))
+_N = ("n", counts, "samples", "samples_unproven")
+_INTERVAL = "ttft_ms.p50_interval"
+_BACKEND, _VS_STOCK = ("backend", str, "backend"), ("vs stock", str, "vs_stock")
+
+KINDS = {
+    "ttft": Kind(
+        ("backend", "prompt_tokens", "shape"),
+        "TTFT of a hit, {shape}, page {page_size}",
+        (
+            _BACKEND,
+            ("tokens", tokens_label, "prompt_tokens"),
+            ("TTFT ms", ms, "ttft_ms.p50"),
+            ("min-max", span, "ttft_ms.min", "ttft_ms.max"),
+            _N,
+            ("of HBM", str, "of_hbm"),
+            ("vs no hit", str, "vs_no_hit"),
+            _VS_STOCK,
+            ("floor ms", ms, "floor_ms"),
+            ("of floor", times, "over_floor"),
+            ("outputs", str, "outputs"),
+        ),
+        "TTFT: median. ~: spreads overlap. n: samples, proven+unproven. no hit: computed again.",
+    ),
+    "throughput": Kind(
+        ("backend", "concurrency", "hit_ratio"),
+        "Throughput, {shape}, prompts of {prompt_tokens} tokens",
+        (
+            _BACKEND,
+            ("hits", percent, "hit_ratio"),
+            ("at once", "{:.0f}".format, "concurrency"),
+            ("tokens/s", short, "tokens_per_s"),
+            ("min-max", span, "min", "max"),
+            ("vs no hits", str, "vs_no_hit"),
+            _VS_STOCK,
+            ("proven hits", percent, "measured_hit_ratio"),
+            ("TTFT ms", ms, "ttft_ms.p50"),
+            ("token gap ms", ms, "inter_token_ms.p50"),
+            _N,
+        ),
+        "tokens/s: of prompts and outputs, median of rounds. ~: spreads overlap. n: samples, proven+unproven.",
+        "tokens_per_s",
+        "tokens_per_s_all",
+    ),
+    "multiturn": Kind(
+        ("backend", "turn"),
+        "TTFT by turn, agents: {agents}, engines: {engines}, {shape}",
+        (
+            _BACKEND,
+            ("turn", turn_label, "turn"),
+            ("tokens", tokens_label, "prompt_tokens"),
+            *_LATENCY,
+            _VS_STOCK,
+            *_HITS,
+            ("hits", percent, "hit_ratio.total"),
+            ("n", str, "samples"),
+            ("seconds", ms, "seconds"),
+        ),
+        "hits: share of prompt tokens, by where they were. seconds: of all turns. ~: spreads overlap.",
+    ),
+    "trace": Kind(
+        ("backend",),
+        "Trace {trace} at speed {speed}, {shape}",
+        (
+            _BACKEND,
+            ("n", str, "samples"),
+            *_LATENCY[::2],
+            _VS_STOCK,
+            ("e2e p50 ms", ms, "e2e_ms.p50"),
+            ("p99", ms, "e2e_ms.p99"),
+            *_HITS,
+            ("possible hits", percent, "ideal_hit_ratio"),
+            ("tokens/s", short, "tokens_per_s"),
+            ("s", short, "seconds"),
+        ),
+        "n: requests. ~: spreads overlap. e2e: to the last token. possible hits: of a cache without limits.",
+    ),
+    "copy": Kind(
+        ("tier", "case", "direction"),
+        "Page copies",
+        (
+            ("tier", str, "tier"),
+            ("case", str, "case"),
+            ("direction", str, "direction"),
+            ("pages", str, "pages"),
+            ("GB/s", short, "gbps"),
+            ("contiguous GB/s", short, "contiguous_gbps"),
+            ("share", percent, "share"),
+            ("wrong pages", str, "wrong"),
+            ("copier", str, "copier"),
+        ),
+        metric="gbps",
+        samples="gbps_all",
+    ),
+    "soak": Kind(
+        ("tier",),
+        "Verified page copies under load",
+        (
+            ("tier", str, "tier"),
+            ("policy", str, "policy"),  # of scripts/bench/serving_soak.py: a server per write policy
+            ("page copies", "{:,}".format, "page_copies"),
+            ("wrong", str, "wrong"),
+            ("seconds", short, "seconds"),
+            ("GPU", str, "gpu"),
+        ),
+        metric=None,
+    ),
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="JSON Lines file of a benchmark")
-    parser.add_argument("--run", default=None, dest="run_id", help="id of a run in it, see --list; default: the last")
-    parser.add_argument("--list", action="store_true", help="list the file's runs and exit")
-    parser.add_argument("--json", action="store_true", help="print one flat JSON object per row, for pandas")
-    parser.add_argument("--plot", type=Path, default=None, metavar="NAME.png", help="also plot; .png, .svg or .pdf")
+def flat(row: Row) -> Row:
+    """What is nested under names such as "ttft_ms.p50"."""
+    found: Row = {}
+    for key, value in row.items():
+        found.update({f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value})
+    return found
 
 
-def run(args: argparse.Namespace) -> int:
-    rows = read_rows(args.file)
-    for row in rows:
-        check_row(row, args.file)
-    runs = list(dict.fromkeys(str(row["run"]) for row in rows))
-    if args.list:
-        show_table(f"Runs in {args.file}", *_runs_table(args.file, rows, runs), wrap=True)
-        return 0
-    chosen = args.run_id or (runs[-1] if runs else None)
-    rows = rows_of_run(rows, chosen)
-    if not rows:
-        known = f" Its runs: {', '.join(runs)}." if runs else " Name another file."
-        raise ConfigError(f"{args.file} has no rows{f' of run {chosen}' if chosen else ''}.{known}")
-    if args.json:
-        for row in merged(rows):
-            print(json.dumps(_flat(row)))
-    else:
-        print_table(rows)
-        if len(runs) > 1 and args.run_id is None:
-            print(f"The last of {len(runs)} runs; --list names them, --run ID shows another.")
-    if args.plot is not None:
-        write_plot(rows, args.plot)
-    return 0
+def is_number(value: Any) -> bool:
+    """Whether it is finite, and so small that floats hold it."""
+    return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a JSON Lines file; a last line that an ended process left unfinished is skipped.
+def problem(row: Row) -> str | None:
+    """What keeps a flat row from being shown, such as "no number for ttft_ms.p50"; None if nothing does."""
+    missing = [key for key in ("bench", "run") if not isinstance(row.get(key), str)]
+    kind = KINDS.get(str(row.get("bench")))
+    if missing or kind is None:
+        return f"no text for {missing[0]}" if missing else None
+    whole = "skipped" not in row and "error" not in row
+    for key in kind.identity if whole else kind.identity[:1]:
+        if key not in row or isinstance(row[key], (dict, list)):
+            return f"no value for {key}"
+    if not isinstance(row[kind.identity[0]], str):
+        return f"no text for {kind.identity[0]}"
+    wanted = [kind.metric] if kind.metric and whole else []
+    numbers = {key for _, style, *keys in kind.columns if style is not str for key in keys} & row.keys()
+    for key in sorted({*wanted, *numbers, *({"samples", "samples_unproven"} & row.keys())}):
+        if key not in row or not (row[key] is None or is_number(row[key])):
+            return f"no number for {key}"
+    for key in ({kind.samples, _INTERVAL} & row.keys()) if whole else ():
+        found = row[key]
+        if found is not None and not (isinstance(found, list) and all(map(is_number, found))):
+            return f"no list of numbers for {key}"
+        if key == _INTERVAL and found is not None and len(found) != 2:
+            return f"no two numbers for {key}"
+    return None
+
+
+# ---- files ----
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, Row]]:
+    """Rows with the numbers of their lines; a last line that an ended process left unfinished is skipped.
 
     Raises:
         ConfigError: it cannot be read.
@@ -88,31 +256,48 @@ def read_rows(path: Path) -> list[Row]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Name another file.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a file of JSON Lines. Name one.") from None
-    rows = []
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError
-                rows.append(row)
-            except (ValueError, RecursionError):
-                if number != len(lines) or not rows:
-                    raise ConfigError(f"Line {number} of {path} is not a JSON object. Name a file of rows.") from None
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            if 1 < number == len(lines):
+                return
+            row = line
+        if row is not None and not isinstance(row, dict):
+            raise ConfigError(f"Line {number} of {path} is not a JSON object. Name a file of rows.")
+        if row is not None:
+            yield number, row
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a JSON Lines file, as they were written.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    return [row for _, row in _numbered(path)]
+
+
+def load(path: Path) -> list[Row]:
+    """Rows of a file of results that can be shown, flat; a warning counts the others.
+
+    Raises:
+        ConfigError: it cannot be read, or has no such row.
+    """
+    rows, bad, first = [], 0, ""
+    for number, nested in _numbered(path):
+        row = flat(nested)
+        wrong = problem(row)
+        if wrong is None:
+            rows.append(row)
+        else:
+            bad, first = bad + 1, first or f"line {number} has {wrong}"
+    if not rows:
+        why = f": {first}" if first else ""
+        raise ConfigError(f"{path} has no rows of sglang-xmem bench{why}. Name another file.")
+    if bad:
+        print(f"{path}: {bad} of {bad + len(rows)} rows are left out; {first}.", file=sys.stderr)
     return rows
-
-
-def check_row(row: Row, path: Path) -> None:
-    """Raises ConfigError for a row that no benchmark of ours wrote."""
-    missing = {"bench", "run"} - row.keys()
-    known = IDENTITY.get(str(row.get("bench")), ())
-    missing = missing or set(known) - row.keys() if "error" not in row else missing
-    if missing:
-        name = f" of bench {row['bench']}" if "bench" in row else ""
-        raise ConfigError(
-            f"{path} has a row{name} without {', '.join(sorted(missing))}, so it is not a file of sglang-xmem bench. "
-            "Name one of those."
-        )
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -129,83 +314,160 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def rows_of_run(rows: Iterable[Row], run_id: str | None) -> list[Row]:
-    """A run's rows."""
-    return [row for row in rows if row.get("run") == run_id]
+# ---- rows ----
 
 
 def identity(row: Row) -> tuple[Any, ...]:
     """What a row is a measurement of."""
-    return (row.get("bench"), *(row.get(key) for key in IDENTITY.get(str(row.get("bench")), ())))
+    kind = KINDS.get(row["bench"])
+    return (row["bench"], *(row.get(key) for key in kind.identity)) if kind else (row["bench"], id(row))
+
+
+def interval(row: Row) -> stats.Interval | None:
+    """Where the median of a row's metric lies, about 95 %; None with less than two samples."""
+    samples = row.get(KINDS[row["bench"]].samples)
+    if samples is not None:
+        return stats.median_interval(samples) if len(samples) > 1 else None
+    stated = row.get(_INTERVAL)
+    return (stated[0], stated[1]) if stated else None
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
     """One row for each identity: samples of several engines (hbm, recompute) put together."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups.setdefault(identity(row), []).append(row)
+        groups[identity(row)].append(row)
     result = []
     for group in groups.values():
         row = dict(group[0])
-        if len(group) > 1 and all("all_ms" in other for other in group):
+        if len(group) > 1 and all(other.get("all_ms") is not None for other in group):
             row["all_ms"] = [ms for other in group for ms in other["all_ms"]]
-            row["ttft_ms"] = stats.summary(row["all_ms"])
+            row |= flat({"ttft_ms": stats.summary(row["all_ms"])})
             for name in ("samples", "samples_unproven"):
-                row[name] = sum(other[name] for other in group)
+                row[name] = sum(other.get(name) or 0 for other in group)
             row["outputs_equal"] = all(other.get("outputs_equal", True) for other in group)
-            if row["ttft_ms"]["p50"] and "kv_bytes" in row:
-                row["gbps"] = round(row["kv_bytes"] / row["ttft_ms"]["p50"] / 1e6, 3)
-            if row["ttft_ms"]["p50"] and "floor_ms" in row:
-                row["over_floor"] = round(row["ttft_ms"]["p50"] / row["floor_ms"], 4)
+            p50 = row["ttft_ms.p50"]
+            if p50 and row.get("kv_bytes"):
+                row["gbps"] = round(row["kv_bytes"] / p50 / 1e6, 3)
+            if p50 and row.get("floor_ms"):
+                row["over_floor"] = round(p50 / row["floor_ms"], 4)
         result.append(row)
     return result
 
 
-def _flat(row: Row) -> Row:
-    """Without lists; nested values as `outer.inner`."""
-    flat: Row = {}
-    for key, value in row.items():
-        inner = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-        flat.update({name: v for name, v in inner.items() if not isinstance(v, list)})
-    return flat
+def factor(row: Row, other: Row | None, *, plain: bool = False) -> str | None:
+    """How much faster a row is than another; `~` where the spreads overlap. None where one has no number.
+
+    Args:
+        plain: this row's number by the other's, whatever is better.
+    """
+    metric = KINDS[row["bench"]].metric
+    if metric is None or other is None or other is row or not row[metric] or not other[metric]:
+        return None
+    mine, theirs = row[metric], other[metric]
+    found = mine / theirs if plain or "_ms" not in metric else theirs / mine
+    apart = stats.apart(interval(row) or (mine, mine), interval(other) or (theirs, theirs))
+    return f"{'' if apart else '~'}{found:.2f}x"
+
+
+def _with_factors(rows: Sequence[Row]) -> Iterator[Row]:
+    """Rows and what they are of others, in the order of a table."""
+    kind = KINDS[rows[0]["bench"]]
+    known = {tuple(row.get(key) for key in kind.identity): row for row in rows}
+    for row in sorted(rows, key=lambda row: ([_order(row.get(key)) for key in kind.identity[1:]], backend_order(row))):
+        backend, *what = (row.get(key) for key in kind.identity)
+        no_hit = known.get(("recompute", *what))
+        if row["bench"] == "throughput":
+            nothing = what[0], 0.0
+            no_hit = known.get(("recompute", *nothing)) or known.get((backend, *nothing))
+        stock = known.get(("stock", *what)) if backend not in FLOOR_AND_CEILING else None
+        found = {"of_hbm": factor(row, known.get(("hbm", *what)), plain=True), "vs_no_hit": factor(row, no_hit)}
+        found |= {"vs_stock": factor(row, stock), "outputs": "DIFFER" if row.get("outputs_equal") is False else None}
+        yield {**row, **found}
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers, then text; None, which is all of something, last."""
+    return value is None, float(value) if is_number(value) else 0.0, str(value)
+
+
+def backend_order(row: Row) -> tuple[int, str]:
+    name = row[KINDS[row["bench"]].identity[0]]
+    first = name.partition("+")[0]
+    return ORDER.index(first) if first in ORDER else len(ORDER), name
 
 
 # ---- tables ----
 
-#: Title, header, lines, and sentences below.
-Table = tuple[str, list[str], list[list[str]], list[str]]
 
-
-def print_table(rows: Sequence[Row]) -> None:
-    """The tables of one run on stdout: one for each shape."""
-    makers = {
-        "ttft": _ttft_table,
-        "throughput": _throughput_table,
-        "multiturn": _multiturn_table,
-        "trace": _trace_table,
-        "copy": _copy_table,
-        "soak": _soak_table,
-    }
-    maker = makers.get(str(rows[0].get("bench")))
-    if maker is None:
-        for row in rows:
-            print(json.dumps(row))
-        return
-    for of_shape in _by_shape(merged(rows)):
-        title, header, lines, notes = maker(of_shape)
-        show_table(f"{title}{_where(of_shape[0])}", header, lines)
-        for note in notes:
-            print(note)
-
-
-def _by_shape(rows: Iterable[Row]) -> list[list[Row]]:
-    groups: dict[Any, list[Row]] = {}
+def print_table(rows: Iterable[Row]) -> None:
+    """The tables of one run on stdout: one for each benchmark and shape; rows of others as they are."""
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    rows = [flat(row) for row in rows]
     for row in rows:
-        groups.setdefault(row.get("shape"), []).append(row)
-    return list(groups.values())
+        groups[row["bench"], str(row.get("shape"))].append(row)
+    for of_shape in groups.values():
+        kind = KINDS.get(of_shape[0]["bench"])
+        if kind is None:
+            for row in of_shape:
+                print(json.dumps(row))
+            continue
+        shown = [row for row in of_shape if "skipped" not in row and "error" not in row]
+        whole = list(_with_factors(merged(shown))) if shown else []
+        title = kind.title.format_map(defaultdict(lambda: "-", {"engines": 1, **of_shape[0]}))
+        lines = [[_cell(row, *column[1:]) for column in kind.columns] for row in whole]
+        show_table(f"{title}{where(of_shape[0])}", [column[0] for column in kind.columns], lines)
+        for note in [*_notes(whole), *_outputs(of_shape), *_left_out(of_shape), kind.legend]:
+            if note:
+                print(note)
 
 
-def _where(row: Row) -> str:
+def _cell(row: Row, style: Callable[..., str], *keys: str) -> str:
+    values = [row.get(key) for key in keys]
+    return "-" if None in values and style is not turn_label else style(*values)
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    """Where a tier brings no gain, and how long all turns of agents took with it."""
+    seconds = {row["backend"]: row["seconds"] for row in rows if row["bench"] == "multiturn" and row.get("seconds")}
+    for row in rows:
+        name, gain = row.get("backend"), row["vs_no_hit"]
+        if name in (None, *FLOOR_AND_CEILING):
+            continue
+        ats = {"ttft": f"{_cell(row, tokens_label, 'prompt_tokens')} tokens"}
+        if row.get("hit_ratio"):
+            ats["throughput"] = f"{row['hit_ratio']:.0%} hits, {row['concurrency']} at once"
+        if gain and row["bench"] in ats and (gain.startswith("~") or float(gain.rstrip("x")) <= 1):
+            yield f"{name} at {ats[row['bench']]}: no gain over computing again beyond the spread."
+        others = [other for other in ("recompute", "stock") if other in seconds and other != name]
+        if others and row.get("seconds") and row["bench"] == "multiturn" and row.get("complete", True):
+            factors = " and ".join(f"{seconds[other] / seconds[name]:.2f}x as fast as {other}" for other in others)
+            yield f"{name}: all turns {factors}."
+
+
+def _outputs(rows: Sequence[Row]) -> Iterator[str]:
+    """What the outputs of a run of `ttft` say of the KV."""
+    if rows[0]["bench"] != "ttft":
+        return
+    for row in rows:
+        if row.get("outputs_equal_across") is False and row["backend"] not in FLOOR_AND_CEILING:
+            at = f"{row['backend']} at {tokens_label(row['prompt_tokens'])} tokens"
+            yield f"{at}: the uncached outputs differ from those of engine {row.get('outputs_compared_with')}."
+    if any(row.get("outputs_tell_prompts_apart") is False for row in rows):
+        yield "Outputs: all prompts have the same with this model, so they say nothing of the KV."
+    elif all(row.get("outputs_equal", True) for row in rows):
+        yield "Outputs: each hit's are those of its engine's first hit in HBM."
+
+
+def _left_out(rows: Sequence[Row]) -> Iterator[str]:
+    """Why tiers have no row, or one that fails."""
+    for row in rows:
+        for key in ("skipped", "error", "too_few"):
+            if key in row:
+                yield f"{row[KINDS[row['bench']].identity[0]]}: {key.replace('_', ' ')}: {row[key]}"
+
+
+def where(row: Row) -> str:
     """The machine for a title; rows of before do not say it."""
     machine = row.get("machine")
     if machine is None:
@@ -224,12 +486,12 @@ def show_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table as RichTable
+    from rich.table import Table
 
     said = [index for index in range(len(header)) if any(line[index] != "-" for line in lines)]
     widths = {i: max([max(map(len, header[i].split())), *(len(line[i]) for line in lines)]) for i in said}
     roomy = sum(widths.values()) + 2 * len(said) <= 80
-    table = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, int(roomy), 0, 0))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, int(roomy), 0, 0))
     for index, width in widths.items():
         words = wrap and index == said[-1]
         heading = "\n".join(textwrap.wrap(header[index], width))
@@ -243,419 +505,51 @@ def show_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]
     console.print(table, width=console.width if sys.stdout.isatty() or wrap else 1000)
 
 
-def _order(row: Row) -> tuple[int, str]:
-    names, backend = list(STYLES), row["backend"].partition("+")[0]
-    return (names.index(backend) if backend in names else len(names) - 1, row["backend"])
+# ---- command ----
 
 
-def _ms(value: float | None) -> str:
-    """Four digits."""
-    return "-" if value is None else f"{value:.{max(0, 3 - len(str(int(value))))}f}" if value >= 10 else f"{value:.2f}"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="JSON Lines file of a benchmark")
+    parser.add_argument("--run", default=None, dest="run_id", help="id of a run in it, see --list; default: the last")
+    parser.add_argument("--list", action="store_true", help="list the file's runs and exit")
+    parser.add_argument("--json", action="store_true", help="print one flat JSON object per row, for pandas")
+    parser.add_argument("--plot", type=Path, default=None, metavar="NAME.png", help="also plot; .png, .svg or .pdf")
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
-def _spread(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"{_short(low)}-{_short(high)}"
-
-
-def _short(value: float) -> str:
-    """Three digits: 2.23M, 960k, 40.3."""
-    for unit, name in ((1e6, "M"), (1e4, "k")):
-        if value >= unit:
-            return f"{value / {'M': 1e6, 'k': 1e3}[name]:.3g}{name}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def interval(row: Row) -> tuple[float, float] | None:
-    """Where the median of a row lies, about 95 %; None with less than two samples."""
-    samples = row.get("all_ms") or row.get("tokens_per_s_all") or row.get("gbps_all")
-    if samples is not None:
-        return stats.median_interval(samples) if len(samples) > 1 else None
-    stated = (row.get("ttft_ms") or {}).get("p50_interval")
-    return (stated[0], stated[1]) if stated else None
-
-
-def _factor(row: Row, other: Row | None, key: str = "ttft", *, plain: bool = False) -> str:
-    """How much faster than another, or plainly that it is slower; `~` where the spreads overlap.
-
-    Args:
-        key: "ttft" for rows with ttft_ms, else the name of a rate.
-        plain: this row's number by the other's: above 1 is slower.
-    """
-    if other is None or other is row:
-        return "-"
-    mine, theirs = (r["ttft_ms"]["p50"] if key == "ttft" else r[key] for r in (row, other))
-    if not mine or not theirs:
-        return "-"
-    factor = mine / theirs if plain or key != "ttft" else theirs / mine
-    if not stats.apart(interval(row) or (mine, mine), interval(other) or (theirs, theirs)):
-        return f"~{factor:.2f}x"
-    return f"{factor:.2f}x"
-
-
-def _no_gain(row: Row, factor: str, at: str) -> list[str]:
-    """A sentence where a tier brings no gain beyond the spread."""
-    if row["backend"] in FLOOR_AND_CEILING or factor == "-":
-        return []
-    if factor.startswith("~") or float(factor.rstrip("x")) <= 1:
-        return [f"{row['backend']} {at}: no gain over computing again beyond the spread."]
-    return []
-
-
-def tokens_label(tokens: float) -> str:
-    """81920 is 80K."""
-    whole = round(tokens)
-    return f"{whole // 1024}K" if whole >= 1024 and whole % 1024 == 0 else str(whole)
-
-
-def _ttft_table(rows: list[Row]) -> Table:
-    lines, notes = [], []
-    by_key = {(row["backend"], row["prompt_tokens"]): row for row in rows}
-    for row in sorted(rows, key=lambda row: (row["prompt_tokens"], _order(row))):
-        size = row["prompt_tokens"]
-        hbm, recompute, stock = (by_key.get((name, size)) for name in ("hbm", "recompute", "stock"))
-        gain = _factor(row, recompute)
-        lines.append(
-            [
-                row["backend"],
-                tokens_label(size),
-                _ms(row["ttft_ms"]["p50"]),
-                _spread(row["ttft_ms"]["min"], row["ttft_ms"]["max"]),
-                f"{row['samples']}+{row['samples_unproven']}",
-                _factor(row, hbm, plain=True),
-                gain,
-                _factor(row, stock) if row["backend"] not in FLOOR_AND_CEILING else "-",
-                _ms(row.get("floor_ms")),
-                f"{row['over_floor']:.2f}x" if row.get("over_floor") else "-",
-                "DIFFER" if not row["outputs_equal"] else "-",
-            ]
-        )
-        notes += _no_gain(row, gain, f"at {tokens_label(size)} tokens")
-        if row.get("outputs_equal_across") is False and row["backend"] not in FLOOR_AND_CEILING:
-            notes.append(
-                f"{row['backend']} at {tokens_label(size)} tokens: the uncached outputs differ from those of engine "
-                f"{row['outputs_compared_with']}."
-            )
-    header = ["backend", "tokens", "TTFT ms", "min-max", "n", "of HBM", "vs no hit", "vs stock", "floor ms", "of floor"]
-    header.append("outputs")
-    if any(row.get("outputs_tell_prompts_apart") is False for row in rows):
-        notes.append("Outputs: all prompts have the same with this model, so they say nothing of the KV.")
-    elif all(row["outputs_equal"] for row in rows):
-        notes.append("Outputs: each hit's are those of its engine's first hit in HBM.")
-    notes.append("TTFT: median. ~: spreads overlap. n: samples, proven+unproven. no hit: computed again.")
-    return f"TTFT of a hit, {rows[0].get('shape')}, page {rows[0].get('page_size')}", header, lines, notes
-
-
-def _throughput_table(rows: list[Row]) -> Table:
-    lines, notes = [], []
-    by_key = {(row["backend"], row["hit_ratio"], row["concurrency"]): row for row in rows}
-    for row in sorted(rows, key=lambda row: (row["concurrency"], row["hit_ratio"], _order(row))):
-        ratio, level = row["hit_ratio"], row["concurrency"]
-        computed = by_key.get(("recompute", 0.0, level)) or by_key.get((row["backend"], 0.0, level))
-        gain = _factor(row, computed, "tokens_per_s")
-        lines.append(
-            [
-                row["backend"],
-                f"{ratio:.0%}",
-                str(level),
-                "-" if row["tokens_per_s"] is None else _short(row["tokens_per_s"]),
-                _spread(row["min"], row["max"]),
-                gain,
-                _factor(row, by_key.get(("stock", ratio, level)), "tokens_per_s"),
-                _percent(row["measured_hit_ratio"]),
-                _ms(row["ttft_ms"]["p50"]),
-                _ms((row.get("inter_token_ms") or {}).get("p50")),
-                f"{row['samples']}+{row['samples_unproven']}",
-            ]
-        )
-        if ratio > 0:
-            notes += _no_gain(row, gain, f"at {ratio:.0%} hits, {level} at once")
-    header = ["backend", "hits", "at once", "tokens/s", "min-max", "vs no hits", "vs stock", "proven hits"]
-    header += ["TTFT ms", "token gap ms", "n"]
-    notes.append("tokens/s: of prompts and outputs, median of rounds. ~: spreads overlap. n: samples, proven+unproven.")
-    return f"Throughput, {rows[0].get('shape')}, prompts of {rows[0]['prompt_tokens']} tokens", header, lines, notes
-
-
-def _latency_cells(row: Row) -> list[str]:
-    return [
-        *(_ms(row["ttft_ms"][name]) for name in ("p50", "p90", "p99")),
-        *(_percent(row["hit_ratio"][name]) for name in ("device", "host", "total")),
-    ]
-
-
-_LATENCY = ["TTFT p50 ms", "p90", "p99", "hits device", "hits host", "hits"]
-
-
-def _multiturn_table(rows: list[Row]) -> Table:
-    lines = [
-        [
-            row["backend"],
-            {None: "all", 0: "1 cold", 1: "2 warm"}.get(row["turn"]) or str(row["turn"] + 1),
-            tokens_label(row["prompt_tokens"]),
-            *_latency_cells(row),
-            str(row["samples"]),
-            "-" if row["turn"] is not None else f"{row['seconds']:.1f}",
-        ]
-        for row in sorted(rows, key=lambda r: (_order(r), 1e9 if r["turn"] is None else r["turn"]))
-    ]
-    engines = rows[0].get("engines", 1)
-    several = f" on {engines} engines" if engines > 1 else ""
-    title = f"{rows[0]['agents']} agents{several}, TTFT by turn, {rows[0].get('shape')}"
-    notes = ["hits: share of prompt tokens, by where they were. seconds: of all turns."]
-    walls = {row["backend"]: row["seconds"] for row in rows if row["turn"] is None and row.get("complete", True)}
-    for backend in walls if walls.keys() & {"stock", "recompute"} else ():
-        others = [name for name in ("recompute", "stock") if name in walls and name != backend]
-        factors = " and ".join(f"{walls[name] / walls[backend]:.2f}x as fast as {name}" for name in others)
-        if factors and backend not in FLOOR_AND_CEILING:
-            notes.append(f"{backend}: all turns {factors}.")
-    return title, ["backend", "turn", "tokens", *_LATENCY, "n", "seconds"], lines, notes
-
-
-def _trace_table(rows: list[Row]) -> Table:
-    lines, notes = [], ["n: requests. e2e: to the last token. possible hits: of a cache without limits."]
-    stock = next((row for row in rows if row["backend"] == "stock"), None)
-    for row in sorted(rows, key=_order):
-        e2e = row.get("e2e_ms") or {}
-        lines.append(
-            [
-                row["backend"],
-                str(row["samples"]),
-                *(_ms(times.get(name)) for times in (row["ttft_ms"], e2e) for name in ("p50", "p99")),
-                *(_percent(row["hit_ratio"][name]) for name in ("device", "host")),
-                _percent(row["ideal_hit_ratio"]),
-                _short(row["tokens_per_s"]),
-                f"{row['seconds']:.0f}",
-            ]
-        )
-        if row["backend"] not in (*FLOOR_AND_CEILING, "stock") and _factor(row, stock).startswith("~"):
-            notes.append(f"{row['backend']}: TTFT does not differ from stock's beyond the spread.")
-    title = f"Trace {rows[0]['trace']} at speed {rows[0]['speed']}, {rows[0].get('shape')}"
-    header = ["backend", "n", "TTFT p50 ms", "p99", "e2e p50 ms", "p99", "hits device", "hits host", "possible hits"]
-    return title, [*header, "tokens/s", "seconds"], lines, notes
-
-
-def _copy_table(rows: list[Row]) -> Table:
-    lines, notes = [], []
+def run(args: argparse.Namespace) -> int:
+    rows = load(args.file)
+    runs: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if "skipped" in row or "error" in row:
-            why = f"skipped: {row['skipped']}" if "skipped" in row else f"ERROR: {row['error']}"
-            notes.append(f"{row['tier']}: {why}")
-            continue
-        share = f"{row['gbps'] / row['contiguous_gbps']:.0%}" if row.get("contiguous_gbps") else "-"
-        bytes_are = "right" if row["verified"] else "WRONG"
-        rates = [_rate(row["gbps"]), _rate(row.get("contiguous_gbps")), share]
-        lines.append([row["tier"], row["case"], row["direction"], str(row["pages"]), *rates, bytes_are, row["copier"]])
-    header = ["tier", "case", "direction", "pages", "GB/s", "contiguous GB/s", "share", "bytes", "copier"]
-    return "Page copies", header, lines, notes
+        runs[row["run"]].append(row)
+    if args.list:
+        header = ["run", "bench", "rows", "backends; prompts; machine"]
+        # Rows of before have their machine in a file of their own.
+        about = args.file.with_name(f"{args.file.stem}.runs.jsonl")
+        old = {row.get("run"): row.get("gpus") for row in (read_rows(about) if about.is_file() else [])}
+        lines = [_listed(name, runs[name], old.get(name)) for name in runs]
+        show_table(f"Runs in {args.file}", header, lines, wrap=True)
+        return 0
+    chosen = args.run_id or list(runs)[-1]
+    if chosen not in runs:
+        raise ConfigError(f"{args.file} has no rows of run {chosen}. Its runs: {', '.join(runs)}.")
+    if args.json:
+        for row in merged(runs[chosen]):
+            print(json.dumps({key: value for key, value in row.items() if not isinstance(value, list)}))
+    else:
+        print_table(runs[chosen])
+        if len(runs) > 1 and args.run_id is None:
+            print(f"The last of {len(runs)} runs; --list names them, --run ID shows another.")
+    if args.plot is not None:
+        from sglang_xmem.bench import plots
+
+        plots.write(runs[chosen], args.plot)
+    return 0
 
 
-def _rate(gbps: float | None) -> str:
-    return "-" if gbps is None else f"{gbps:.3g}"
-
-
-def _soak_table(rows: list[Row]) -> Table:
-    done = [row for row in rows if "page_copies" in row]
-    lines = [
-        [
-            # Rows of scripts/bench/serving_soak.py: a server per write policy.
-            r["tier"] + (f", {r['policy']}" if "policy" in r else ""),
-            f"{r['page_copies']:,}",
-            str(r["wrong"]),
-            f"{r['seconds']:.0f}",
-            str(r["gpu"]),
-        ]
-        for r in done
-    ]
-    notes = [f"{row['tier']}: skipped: {row['skipped']}" for row in rows if "skipped" in row]
-    notes += [f"{row['tier']}: {row['too_few']}" for row in done if "too_few" in row]
-    return "Verified page copies under load", ["tier", "page copies", "wrong", "seconds", "GPU"], lines, notes
-
-
-def _runs_table(path: Path, rows: Sequence[Row], runs: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of --list."""
-    about = path.with_name(f"{path.stem}.runs.jsonl")
-    heads = {row.get("run"): row for row in (read_rows(about) if about.is_file() else [])}
-    lines = []
-    for run_id in runs:
-        mine = rows_of_run(rows, run_id)
-        names = dict.fromkeys(str(row.get("backend", row.get("tier", "-"))) for row in mine)
-        sizes = dict.fromkeys(tokens_label(row["prompt_tokens"]) for row in mine if row.get("prompt_tokens"))
-        gpus = heads.get(run_id, {}).get("gpus") or []
-        where = mine[0].get("machine") or (f"{len(gpus)} x {gpus[0]}" if gpus else "-")
-        about_it = f"{', '.join(names)}{f'; {chr(44).join(sizes)} tokens' if sizes else ''}; {where}"
-        lines.append([run_id, mine[0]["bench"], str(len(mine)), about_it])
-    return ["run", "bench", "rows", "backends; prompts; machine"], lines
-
-
-# ---- plots ----
-
-
-def write_plot(rows: Sequence[Row], path: Path) -> None:
-    """A picture of one run, in the format of the file's ending.
-
-    Raises:
-        ConfigError: the benchmark has no plot, the ending is of no picture, or matplotlib is missing.
-    """
-    bench = str(rows[0]["bench"])
-    plot = {"ttft": _plot_ttft, "throughput": _plot_throughput, "multiturn": _plot_multiturn}.get(bench)
-    if plot is None:
-        raise ConfigError(f"bench {bench} has no plot. Leave --plot out.")
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--plot {path} is not the name of a picture. Give one that ends in .png, .svg or .pdf.")
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib. Run pip install matplotlib.") from None
-    matplotlib.use("Agg")
-    # Text in an SVG stays text; equal rows give an equal file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sglang_xmem", "font.size": 10}):
-        figure = plot(merged(rows))
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        try:
-            figure.savefig(path, dpi=150, metadata=metadata, facecolor="white")
-        except OSError as error:
-            raise ConfigError(f"--plot {path} cannot be written: {error.strerror}. Name another file.") from None
-    print(path, file=sys.stderr)
-
-
-def _figure(width: float, title: str, rows: Sequence[Row], panels: int = 1) -> tuple[Any, list[Any]]:
-    # Figure and not pyplot: no global state, no display.
-    from matplotlib.figure import Figure
-
-    counts = sorted({row["samples"] for row in rows})
-    samples = f"{counts[0]} to {counts[-1]} samples" if len(counts) > 1 else f"{counts[0]} samples"
-    figure = Figure(figsize=(width, 4.6), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
-    for axis in axes:
-        axis.grid(True, which="major", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    shape = ", ".join(dict.fromkeys(str(row.get("shape", "")) for row in rows))
-    figure.suptitle(f"{title}, {shape}, {samples}\n{_where(rows[0]).strip(' ()')}", fontsize=10)
-    return figure, axes
-
-
-def _style(backend: str) -> dict[str, Any]:
-    dashed = backend in FLOOR_AND_CEILING
-    colour, marker = STYLES.get(backend, ("#666666", "o"))
-    label = {"hbm": "HBM hit", "recompute": "computed again", "stock": "stock HiCache"}
-    return {
-        "color": colour,
-        "linestyle": "--" if dashed else "-",
-        "marker": marker,
-        "markersize": 7 if backend == "stock" else 5,
-        "markerfacecolor": "none" if backend == "stock" else colour,  # where lines lie on each other, both show
-        "label": label.get(backend, backend),
-        # The floor goes on top of what reaches it.
-        "zorder": 4 if backend == "hbm" else 3,
-    }
-
-
-def _backends(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["backend"] for row in sorted(rows, key=_order)))
-
-
-def _log_ms(axis: Any) -> None:
-    """TTFT on a logarithmic scale with plain numbers, also over less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_ylabel("time to first token, ms")
-
-
-def _lines(axis: Any, rows: Sequence[Row], x: str, scale: float, low: Any, middle: Any, high: Any) -> None:
-    """A line with whiskers for each backend."""
-    for backend in _backends(rows):
-        mine = sorted((row for row in rows if row["backend"] == backend), key=lambda row: row[x])
-        y = [middle(row) for row in mine]
-        errors = [[middle(row) - low(row) for row in mine], [high(row) - middle(row) for row in mine]]
-        style = _style(backend)
-        if len(mine) == 1 and style["marker"] is None:
-            style["marker"] = "_"
-        axis.errorbar([scale * row[x] for row in mine], y, yerr=errors, capsize=2, elinewidth=1, **style)
-
-
-def _headline(axis: Any, rows: Sequence[Row], row: Row | None, key: str, x: float) -> None:
-    """How much faster than stock the fastest tier is, next to its point."""
-    best = [r for r in rows if r["backend"] not in (*FLOOR_AND_CEILING, "stock")]
-    if row is None or not best:
-        return
-    other = (min if key == "ttft" else max)(best, key=lambda r: r["ttft_ms"]["p50"] if key == "ttft" else r[key])
-    text = f"{other['backend']}: {_factor(other, row, key)} stock"
-    y = other["ttft_ms"]["p50"] if key == "ttft" else other[key]
-    axis.annotate(text, (x, y), xytext=(-6, -14), textcoords="offset points", ha="right", va="top", fontsize=9)
-
-
-def _plot_ttft(rows: list[Row]) -> Any:
-    shapes = _by_shape(row for row in rows if row["ttft_ms"]["p50"] is not None)
-    rows = [row for of_shape in shapes for row in of_shape]
-    width = 7 if len(shapes) == 1 else 4 * len(shapes)
-    figure, axes = _figure(width, "TTFT of a hit: median, min to max", rows, len(shapes))
-    parts = [lambda row, name=name: row["ttft_ms"][name] for name in ("min", "p50", "max")]
-    for axis, of_shape in zip(axes, shapes, strict=True):
-        _lines(axis, of_shape, "prompt_tokens", 1, *parts)
-        axis.set_xscale("log", base=2)
-        sizes = sorted({row["prompt_tokens"] for row in of_shape})
-        axis.set_xticks(sizes, [tokens_label(size) for size in sizes])
-        axis.minorticks_off()
-        axis.set_xlabel("prompt tokens")
-        if len(shapes) > 1:
-            axis.set_title(str(of_shape[0].get("shape")), fontsize=10)
-        largest = [row for row in of_shape if row["prompt_tokens"] == sizes[-1]]
-        _headline(axis, largest, next((r for r in largest if r["backend"] == "stock"), None), "ttft", sizes[-1])
-    _log_ms(axes[0])
-    axes[0].legend(frameon=False, loc="upper left")
-    return figure
-
-
-def _plot_throughput(rows: list[Row]) -> Any:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    rows = [row for row in rows if row["tokens_per_s"] is not None]
-    levels = sorted({row["concurrency"] for row in rows})
-    title = f"Throughput, prompts of {tokens_label(rows[0]['prompt_tokens'])} tokens: median, min to max"
-    figure, axes = _figure(max(7.0, 3.6 * len(levels)), title, rows, len(levels))
-    for axis, concurrency in zip(axes, levels, strict=True):
-        here = [row for row in rows if row["concurrency"] == concurrency]
-        for row in here:
-            if row["backend"] == "recompute":
-                axis.axhline(row["tokens_per_s"], color=STYLES["recompute"][0], linestyle="--", label="computed again")
-        parts = [lambda row, name=name: row[name] for name in ("min", "tokens_per_s", "max")]
-        _lines(axis, [row for row in here if row["backend"] != "recompute"], "hit_ratio", 100, *parts)
-        axis.set_title(f"{concurrency} at once", fontsize=10)
-        axis.set_xlabel("share of the prompt that hits, %")
-        axis.set_xticks(sorted({100 * row["hit_ratio"] for row in here}))
-        axis.set_yscale("log")  # all but the last few percent of hits are nearly the same to the eye otherwise
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        most = max(row["hit_ratio"] for row in here)
-        full = [row for row in here if row["hit_ratio"] == most]
-        stock = next((row for row in full if row["backend"] == "stock"), None)
-        _headline(axis, full, stock, "tokens_per_s", 100 * most)
-    axes[0].set_ylabel("tokens/s, prompt and output")
-    axes[0].legend(frameon=False)
-    return figure
-
-
-def _plot_multiturn(rows: list[Row]) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    turns = [row for row in rows if row["turn"] is not None and row["ttft_ms"]["p50"] is not None]
-    figure, (axis,) = _figure(7, f"{rows[0]['agents']} agents, TTFT by turn: median and p90", turns)
-    for backend in _backends(turns):
-        mine = sorted((row for row in turns if row["backend"] == backend), key=lambda row: row["turn"])
-        x, style = [row["turn"] + 1 for row in mine], _style(backend)
-        axis.plot(x, [row["ttft_ms"]["p50"] for row in mine], **style)
-        tail = {**style, "linestyle": ":", "marker": None, "label": f"{style['label']}, p90"}
-        axis.plot(x, [row["ttft_ms"]["p90"] for row in mine], **tail)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _log_ms(axis)
-    axis.set_xlabel("turn")
-    axis.legend(frameon=False)
-    return figure
+def _listed(name: str, rows: Sequence[Row], gpus: Any) -> list[str]:
+    """A run's line of --list."""
+    names = dict.fromkeys(str(row.get("backend", row.get("tier", "-"))) for row in rows)
+    lengths = [row["prompt_tokens"] for row in rows if is_number(row.get("prompt_tokens"))]
+    prompts = f"; {','.join(dict.fromkeys(map(tokens_label, lengths)))} tokens" if lengths else ""
+    machine = rows[0].get("machine") or (environment.machine(gpus) if isinstance(gpus, list) else "-")
+    return [name, rows[0]["bench"], str(len(rows)), f"{', '.join(names)}{prompts}; {machine}"]

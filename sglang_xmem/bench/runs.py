@@ -441,7 +441,7 @@ class Results:
 
     def finish(self) -> None:
         """The run's table on stdout."""
-        rows = report.rows_of_run(report.read_rows(self.path), self.run)
+        rows = [row for row in report.read_rows(self.path) if row.get("run") == self.run]
         if rows:
             report.print_table(rows)
             print(

@@ -438,7 +438,7 @@ def test_two_engines_share_the_agents(bench: Bench, capsys: pytest.CaptureFixtur
     status, rows = bench("multiturn", *arguments, "--agents", "5", "--backends", "stock,dram")
     out, err = capsys.readouterr()
     assert status == 0, err
-    assert "5 agents on 2 engines" in out
+    assert "agents: 5, engines: 2" in out
     assert "dram: all turns " in out
     for row in rows:
         assert (row["preset"], row["engines"], row["scale"]) == ("agentic-174k", 2, 0.005)

@@ -1,4 +1,4 @@
-"""Tables, CSV, plots and comparisons."""
+"""Reports, plots and comparisons: what they show, of which rows, and what they say of rows that they cannot read."""
 
 from __future__ import annotations
 
@@ -17,95 +17,34 @@ from typing import Any
 import pytest
 
 from sglang_xmem import cli
-from sglang_xmem.bench import compare, report, stats
+from sglang_xmem.bench import compare, plots, report, stats
 from sglang_xmem.errors import ConfigError
 from tests import REPOSITORY
 
 COMMITTED = REPOSITORY / "docs" / "results" / "ttft.jsonl"
 
 
-def ttft_row(backend: str, tokens: int, ms: list[float], run: str = "r", **more: Any) -> dict[str, Any]:
-    return {
-        "bench": "ttft",
-        "run": run,
-        "backend": backend,
-        "engine": backend,
-        "prompt_tokens": tokens,
-        "ttft_ms": stats.summary(ms),
-        "hits": {"device": 0, "host": tokens},
-        "outputs_equal": True,
-        "samples": len(ms),
-        "samples_unproven": 0,
-        "all_ms": ms,
-        "shape": "tiny",
-        "page_size": 16,
-        **more,
-    }
+def a_row(bench: str, backend: str, ms: list[float], **more: Any) -> dict[str, Any]:
+    common = {"bench": bench, "run": "r", "backend": backend, "shape": "tiny", "ttft_ms": stats.summary(ms)}
+    return {**common, "all_ms": ms, "samples": len(ms), "samples_unproven": 0, **more}
+
+
+def ttft_row(backend: str, tokens: int, ms: list[float], **more: Any) -> dict[str, Any]:
+    more = {"page_size": 16, "outputs_equal": True, **more}
+    return a_row("ttft", backend, ms, prompt_tokens=tokens, hits={"device": 0, "host": tokens}, **more)
 
 
 def throughput_row(backend: str, ratio: float, concurrency: int, rates: list[float]) -> dict[str, Any]:
-    return {
-        "bench": "throughput",
-        "run": "r",
-        "backend": backend,
-        "engine": backend,
-        "hit_ratio": ratio,
-        "concurrency": concurrency,
-        "tokens_per_s": stats.median(rates),
-        "min": min(rates),
-        "max": max(rates),
-        "tokens_per_s_all": rates,
-        "measured_hit_ratio": ratio,
-        "ttft_ms": stats.summary([1.0, 2.0]),
-        "samples": 4,
-        "samples_unproven": 0,
-        "prompt_tokens": 512,
-        "shape": "tiny",
-    }
+    found = {"tokens_per_s": stats.median(rates), "min": min(rates), "max": max(rates), "tokens_per_s_all": rates}
+    what = {"hit_ratio": ratio, "concurrency": concurrency, "measured_hit_ratio": ratio, "prompt_tokens": 512}
+    return a_row("throughput", backend, [1.0, 2.0], **found, **what)
 
 
-def multiturn_row(backend: str, turn: int | None, ms: list[float]) -> dict[str, Any]:
-    return {
-        "bench": "multiturn",
-        "run": "r",
-        "backend": backend,
-        "engine": backend,
-        "turn": turn,
-        "agents": 3,
-        "prompt_tokens": 400,
-        "ttft_ms": stats.summary(ms),
-        "hit_ratio": {"device": 0.1, "host": 0.5, "total": 0.6},
-        "samples": len(ms),
-        "samples_unproven": 0,
-        "all_ms": ms,
-        "shape": "tiny",
-        **({"seconds": 12.5} if turn is None else {}),
-    }
-
-
-def trace_row(backend: str, ms: list[float]) -> dict[str, Any]:
-    times = stats.summary(ms)
-    return {
-        "bench": "trace",
-        "run": "r",
-        "backend": backend,
-        "trace": "conversation_trace.jsonl",
-        "speed": "60",
-        "shape": "tiny",
-        "ttft_ms": times,
-        "e2e_ms": times,
-        "hit_ratio": {"device": 0.31, "host": 0.16, "total": 0.47},
-        "ideal_hit_ratio": 0.473,
-        "samples": 242,
-        "samples_unproven": 0,
-        "tokens_per_s": 123456.7,
-        "seconds": 1234.5,
-    }
-
-
+HITS = {"device": 0.31, "host": 0.16, "total": 0.47}
+REPLAY: Any = {"trace": "x.jsonl", "speed": "60", "e2e_ms": stats.summary([1e3, 98765.4]), "tokens_per_s": 123456.7}
 ROWS = {
     "ttft": [
-        ttft_row(backend, tokens, [ms * tokens / 1024 for ms in (9.0, 10.0, 11.0)])
+        ttft_row(backend, tokens, [ms * tokens / 1024 for ms in (9.0, 10.0, 11.0)], floor_ms=1.0, over_floor=1.0)
         for backend in ("hbm", "dram", "recompute")
         for tokens in (1024, 10240)
     ],
@@ -115,8 +54,45 @@ ROWS = {
         for ratio in ratios
         for concurrency in (1, 4)
     ],
-    "multiturn": [multiturn_row("dram", turn, [5.0, 6.0, 20.0]) for turn in (0, 1, 2, None)],
+    "multiturn": [
+        a_row("multiturn", name, [5.0, 6.0, 20.0], turn=turn, agents=3, hit_ratio=HITS, prompt_tokens=400, seconds=s)
+        for name in ("stock", "dram")
+        for turn, s in ((0, None), (1, None), (2, None), (None, 12.5))
+    ],
+    "trace": [
+        a_row("trace", name, [123.4, 12345.6, 98765.4], hit_ratio=HITS, ideal_hit_ratio=0.473, seconds=1234.5, **REPLAY)
+        for name in ("hbm", "stock", "dram", "peer")
+    ],
 }
+
+
+def shown(capsys: pytest.CaptureFixture[str], *rows: dict[str, Any]) -> str:
+    report.print_table(rows)
+    return capsys.readouterr().out
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("bench", ["ttft", "throughput", "multiturn"])
+def test_plots(bench: str, tmp_path: Path) -> None:
+    rows = [report.flat({**row, "machine": "CPU"}) for row in ROWS[bench]]
+    png, svg = tmp_path / f"{bench}.png", tmp_path / f"{bench}.svg"
+    plots.write(rows, png)
+    assert is_png(png)
+    plots.write(rows, svg)
+    text = "".join(ElementTree.parse(svg).getroot().itertext())
+    for words in ("dram", "CPU engine: says nothing about speed", " samples"):
+        assert words in text
+    if bench != "ttft":
+        assert "dram: ~1.00x stock" in text, "the headline"
+    before = svg.read_bytes()
+    plots.write(rows, svg)
+    assert svg.read_bytes() == before
+    plots.write([{**row, "machine": "2 x NVIDIA H200"} for row in rows], svg)
+    assert "2 x NVIDIA H200" in svg.read_text()
 
 
 def is_png(path: Path) -> bool:
@@ -125,66 +101,64 @@ def is_png(path: Path) -> bool:
     return data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND" and width > 500 and height > 300
 
 
-@pytest.mark.parametrize("bench", sorted(ROWS))
-def test_plots(bench: str, tmp_path: Path) -> None:
-    rows = [{**row, "machine": "CPU"} for row in ROWS[bench]]
-    png, svg = tmp_path / f"{bench}.png", tmp_path / f"{bench}.svg"
-    report.write_plot(rows, png)
-    assert is_png(png)
-    report.write_plot(rows, svg)
-    text = "".join(ElementTree.parse(svg).getroot().itertext())
-    assert "dram" in text
-    assert "CPU engine: says nothing about speed" in text
-    assert "samples" in text
-    if bench == "throughput":
-        assert "dram: ~1.00x stock" in text, "the headline"
-    before = svg.read_bytes()
-    report.write_plot(rows, svg)
-    assert svg.read_bytes() == before
-    report.write_plot([{**row, "machine": "2 x NVIDIA H200"} for row in rows], svg)
-    assert "2 x NVIDIA H200" in svg.read_text()
-
-
 def test_plots_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ttft = [report.flat(row) for row in ROWS["ttft"]]
     for rows, name, words in (
-        (ROWS["ttft"], "x.txt", "Give one that ends in .png"),
+        (ttft, "x.txt", "Give one that ends in .png"),
         ([{"bench": "trace"}], "x.png", "no plot"),
-        (ROWS["ttft"], "missing/x.png", "cannot be written"),
+        ([report.flat(ttft_row("dram", 256, []))], "x.png", "nothing to plot"),
+        (ttft, "missing/x.png", "cannot be written"),
     ):
         with pytest.raises(ConfigError, match=words):
-            report.write_plot(rows, tmp_path / name)
+            plots.write(rows, tmp_path / name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
-        report.write_plot(ROWS["ttft"], tmp_path / "x.png")
+        plots.write(ttft, tmp_path / "x.png")
 
 
-def test_table_says_where_a_tier_does_not_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_say_where_a_tier_does_not_help(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [ttft_row("recompute", 256, [10.0, 11.0]), ttft_row("dram", 256, [10.5, 12.0])]
     rows += [ttft_row("recompute", 1024, [100.0, 110.0]), ttft_row("dram", 1024, [10.5, 12.0])]
-    report.print_table(rows)
-    out = capsys.readouterr().out
+    out = shown(capsys, *rows)
     assert "dram at 256 tokens: no gain" in out
     assert "dram at 1K tokens: no gain" not in out
+    out = shown(capsys, *ROWS["throughput"], throughput_row("peer", 1.0, 4, [10.0, 11.0]))
+    assert "peer at 100% hits, 4 at once: no gain" in out
+    assert "dram at 100% hits, 4 at once: no gain" not in out
+    assert "peer: all turns 2.00x as fast as stock." in shown(
+        capsys, *ROWS["multiturn"], {**ROWS["multiturn"][-1], "backend": "peer", "seconds": 6.25}
+    )
 
 
-def test_a_trace_that_a_tier_does_not_change_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [trace_row(name, ms) for name, ms in (("stock", [9.0, 11.0]), ("dram", [9.0, 12.0]), ("peer", [2.0, 4.0]))]
-    report.print_table(rows)
-    out = capsys.readouterr().out
-    assert "dram: TTFT does not differ from stock's" in out
-    assert "peer: TTFT" not in out
+def test_factors_say_where_spreads_overlap(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [ttft_row("hbm", 256, [558.0, 674.4, 790.0]), ttft_row("dram", 256, [318.0, 663.8, 1009.0])]
+    assert "~0.98x" in shown(capsys, *rows)
+    assert " 2.00x" in shown(capsys, ttft_row("hbm", 256, [10.0, 11.0]), ttft_row("dram", 256, [20.0, 22.0]))
 
 
-def test_factors_over_hbm_say_where_spreads_overlap(capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_table([ttft_row("hbm", 256, [558.0, 674.4, 790.0]), ttft_row("dram", 256, [318.0, 663.8, 1009.0])])
-    assert "~0.98x" in capsys.readouterr().out
-    report.print_table([ttft_row("hbm", 256, [10.0, 11.0]), ttft_row("dram", 256, [20.0, 22.0])])
-    assert " 2.00x" in capsys.readouterr().out
+def test_outputs_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for more, words in (
+        ({}, "each hit's are those"),
+        ({"outputs_tell_prompts_apart": False}, "say nothing of the KV"),
+        ({"outputs_equal": False}, "DIFFER"),
+    ):
+        assert words in shown(capsys, ttft_row("dram", 1024, [1.0, 2.0], **more))
 
 
-def widest(columns: int, *arguments: str) -> tuple[int, str]:
+@pytest.mark.skipif(shutil.which("script") is None, reason="needs the command script")
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_tables_fit_a_terminal(name: str, columns: int, tmp_path: Path) -> None:
+    rows = [{**row, "machine": "8 x H200"} for row in ROWS[name]]
+    for path in (str(COMMITTED.with_name(f"{name}.jsonl")), written(tmp_path / "x.jsonl", rows)):
+        width, text = widest(columns, path)
+        assert width <= columns
+        assert "…" not in text
+
+
+def widest(columns: int, path: str) -> tuple[int, str]:
     """The longest line of a table in a terminal of so many columns, and all of it."""
-    command = shlex.join([sys.executable, "-m", "sglang_xmem.cli", "bench", "report", *arguments])
+    command = shlex.join([sys.executable, "-m", "sglang_xmem.cli", "bench", "report", path])
     environment = {**os.environ, "COLUMNS": str(columns), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         ["script", "-qec", f"stty cols {columns}; {command}", "/dev/null"],
@@ -194,21 +168,6 @@ def widest(columns: int, *arguments: str) -> tuple[int, str]:
     rule = next(number for number, line in enumerate(lines) if line.startswith("──"))
     table = [line.rstrip() for line in lines[:rule] + lines[rule + 1 :] if "  " in line or line.startswith("──")]
     return max(map(len, [*table, lines[rule].rstrip()])), "\n".join(lines)
-
-
-@pytest.mark.skipif(shutil.which("script") is None, reason="needs the command script")
-@pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("name", ["ttft", "throughput", "multiturn", "trace"])
-def test_tables_fit_a_terminal(name: str, columns: int, tmp_path: Path) -> None:
-    width, text = widest(columns, str(COMMITTED.with_name(f"{name}.jsonl")))
-    assert width <= columns
-    assert "…" not in text
-    long = [trace_row(backend, [123.4, 12345.6, 98765.4]) for backend in ("hbm", "stock", "dram", "peer")]
-    rows = [{**row, "floor_ms": 1.0, "over_floor": 1.0, "machine": "8 x H200"} for row in ROWS.get(name, long)]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    width, text = widest(columns, str(tmp_path / "x.jsonl"))
-    assert width <= columns
-    assert "…" not in text
 
 
 def test_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,13 +181,17 @@ def test_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {"ttft_ms.p50", "hits.host"} <= set(rows[0])
 
 
-@pytest.mark.parametrize("name", ["ttft", "throughput", "multiturn", "trace"])
-def test_runs_of_a_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["ttft", "throughput", "multiturn", "trace", "soak", "roundtrip"])
+def test_runs_of_a_committed_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = COMMITTED.with_name(f"{name}.jsonl")
     assert cli.main(["bench", "report", str(path), "--list"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == "", "no row is left out"
     runs = dict.fromkeys(str(row["run"]) for row in report.read_rows(path))
     assert all(run in out for run in runs)
+    for run in runs:
+        assert cli.main(["bench", "report", str(path), "--run", run]) == 0
+    capsys.readouterr()
     assert cli.main(["bench", "report", str(path)]) == 0
     assert (f"The last of {len(runs)} runs" in capsys.readouterr().out) == (len(runs) > 1)
     assert cli.main(["bench", "report", str(path), "--run", "nothing"]) == 2
@@ -240,36 +203,104 @@ def test_runs_of_a_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("rubbish", "Line 1 of"),
         ("[1]", "Line 1 of"),
-        ('{"backend": "sglang", "mean_ttft_ms": 12.3}', "a row without bench, run"),
-        ('{"bench": "ttft"}', "a row of bench ttft without run"),
-        ('{"bench": "ttft", "run": "x"}', "a row of bench ttft without backend, prompt_tokens"),
-        ("", "has no rows"),
+        ('{"backend": "sglang", "mean_ttft_ms": 12.3}', "no rows of sglang-xmem bench: line 1 has no text for bench"),
+        ('{"bench": "ttft"}', "line 1 has no text for run"),
+        ('{"bench": "ttft", "run": "x"}', "line 1 has no value for backend"),
+        ("", "x.jsonl has no rows of sglang-xmem bench. Name another file."),
     ],
 )
 def test_files_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(text)
-    assert cli.main(["bench", "report", str(path)]) == 2
-    err = capsys.readouterr().err
-    assert words in err
-    assert err.count("\n") == 1
+    for command in (["report", str(path)], ["compare", str(path), str(path)]):
+        assert cli.main(["bench", *command]) == 2
+        err = capsys.readouterr().err
+        assert words in err
+        assert err.count("\n") == 1
+
+
+def changed(bench: str, **values: Any) -> dict[str, Any]:
+    return {**ROWS[bench][0], **values}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (changed("ttft", backend=["dram"]), "no value for backend"),
+        (changed("ttft", backend=1), "no text for backend"),
+        (changed("ttft", run=7), "no text for run"),
+        (changed("ttft", prompt_tokens="80K"), "no number for prompt_tokens"),
+        (changed("ttft", ttft_ms="fast"), "no number for ttft_ms.p50"),
+        (changed("ttft", ttft_ms={"p50": [1]}), "no number for ttft_ms.p50"),
+        (changed("ttft", ttft_ms={"p50": float("nan")}), "no number for ttft_ms.p50"),
+        (changed("ttft", all_ms="none"), "no list of numbers for all_ms"),
+        (changed("ttft", all_ms=[1.0, None]), "no list of numbers for all_ms"),
+        (changed("ttft", samples="3"), "no number for samples"),
+        (changed("ttft", floor_ms="low"), "no number for floor_ms"),
+        (changed("throughput", concurrency="4"), "no number for concurrency"),
+        (changed("throughput", tokens_per_s="10"), "no number for tokens_per_s"),
+        (changed("multiturn", turn="first"), "no number for turn"),
+        (changed("trace", hit_ratio={"device": "all"}), "no number for hit_ratio.device"),
+        (changed("trace", ttft_ms={"p50": 1.0, "p50_interval": [1.0]}), "no two numbers for ttft_ms.p50_interval"),
+        ({"bench": "soak", "run": "r", "tier": "dram", "page_copies": "many"}, "no number for page_copies"),
+        ({"bench": "copy", "run": "r", "tier": None, "skipped": "no GPU"}, "no text for tier"),
+    ],
+)
+def test_rows_that_cannot_be_shown_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], words: str
+) -> None:
+    """With one line that counts them; a file without any other row is refused with the same words."""
+    good = written(tmp_path / "good.jsonl", ROWS["ttft"])
+    path = written(tmp_path / "x.jsonl", [*ROWS["ttft"], row])
+    total = len(ROWS["ttft"]) + 1
+    plot = ["--plot", str(tmp_path / "x.svg")]
+    commands = (
+        ["report", path, *plot],
+        ["report", path, "--list"],
+        ["report", path, "--json"],
+        ["compare", good, path],
+    )
+    for command in commands:
+        assert cli.main(["bench", *command]) == 0
+        assert f"x.jsonl: 1 of {total} rows are left out; line {total} has {words}." in capsys.readouterr().err
+    alone = written(tmp_path / "alone.jsonl", [row])
+    for command in (["report", alone], ["compare", alone, good]):
+        assert cli.main(["bench", *command]) == 2
+        assert f"has no rows of sglang-xmem bench: line 1 has {words}" in capsys.readouterr().err
+
+
+def test_rows_with_less_than_all_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for bench, rows in ROWS.items():
+        kind = report.KINDS[bench]
+        keys = ["bench", "run", *kind.identity, str(kind.metric).partition(".")[0]]
+        least = written(tmp_path / "least.jsonl", [{key: row[key] for key in keys} for row in rows])
+        plot = [] if bench == "trace" else ["--plot", str(tmp_path / "x.png")]
+        for command in (["report", least, "--list"], ["compare", least, least]):
+            assert cli.main(["bench", *command]) == 0
+        status = cli.main(["bench", "report", least, *plot])
+        assert (status, "nothing to plot" in capsys.readouterr().err) in ((0, False), (2, True))
 
 
 def test_unfinished_last_line_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}\n{"b": ')
-    assert report.read_rows(path) == [{"a": 1}]
-    report.append_rows(path, [{"c": 3}])
-    assert report.read_rows(path) == [{"a": 1}, {"c": 3}]
-    path.write_text('{"a": 1}\n{"b": 2}')  # all there but its end
-    report.append_rows(path, [{"c": 3}])
-    assert report.read_rows(path) == [{"a": 1}, {"b": 2}, {"c": 3}]
-    path.write_text('{"a": ')
-    report.append_rows(path, [{"c": 3}])
-    assert report.read_rows(path) == [{"c": 3}]
+    for before, first in (
+        ('{"a": 1}\n{"b": ', [{"a": 1}]),
+        ('{"a": 1}\n{"b": 2}', [{"a": 1}, {"b": 2}]),
+        ('{"a": ', []),
+    ):
+        path.write_text(before)
+        if first:
+            assert report.read_rows(path) == first
+        report.append_rows(path, [{"c": 3}])
+        assert report.read_rows(path) == [*first, {"c": 3}]
     path.write_text('{"b": \n{"a": 1}\n')
     with pytest.raises(ConfigError, match="Line 1"):
         report.read_rows(path)
+
+
+def changes(a: dict[str, Any], b: dict[str, Any]) -> compare.Change:
+    (found,) = compare.compare([report.flat(a)], [report.flat(b)])
+    return found
 
 
 @pytest.mark.parametrize(
@@ -283,23 +314,25 @@ def test_unfinished_last_line_is_passed_over(tmp_path: Path) -> None:
     ],
 )
 def test_verdicts(a: list[float], b: list[float], verdict: str) -> None:
-    (change,) = compare.compare([ttft_row("dram", 256, a)], [ttft_row("dram", 256, b, run="s")])
+    change = changes(ttft_row("dram", 256, a), ttft_row("dram", 256, b))
     assert change.verdict == verdict
     assert change.change == pytest.approx(stats.median(b) / stats.median(a) - 1)
 
 
-def test_more_tokens_per_second_is_faster() -> None:
+def test_a_higher_rate_is_faster() -> None:
     a, b = throughput_row("dram", 1.0, 4, [10.0, 11.0]), throughput_row("dram", 1.0, 4, [20.0, 21.0])
-    assert compare.compare([a], [b])[0].verdict == compare.FASTER
-    assert compare.compare([b], [a])[0].verdict == compare.SLOWER
+    assert (changes(a, b).verdict, changes(b, a).verdict) == (compare.FASTER, compare.SLOWER)
+    what = {"bench": "copy", "tier": "dram", "case": "c", "direction": "load"}
+    a, b = ({**what, "gbps": rate, "gbps_all": [rate - 1, rate + 1]} for rate in (300.0, 350.0))
+    assert (changes(a, b).verdict, changes(a, a).verdict) == (compare.FASTER, compare.NOISE)
 
 
 def test_what_b_did_not_measure_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A tier without a proven hit is no faster for that."""
-    for name, ms in (("a", [50.0, 51.0, 52.0]), ("b", [])):
-        rows = [ttft_row("stock", 256, [9.0, 9.1]), ttft_row("dram", 256, ms)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    files = [
+        written(tmp_path / f"{name}.jsonl", [ttft_row("stock", 256, [9.0, 9.1]), ttft_row("dram", 256, ms)])
+        for name, ms in (("a", [50.0, 51.0, 52.0]), ("b", []))
+    ]
     assert cli.main(["bench", "compare", *files]) == 0
     assert compare.MISSING in capsys.readouterr().out
     assert cli.main(["bench", "compare", *files, "--fail-on-slower"]) == 1
@@ -309,43 +342,21 @@ def test_what_b_did_not_measure_is_told(capsys: pytest.CaptureFixture[str], tmp_
 def test_engines_put_together_have_rates_of_all() -> None:
     more: dict[str, Any] = {"kv_bytes": 8_000_000, "floor_ms": 1.0}
     passes = [ttft_row("dram", 256, [ms], gbps=8 / ms, over_floor=ms, **more) for ms in (1.0, 3.0)]
-    (row,) = report.merged(passes)
-    assert row["ttft_ms"]["p50"] == 2.0
-    assert (row["gbps"], row["over_floor"]) == (4.0, 2.0)
+    (row,) = report.merged(map(report.flat, passes))
+    assert (row["ttft_ms.p50"], row["gbps"], row["over_floor"], row["samples"]) == (2.0, 4.0, 2.0, 2)
 
 
 def test_compare_committed_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runs = ["20261121-012344-ae284a", "20261121-020639-070796"]
-    assert cli.main(["bench", "compare", *runs, "--results", str(COMMITTED.parent)]) == 0
+    results = ["--results", str(COMMITTED.parent)]
+    assert cli.main(["bench", "compare", *runs, *results]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("peer 81920"))
     assert "faster" in line
-    assert cli.main(["bench", "compare", f"{COMMITTED}#{runs[1]}", runs[1], "--results", str(COMMITTED.parent)]) == 0
+    assert cli.main(["bench", "compare", f"{COMMITTED}#{runs[1]}", runs[1], *results]) == 0
     out = capsys.readouterr().out
     assert "faster" not in out
     assert "slower" not in out
-    assert cli.main(["bench", "compare", *reversed(runs), "--results", str(COMMITTED.parent), "--fail-on-slower"]) == 1
+    assert cli.main(["bench", "compare", *reversed(runs), *results, "--fail-on-slower"]) == 1
     with_timelines = ["20261121-123832-9e24d5", "20261121-124542-4dc62c"]
-    assert cli.main(["bench", "compare", *with_timelines, "--results", str(COMMITTED.parent)]) == 0
-    assert cli.main(["bench", "compare", runs[0], "nothing", "--results", str(COMMITTED.parent)]) == 2
-
-
-@pytest.mark.parametrize(("gbps", "words"), [(0.00412, "0.00412"), (0.5, "0.5"), (391.44, "391"), (None, "-")])
-def test_slow_copies_have_a_rate_too(gbps: float | None, words: str) -> None:
-    """Those of a host without a GPU were 0.0 GB/s."""
-    assert report._rate(gbps) == words
-
-
-def test_copies_compare_by_rate() -> None:
-    a = {"bench": "copy", "tier": "dram", "case": "c", "direction": "load", "gbps": 300.0, "gbps_all": [299.0, 301.0]}
-    assert compare.compare([a], [{**a, "gbps": 300.5, "gbps_all": [299.0, 302.0]}])[0].verdict == compare.NOISE
-    assert compare.compare([a], [{**a, "gbps": 350.0, "gbps_all": [349.0, 351.0]}])[0].verdict == compare.FASTER
-
-
-def test_outputs_that_are_all_alike_are_not_called_equal(capsys: pytest.CaptureFixture[str]) -> None:
-    for differ, words in (
-        (None, "each hit's are those"),
-        (True, "each hit's are those"),
-        (False, "say nothing of the KV"),
-    ):
-        report.print_table([ttft_row("dram", 1024, [1.0, 2.0], outputs_tell_prompts_apart=differ)])
-        assert words in capsys.readouterr().out
+    assert cli.main(["bench", "compare", *with_timelines, *results]) == 0
+    assert cli.main(["bench", "compare", runs[0], "nothing", *results]) == 2
