@@ -37,6 +37,7 @@ from sglang_xmem.mtier.client import (
     JOIN,
     LEAVE,
     LOOK,
+    MOST_PAUSE_S,
     NOT_YET,
     PUBLISH,
     SLAB,
@@ -105,6 +106,7 @@ class BankSession:
         self.counts: Counter[str] = Counter()
         self._gate = threading.Lock()  # storage threads may still run when the session is closed
         self._handle: int | None = None
+        self._closed = False
         self._said = False
         #: Held while the connection is made again; when that was last tried.
         self._joining = threading.Lock()
@@ -129,27 +131,11 @@ class BankSession:
             kind,
         )
         self._pool_bytes = pool_bytes
+        self._slab: hostmem.Mapping | GpuMapping | None = None
         try:
             self._connection = Connection(socket_path())
             try:
-                joined = self._join(self._connection, again=False)
-                self._place = self._place_of(joined)
-                self.frames = joined.total
-                try:
-                    self._handle = self._library.pages_open(
-                        joined.fd, joined.available, joined.total, joined.num_banks, joined.granularity
-                    )
-                finally:
-                    os.close(joined.fd)
-                slab = self._connection.ask(SLAB)
-                try:
-                    self.slab: hostmem.Mapping | GpuMapping = (
-                        GpuMapping(self._library, slab.fd, slab.size, slab.granularity)
-                        if kind == GPU
-                        else hostmem.map_file(slab.fd, slab.available, slab.size)
-                    )
-                finally:
-                    os.close(slab.fd)
+                self._open(kind)
             except BaseException:
                 self.close()
                 raise
@@ -157,9 +143,35 @@ class BankSession:
             raise unavailable(error) from None
         except OSError as error:
             raise Unavailable(f"the bank's memory cannot be mapped ({error.strerror})") from None
+
+    def _open(self, kind: int) -> None:
+        """Join, and map ledger and slab."""
+        joined = self._join(self._connection, again=False)
+        self._place = self._place_of(joined)
+        self.frames = joined.total
+        try:
+            self._handle = self._library.pages_open(
+                joined.fd, joined.available, joined.total, joined.num_banks, joined.granularity
+            )
+        finally:
+            os.close(joined.fd)
         if not self._handle:
-            self.close()
             raise Unavailable("the bank's ledger cannot be mapped")
+        slab = self._connection.ask(SLAB)
+        try:
+            self._slab = (
+                GpuMapping(self._library, slab.fd, slab.size, slab.granularity)
+                if kind == GPU
+                else hostmem.map_file(slab.fd, slab.available, slab.size)
+            )
+        finally:
+            os.close(slab.fd)
+
+    @property
+    def slab(self) -> hostmem.Mapping | GpuMapping:
+        """The memory that the frames are in."""
+        assert self._slab is not None
+        return self._slab
 
     def _join(self, connection: Connection, *, again: bool) -> Reply:
         """Ask for a session, or for the one that this process has; waits for memory that is being made."""
@@ -337,7 +349,7 @@ class BankSession:
 
     def _asked(self, op: int, count: int, behind: bytes) -> bytes | None:
         """The reply's text; None where there is none. Says so once in a row."""
-        if self._lost:
+        if self._lost or self._closed:
             return None
         try:
             text = self._answer(op, count, behind)
@@ -376,31 +388,36 @@ class BankSession:
         with self._joining:
             if self._connection.alive:  # another thread was faster
                 return
-            if self._lost or not self._handle or time.monotonic() - self._tried < RETRY_S:
+            if self._lost or time.monotonic() - self._tried < RETRY_S:
                 raise Silent("the mtierd has hung up")
             try:
                 connection = Connection(socket_path())
                 try:
                     joined = self._join(connection, again=True)
                     os.close(joined.fd)
-                    if self._place_of(joined) != self._place:
+                    if not self._closed and self._place_of(joined) != self._place:
                         raise Refused(INVALID_ARGUMENT, "the service has other memory")
                 except BaseException:
                     connection.close()
                     raise
             except Refused as error:
                 if error.code == INVALID_ARGUMENT:
-                    self._lost = True
-                    self.counts["bank_sessions:lost"] += 1
-                    logger.warning(
-                        "sglang_xmem: mtierd was started without the memory of this engine's pages, which keeps them "
-                        "to itself. Restart this engine to share pages again."
-                    )
+                    self._lose()
                 raise
             finally:
                 self._tried = time.monotonic()
             self._connection = connection
             self.counts["bank_sessions:rejoined"] += 1
+
+    def _lose(self) -> None:
+        self._lost = True
+        if self._closed:
+            return
+        self.counts["bank_sessions:lost"] += 1
+        logger.warning(
+            "sglang_xmem: mtierd was started without the memory of this engine's pages, which keeps them to itself. "
+            "Restart this engine to share pages again."
+        )
 
     @property
     def alive(self) -> bool:
@@ -415,16 +432,40 @@ class BankSession:
     def close(self) -> None:
         """Give up all frames; idempotent. No copy to or from them may be under way."""
         with self._gate:
+            if self._closed:
+                return
+            self._closed = True
             handle, self._handle = self._handle, None
             if handle:
                 self._library.pages_close(handle)
-        if handle:
-            with contextlib.suppress(Refused, Silent):  # else it takes all back when this process ends
-                self._connection.ask(LEAVE)
+        if self._slab is not None:
+            self._slab.close()
+        # What was promised to this session is nobody else's until the service has heard of its end, or of that of the
+        # process, which may come much later: an engine goes on with another tier.
+        if not self._leave():
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending, and with it the process
+                threading.Thread(target=self._keep_leaving, name="sglang_xmem-bank", daemon=True).start()
+
+    def _leave(self) -> bool:
+        """Whether the service knows nothing of this session any more."""
+        try:
+            self._answer(LEAVE, 0, b"")
+        except Refused as error:
+            if error.code != INVALID_ARGUMENT:  # it says that it knows no such session
+                return False
+        except Silent:
+            if not self._lost:
+                return False
         self._connection.close()
-        slab = getattr(self, "slab", None)
-        if slab is not None:
-            slab.close()
+        return True
+
+    def _keep_leaving(self) -> None:
+        pause = RETRY_S
+        while True:
+            time.sleep(pause)
+            if self._leave():
+                return
+            pause = min(2 * pause, MOST_PAUSE_S)
 
 
 @functools.cache

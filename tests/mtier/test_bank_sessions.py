@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import struct
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sglang_xmem import bank
 from sglang_xmem.bank import HAVE, JOIN_REQUEST, NEW, STALE, BankSession
 from sglang_xmem.errors import Unavailable, sentence
 from sglang_xmem.mtier import client
@@ -431,3 +434,62 @@ def test_a_session_goes_on_with_a_service_that_was_started_again(
     finally:
         other.kill()
         session.close()
+
+
+def promised(daemon: Daemon) -> list[int]:
+    """Frames of each session."""
+    return [session["frames"] for space in daemon.status()["spaces"] for session in space["sessions"]]
+
+
+def test_a_closed_session_has_no_promise_though_the_service_was_started_again(daemon: Daemon) -> None:
+    session = BankSession(MODEL, FRAME, 100)
+    fill(session, [1])
+    daemon.restart()
+    assert promised(daemon) == [100]
+    session.close()
+    assert promised(daemon) == []
+    assert session.find([key(1)]) == 0
+    assert promised(daemon) == []
+    again = BankSession(MODEL, FRAME, 100)
+    assert again.find([key(1)]) == 1
+    again.close()
+
+
+def test_a_session_that_is_closed_while_the_service_hangs_leaves_later(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_xmem.bank.RETRY_S", 0.1)
+    monkeypatch.setattr(client, "DEADLINE_S", 1.0)
+    monkeypatch.setattr(client, "PAUSE_S", 0.1)
+    session = BankSession(MODEL, FRAME, 100)
+    daemon.restart()
+    daemon.send(signal.SIGSTOP)
+    session.close()
+    session.close()
+    daemon.send(signal.SIGCONT)
+    wait_until(lambda: promised(daemon) == [], 10)
+
+
+def test_a_session_that_cannot_map_its_ledger_leaves_no_promise(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process goes on with another tier."""
+    monkeypatch.setattr(bank, "_library", lambda: SimpleNamespace(pages_open=lambda *_: None))
+    with pytest.raises(Unavailable, match="cannot be mapped"):
+        BankSession(MODEL, FRAME, 100)
+    assert promised(daemon) == []
+
+
+def test_a_session_whose_answer_came_too_late_leaves_no_promise(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_xmem.bank.RETRY_S", 0.1)
+    monkeypatch.setattr(client, "PAUSE_S", 0.1)
+    with monkeypatch.context() as short:
+        short.setattr(client, "DEADLINE_S", 0.2)
+        daemon.send(signal.SIGSTOP)
+        with pytest.raises(Unavailable, match="did not answer within"):
+            BankSession(MODEL, FRAME, 100)
+    daemon.send(signal.SIGCONT)
+    wait_until(lambda: "is no session" in daemon.log(), 10)
+    assert promised(daemon) == []
