@@ -45,6 +45,7 @@ from sglang_xmem.mtier.client import (
     Refused,
     Reply,
     Silent,
+    label_bytes,
     socket_path,
     unavailable,
 )
@@ -54,7 +55,7 @@ from sglang_xmem.tiers import hostmem
 logger = logging.getLogger(__name__)
 
 # native/pages_protocol.h
-_PAGES_VERSION = 3
+PAGES_VERSION = 4
 #: Its JoinRequest.
 JOIN_REQUEST = struct.Struct("=IIQQ32s64sQIIQ")
 #: Pages of one message.
@@ -121,12 +122,12 @@ class BankSession:
         except (BuildError, OSError) as error:
             raise Unavailable(str(error).rstrip(".")) from None
         self._wanted = (
-            _PAGES_VERSION,
+            PAGES_VERSION,
             identity is None,
             frame_bytes,
             frames,
             identity or b"",
-            label.encode("ascii", "replace")[:63],
+            label_bytes(label),
             self._name,
             kind,
         )

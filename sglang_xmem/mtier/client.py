@@ -24,6 +24,7 @@ _REQUEST = struct.Struct("=IHHQiIQQ")
 _REPLY = struct.Struct("=IHHQiIiIQQQQQ")
 _MAX_REPLY_BYTES = _REPLY.size + (64 << 10)
 _REFUSED = 0
+_LABEL = struct.Struct("64s")
 INFO, JOIN, SLAB, FIND, PUBLISH, LEAVE = range(32, 38)
 LOOK, DAMAGED = 39, 40
 #: MemoryKind of a slab.
@@ -176,17 +177,27 @@ class Connection:
 
 
 class BankInfo(NamedTuple):
-    """What the service has: banks of that memory, their bytes, bytes that one more session may ask for, and what slabs
-    of them are multiples of."""
+    """What the service has.
+
+    Attributes:
+        banks: of the memory asked for; `total`: their bytes.
+        available: bytes that one more engine may ask for at most.
+        granularity: bytes that slabs are multiples of.
+        for_new: of `available`, what pages may have that no engine has at present.
+    """
 
     banks: int
     total: int
     available: int
     granularity: int
+    for_new: int
 
 
-def bank_info(kind: int) -> BankInfo:
+def bank_info(kind: int, label: str = "") -> BankInfo:
     """Ask the service for its banks of one MemoryKind.
+
+    Args:
+        label: what the engine's pages are called; empty: `available` is what engines of any model there may have.
 
     Raises:
         Unavailable: none answers.
@@ -194,12 +205,17 @@ def bank_info(kind: int) -> BankInfo:
     try:
         connection = Connection(socket_path())
         try:
-            reply = connection.ask(INFO, kind=kind)
+            reply = connection.ask(INFO, behind=_LABEL.pack(label_bytes(label)) if label else b"", kind=kind)
         finally:
             connection.close()
     except (Refused, Silent) as error:
         raise unavailable(error) from None
-    return BankInfo(reply.num_banks, reply.total, reply.available, reply.granularity)
+    return BankInfo(reply.num_banks, reply.total, reply.available, reply.granularity, reply.size)
+
+
+def label_bytes(label: str) -> bytes:
+    """A label as messages have it, which ends with a zero."""
+    return label.encode("ascii", "replace")[: _LABEL.size - 1]
 
 
 def unavailable(error: Exception) -> Unavailable:

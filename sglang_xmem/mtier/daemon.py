@@ -127,15 +127,18 @@ def _show_status(command: Sequence[str], *, as_json: bool) -> int:
 def status_text(status: Mapping[str, Any]) -> str:
     """A service's report for people: banks and the clients that hold memory, in GB (1e9 bytes)."""
     quota = f"{status['quota'] / 1e9:.2f} GB" if status["quota"] else "none"
-    banks: list[Sequence[str]] = [("bank", "memory", "GB", "used", "free", "allocations")]
+    # What pages of a model that is not there may have, which is more than is free where pages of the past can go.
+    opens = {each["bank"]: f"{each['bytes'] / 1e9:.2f}" for each in status.get("open", ())}
+    banks: list[Sequence[str]] = [("bank", "memory", "GB", "used", "free", "for a new model", "allocations")]
     for bank in status["banks"]:
         memory = "host" if bank["kind"] == "host" else f"GPU {bank['gpu']} ({bank['pci']})"
         used = bank["total"] - bank["available"]
         sizes = (f"{nbytes / 1e9:.2f}" for nbytes in (bank["total"], used, bank["available"]))
-        banks.append((str(bank["bank"]), memory, *sizes, str(bank["allocations"])))
+        banks.append((str(bank["bank"]), memory, *sizes, opens.get(bank["bank"], "-"), str(bank["allocations"])))
     for device in status.get("devices", ()):
-        sizes = (f"{nbytes / 1e9:.2f}" for nbytes in (device["total"], device["total"] - device["available"]))
-        banks.append((str(device["bank"]), device["name"], *sizes, f"{device['available'] / 1e9:.2f}", "0"))
+        used = device["total"] - device["available"]
+        sizes = (f"{nbytes / 1e9:.2f}" for nbytes in (device["total"], used, device["available"]))
+        banks.append((str(device["bank"]), device["name"], *sizes, opens.get(device["bank"], "-"), "0"))
     clients: list[Sequence[str]] = [("process", "GB", "allocations", "state")]
     for client in sorted(status["clients"], key=lambda client: -client["bytes"]):
         state = "connected" if client["connected"] else "away"
@@ -149,13 +152,16 @@ def status_text(status: Mapping[str, Any]) -> str:
     spaces = status.get("spaces", ())
     if spaces:
         tables.append(_table([_SPACE_TITLES, *map(_space_row, spaces)]))
+        tables.append(_table([_PAGES_TITLES, *map(_pages_row, spaces)]))
         sessions = [_session_row(space, session) for space in spaces for session in space["sessions"]]
         tables.append(_table([_SESSION_TITLES, *sessions]) if sessions else "no engine uses the page bank")
     return "\n\n".join([f"mtierd, process {status['pid']}, quota per process: {quota}", *tables])
 
 
-#: Columns about the page bank. GB are of frames: all, held by several engines, held by none, and empty.
-_SPACE_TITLES = ("pages of", "GB", "shared", "cached", "free", "pages", "published", "there already", "found")
+#: Columns about the page bank. GB are of frames: all, what the model's engines are promised and what one more of them
+#: may ask for, held by several engines, held by none, and empty.
+_SPACE_TITLES = ("memory of", "GB", "promised", "for more engines", "shared", "cached", "empty")
+_PAGES_TITLES = ("pages of", "pages", "published", "there already", "found", "evicted", "damaged")
 _SESSION_TITLES = ("engine", "process", "promised GB", "held", "published pages", "state")
 
 
@@ -165,8 +171,13 @@ def _ahead_row(ahead: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _space_row(space: Mapping[str, Any]) -> Sequence[str]:
-    sizes = (f"{space[key] * space['frame_bytes'] / 1e9:.2f}" for key in ("frames", "shared", "cached", "free"))
-    return (space["label"], *sizes, *(str(space[key]) for key in ("pages", "published", "had", "found")))
+    left = 0 if space["private"] else space["frames"] - space["promised"]
+    counts = (space["frames"], space["promised"], left, space["shared"], space["cached"], space["free"])
+    return (space["label"], *(f"{count * space['frame_bytes'] / 1e9:.2f}" for count in counts))
+
+
+def _pages_row(space: Mapping[str, Any]) -> Sequence[str]:
+    return (space["label"], *(str(space[key]) for key in ("pages", "published", "had", "found", "evicted", "damaged")))
 
 
 def _session_row(space: Mapping[str, Any], session: Mapping[str, Any]) -> Sequence[str]:

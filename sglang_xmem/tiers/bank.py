@@ -100,7 +100,21 @@ class BankTier(MemoryTier):
         return (BankRankPlan(info.available // len(ranks.gpus), memory, info.granularity),) * len(ranks.gpus)
 
     def capacity_bytes(self) -> int:
-        return min(self.rank_plan.share_bytes, bank_info(self.rank_plan.kind).available)
+        """As MemoryTier.capacity_bytes; of the rank's own model once that is known.
+
+        Raises:
+            Unavailable: all that is left is for pages of other models.
+        """
+        info = bank_info(self.rank_plan.kind, self._label)
+        if info.available < self.rank_plan.granule_bytes and self._label:
+            others = bank_info(self.rank_plan.kind).available
+            if others > info.available:
+                raise Unavailable(
+                    f"the bank has {info.available / 1e9:.2f} GB for {self._label}, and {others / 1e9:.2f} GB more for "
+                    "engines of another model",
+                    Remedy("do", value="start the service with a lower --share, or stop the engines of other models"),
+                )
+        return min(self.rank_plan.share_bytes, info.available)
 
     def waste_bytes(self, granule: int) -> int:
         # A slab's end and, on a devdax, that of its ledger.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import struct
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -18,10 +20,12 @@ import numpy as np
 import pytest
 
 from sglang_xmem import bank
-from sglang_xmem.bank import HAVE, JOIN_REQUEST, NEW, STALE, BankSession
+from sglang_xmem.bank import HAVE, JOIN_REQUEST, NEW, PAGES_VERSION, STALE, BankSession
 from sglang_xmem.errors import Unavailable, sentence
 from sglang_xmem.mtier import client
+from sglang_xmem.mtier.client import bank_info
 from sglang_xmem.mtier.daemon import status_text
+from sglang_xmem.tiers.bank import BankRankPlan, BankSettings, BankTier
 from tests import REPOSITORY
 from tests.mtier.conftest import StartDaemon
 from tests.mtier.service import (
@@ -182,6 +186,79 @@ def test_a_share_leaves_memory_for_other_models(start_daemon: StartDaemon, monke
     second.close()
 
 
+def test_what_is_free_is_reported_for_whom_it_is(start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that one model's engines were not promised are free for engines of that model alone."""
+    daemon = start_daemon("--bank", f"host:{8 * MIB}", "--metrics", "0")
+    monkeypatch.setenv("MTIER_SOCKET", str(daemon.socket_path))
+    session = BankSession(MODEL, FRAME, 28, "one")
+    left = 100 * FRAME
+    assert bank_info(client.HOST)[:5:2] == (1, left, 0)
+    assert (bank_info(client.HOST, "one").available, bank_info(client.HOST, "another").available) == (left, 0)
+    tiers = {name: BankTier(BankSettings(), BankRankPlan(left), None) for name in ("one", "another")}
+    for name, tier in tiers.items():
+        tier.share_as((), name)
+    assert tiers["one"].capacity_bytes() == left
+    with pytest.raises(Unavailable, match=r"0.00 GB for another, and 0.01 GB more for engines of another model") as no:
+        tiers["another"].capacity_bytes()
+    assert "--share" in sentence(no.value)
+    status = daemon.status()
+    assert status["open"] == [{"bank": 0, "bytes": 0}]
+    assert status["spaces"][0]["promised"] == 28
+    words = status_text(status)
+    assert re.search(r"^ +0 +host +0.01 +0.01 +0.00 +0.00 ", words, re.MULTILINE)
+    assert re.search(r"^one +0.01 +0.00 +0.01 +0.00 +0.00 +0.01$", words, re.MULTILINE)
+    lines = metrics(daemon)
+    assert 'mtierd_bank_open_bytes{bank="0"} 0' in lines
+    assert f'mtierd_pages_capacity_bytes{{bank="0",model="one"}} {8 * MIB}' in lines
+    assert f'mtierd_pages_promised_bytes{{bank="0",model="one"}} {28 * FRAME}' in lines
+    # Pages that nobody uses make place for those of any model.
+    fill(session, [1, 2])
+    session.close()
+    for label in ("", "one", "another"):
+        assert bank_info(client.HOST, label)[:5:2] == (1, 8 * MIB, 8 * MIB)
+    lines = metrics(daemon)
+    assert f'mtierd_bank_open_bytes{{bank="0"}} {8 * MIB}' in lines
+    assert 'mtierd_pages_findable{bank="0",model="one"} 2' in lines
+    assert 'mtierd_pages_published_total{bank="0",model="one"} 2' in lines
+
+
+def test_a_space_of_one_session_is_free_for_nobody_else(daemon: Daemon) -> None:
+    session = BankSession(None, FRAME, 64, "one")
+    assert bank_info(client.HOST, "one").available == bank_info(client.HOST).for_new == 4 * MIB
+    session.close()
+    assert bank_info(client.HOST).available == 8 * MIB
+
+
+def metrics(daemon: Daemon) -> list[str]:
+    port = int(daemon.log().split("http://127.0.0.1:")[1].split("/")[0])
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        return str(answer.read().decode()).splitlines()
+
+
+def test_evicted_pages_are_counted(daemon: Daemon) -> None:
+    session = BankSession(MODEL, FRAME, 128)
+    session.release(fill(session, list(range(100))))
+    session.claim(68)
+    session.claim(20)
+    session.close()
+    (space,) = daemon.status()["spaces"]
+    assert (space["evicted"], space["pages"]) == (60, 40)
+
+
+def test_a_report_of_more_than_a_message_holds_is_whole_json(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = start_daemon("--bank", f"host:{512 * MIB}", "--lazy")
+    for number in range(1, 201):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(str(daemon.socket_path))
+            asked = join_request(1, FRAME, 8, bytes(32), label=b"x" * 63, session=number)
+            assert exchange(connection, request(33) + asked) == 0
+    spaces = daemon.status()["spaces"]
+    assert 50 < len(spaces) < 200
+    assert all(len(space["sessions"]) == 1 for space in spaces)
+
+
 def test_promises_are_kept_and_no_more_are_made(daemon: Daemon) -> None:
     first, second = BankSession(MODEL, FRAME, 100), BankSession(MODEL, FRAME, 28)
     with pytest.raises(Unavailable) as caught:
@@ -235,7 +312,7 @@ def test_a_flush_hides_all_pages_and_takes_none(daemon: Daemon) -> None:
 def join_request(
     is_private: int, frame: int, frames: int, identity: bytes, *, label: bytes = b"x", session: int = 1, again: int = 0
 ) -> bytes:
-    return JOIN_REQUEST.pack(3, is_private, frame, frames, identity, label, session, client.HOST, again, 0)
+    return JOIN_REQUEST.pack(PAGES_VERSION, is_private, frame, frames, identity, label, session, client.HOST, again, 0)
 
 
 def exchange(connection: socket.socket, message: bytes) -> int:

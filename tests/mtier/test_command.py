@@ -118,11 +118,11 @@ def test_status_for_people() -> None:
             {"pid": 0, "process": "i6", "bytes": 10**9, "allocations": 1, "connected": True, "ended": False},
         ],
     }
-    assert daemon.status_text(status) == (
+    assert daemon.status_text({**status, "open": [{"bank": 0, "bytes": 63_500_000_000}]}) == (
         "mtierd, process 7, quota per process: none\n\n"
-        "bank  memory                   GB  used   free  allocations\n"
-        "   0  host                  64.00  1.10  62.90            2\n"
-        "   1  GPU 3 (0000:1B:00.0)   0.00  0.00   0.00            0\n\n"
+        "bank  memory                   GB  used   free  for a new model  allocations\n"
+        "   0  host                  64.00  1.10  62.90  63.50                      2\n"
+        "   1  GPU 3 (0000:1B:00.0)   0.00  0.00   0.00  -                          0\n\n"
         "process                        GB  allocations  state\n"
         "i6 of another PID namespace  1.00            1  connected\n"
         "12                           0.10            1  ended, its memory is in use"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_xmem.bank import JOIN_REQUEST, NEW, BankSession
+from sglang_xmem.bank import JOIN_REQUEST, NEW, PAGES_VERSION, BankSession
 from sglang_xmem.mtier.build import BuildError, built
 from tests import REPOSITORY
 from tests.mtier.conftest import StartDaemon
@@ -147,9 +147,11 @@ class PagesFuzzer(Fuzzer):
         count = r.choice((0, 1, 2, 3, 255, 256, 257)) if r.random() < 0.9 else r.choice(EDGES + LARGEST)
         each = {33: 0, 35: 32, 36: 48, 39: 32, 40: 16}.get(op, 0)
         behind = b"".join(self._item(each) for _ in range(min(count, 257))) if each else b""
+        if op == 32:
+            behind = r.choice((b"", r.choice((b"x", b'"\\\n', b"y")).ljust(64, r.choice((b"\0", b"z")))))
         if op == 33:
             behind = JOIN_REQUEST.pack(
-                3 if r.random() < 0.95 else r.getrandbits(32),
+                PAGES_VERSION if r.random() < 0.95 else r.getrandbits(32),
                 r.choice((0, 0, 0, 1, 1, 2)),
                 r.choice((65536, 65536, 131072, 1, 4096, *EDGES, *LARGEST)),
                 r.choice((1, 2, 5, 100, *EDGES, *LARGEST)),

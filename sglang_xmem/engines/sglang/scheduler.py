@@ -103,6 +103,8 @@ def _settle_sharing(table: versions.VersionTable, server_args: Any, plan: Plan) 
     active.label = str(server_args.served_model_name or server_args.model_path)
     active.look_up_facts = functools.partial(identity.facts, server_args, plan.options.tiers[BANK].tag)
     active.facts = active.look_up_facts()
+    if active.facts is not None:
+        active.placement.share_as((), active.label)  # sizes come before pools; what is free depends on the model
 
 
 def prepare_staging(original: Any, **kwargs: Any) -> None:

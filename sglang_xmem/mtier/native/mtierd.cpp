@@ -98,7 +98,7 @@ class Both : public Handler {
         if (answer && request.op == static_cast<std::uint16_t>(Op::kReport)) {
             answer->text.back() = ',';
             append(&answer->text, " \"keeper\": %d, \"restarts\": %u, ", static_cast<int>(::getppid()), restarts_);
-            answer->text += pages_.json() + "}";
+            answer->text += pages_.json(kMaxTextBytes - answer->text.size()) + "}";
         }
         return answer;
     }
@@ -181,7 +181,8 @@ int serve(const Options &options, int listener, Kept &kept) {
     Log log;
     Processes processes(loop);
     Service service(loop, log, processes, journal, std::move(banks), {options.quota, options.allow_reset});
-    Metrics metrics(loop, [&] { return service.metrics(); });
+    const pages::PageService *shown = nullptr;
+    Metrics metrics(loop, [&] { return service.metrics() + shown->metrics(); });
     if (options.metrics) {
         if (auto refused = metrics.listen(*options.metrics)) return complain(*refused);
         log.line("metrics on http://127.0.0.1:%d/metrics", metrics.port());
@@ -191,6 +192,7 @@ int serve(const Options &options, int listener, Kept &kept) {
         pages::PageService pages(processes, kept, slab_sources(options, service, kept, std::move(devices)),
                                  static_cast<unsigned>(options.share),
                                  [&log](const std::string &words) { log.line("%s", words.c_str()); });
+        shown = &pages;
         Both both(service, pages, kept.restarts());
         Connections connections(loop, log, processes, both);
         service.answer_over(connections);

@@ -70,6 +70,7 @@ struct alignas(64) Frame {
 struct alignas(64) LedgerHead {
     std::atomic<std::uint64_t> clock;
     std::atomic<std::int64_t> free;  // frames that are free, about: a killed session may leave it wrong
+    std::atomic<std::uint64_t> evicted;  // pages that made place for others
 };
 
 static_assert(sizeof(Frame) == 64 && sizeof(LedgerHead) == 64);
@@ -100,6 +101,7 @@ class Ledger {
     State state(std::uint64_t frame) const { return State::of(frames_[frame].state.load()); }
     std::uint64_t pins(std::uint64_t frame) const { return frames_[frame].pins.load(); }
     std::uint64_t used(std::uint64_t frame) const { return frames_[frame].used.load(); }
+    std::uint64_t evicted() const { return head_->evicted.load(); }
 
     // ---- for sessions ----
 
@@ -161,6 +163,7 @@ class Ledger {
         }
         it.pins.fetch_or(bit(session));
         it.state.store(State{Phase::kOwned, session, generation + 1}.word());
+        head_->evicted.fetch_add(1, std::memory_order_relaxed);
         return true;
     }
 
@@ -170,6 +173,7 @@ class Ledger {
         std::uint64_t free = 0;
         std::uint64_t cached = 0;  // valid, and nobody holds them
         std::uint64_t shared = 0;  // held by several sessions
+        std::uint64_t pages = 0;   // that can be found
         std::array<std::uint64_t, kSessions> held{};
     };
 
@@ -181,6 +185,7 @@ class Ledger {
             use.free += phase == Phase::kFree ? 1 : 0;
             use.cached += phase == Phase::kValid && holders == 0 ? 1 : 0;
             use.shared += (holders & (holders - 1)) != 0 ? 1 : 0;
+            use.pages += phase == Phase::kValid && frames_[frame].seal.load() != 0 ? 1 : 0;
             for (; holders != 0; holders &= holders - 1) ++use.held[static_cast<std::size_t>(__builtin_ctzll(holders))];
         }
         return use;

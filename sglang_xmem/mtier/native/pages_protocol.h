@@ -8,13 +8,15 @@
 namespace mtier::pages {
 
 // In kJoin. A client of another version is refused there, before it can misread anything.
-constexpr std::uint32_t kPagesVersion = 3;
+constexpr std::uint32_t kPagesVersion = 4;
 // Keys, or pages, of one message.
 constexpr std::size_t kMaxPages = 256;
 
 enum class PagesOp : std::uint16_t {
-    // `bank`: a MemoryKind. Reply: num_banks (of that memory), total (their bytes), available (bytes that one more
-    // session may ask for), granularity (what a slab's size is a multiple of).
+    // `bank`: a MemoryKind. Behind it: nothing, or a label as in JoinRequest. Reply: num_banks (of that memory), total
+    // (their bytes), available (bytes that one more engine may ask for at most: of that label's pages, or of whichever
+    // are there where none is given, or of pages that are not there yet), size (of these, bytes for pages that are not
+    // there yet), granularity (what a slab's size is a multiple of).
     kInfo = 32,
     // Behind it: JoinRequest. Reply: the ledger's descriptor, and where it begins there in `available`; num_banks: the
     // session's number; total: frames of the space; size: bytes of its slab; allocation: the space's epoch, which no

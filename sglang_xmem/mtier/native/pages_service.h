@@ -4,10 +4,12 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cinttypes>
 #include <functional>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -46,7 +48,8 @@ class PageService : public Handler {
     std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) override {
         switch (static_cast<PagesOp>(request.op)) {
             case PagesOp::kInfo:
-                return behind.empty() ? info(static_cast<MemoryKind>(request.bank)) : not_so();
+                if (!behind.empty() && behind.size() != sizeof(JoinRequest::label)) return not_so();
+                return info(static_cast<MemoryKind>(request.bank), behind);
             case PagesOp::kJoin:
                 return behind.size() == sizeof(JoinRequest) ? join(peer, behind) : not_so();
             case PagesOp::kForget:
@@ -118,9 +121,14 @@ class PageService : public Handler {
         }
     }
 
-    // Members of the report's JSON object.
-    std::string json() const {
-        std::string text = "\"ahead\": [";
+    // Members of the report's JSON object, in about `most` bytes: of so many sessions that they do not fit, the rest is
+    // left out.
+    std::string json(std::size_t most) const {
+        std::string text = "\"open\": [";
+        for (std::size_t i = 0; i < banks_.size(); ++i) {
+            append(&text, "%s{\"bank\": %zu, \"bytes\": %" PRIu64 "}", i == 0 ? "" : ", ", i, open_of(i).others);
+        }
+        text += "], \"ahead\": [";
         for (const auto &bank : banks_) {
             const Populating *ahead = bank->ahead();
             if (ahead == nullptr) continue;
@@ -141,21 +149,23 @@ class PageService : public Handler {
         text += "], \"spaces\": [";
         const char *between = "";
         for (const auto &[key, space] : spaces_) {
+            if (text.size() + 2 * kRowBytes > most) break;
             append(&text, "%s{\"label\": \"%s\", \"private\": %s", between, space->head().label,
                    space->head().is_private != 0 ? "true" : "false");
             append(&text, ", \"bank\": %zu, \"frames\": %" PRIu64 ", \"frame_bytes\": %" PRIu64, space->bank,
                    space->ledger.frames(), space->head().frame_bytes);
             Ledger::Use use = space->ledger.use();
-            append(&text, ", \"free\": %" PRIu64 ", \"cached\": %" PRIu64, use.free, use.cached);
-            append(&text, ", \"shared\": %" PRIu64, use.shared);
-            append(&text, ", \"pages\": %zu, \"published\": %" PRIu64 ", \"had\": %" PRIu64, space->index.size(),
+            append(&text, ", \"promised\": %" PRIu64 ", \"free\": %" PRIu64 ", \"cached\": %" PRIu64, space->promised,
+                   use.free, use.cached);
+            append(&text, ", \"shared\": %" PRIu64 ", \"evicted\": %" PRIu64, use.shared, space->ledger.evicted());
+            append(&text, ", \"pages\": %" PRIu64 ", \"published\": %" PRIu64 ", \"had\": %" PRIu64, use.pages,
                    space->verdicts[0], space->verdicts[1]);
             append(&text, ", \"stale\": %" PRIu64 ", \"damaged\": %" PRIu64, space->verdicts[2], space->damaged);
             append(&text, ", \"found\": %" PRIu64 ", \"restored\": %zu", space->found, space->restored);
             text += ", \"sessions\": [";
             const char *comma = "";
             for (const auto &[id, session] : sessions_) {
-                if (session.space != space.get()) continue;
+                if (session.space != space.get() || text.size() + kRowBytes > most) continue;
                 append(&text, "%s{\"pid\": %d, \"frames\": %" PRIu64 ", \"held\": %" PRIu64, comma,
                        static_cast<int>(session.process->pid()), session.quota,
                        use.held[static_cast<std::size_t>(session.bit)]);
@@ -169,9 +179,58 @@ class PageService : public Handler {
         return text + "]";
     }
 
+    // Samples of metrics in Prometheus's text format; of spaces by bank and model.
+    std::string metrics() const {
+        std::string text = "# HELP mtierd_bank_open_bytes Bytes for pages of a model that the bank does not have yet.\n"
+                           "# TYPE mtierd_bank_open_bytes gauge\n";
+        for (std::size_t i = 0; i < banks_.size(); ++i) {
+            append(&text, "mtierd_bank_open_bytes{bank=\"%zu\"} %" PRIu64 "\n", i, open_of(i).others);
+        }
+        std::map<std::pair<std::size_t, std::string>, std::array<std::uint64_t, std::size(kMetrics)>> values;
+        for (const auto &[key, space] : spaces_) {
+            auto &of = values[{space->bank, space->head().label}];
+            Ledger::Use use = space->ledger.use();
+            std::uint64_t frame = space->head().frame_bytes;
+            const std::uint64_t its[] = {space->ledger.frames() * frame, space->promised * frame, use.shared * frame,
+                                         use.cached * frame,             use.free * frame,        use.pages,
+                                         space->verdicts[0],             space->verdicts[1],      space->found,
+                                         space->damaged,                 space->ledger.evicted()};
+            static_assert(std::size(its) == std::size(kMetrics));
+            for (std::size_t i = 0; i < std::size(its); ++i) of[i] += its[i];
+        }
+        for (std::size_t i = 0; i < std::size(kMetrics); ++i) {
+            const Metric &it = kMetrics[i];
+            append(&text, "# HELP mtierd_pages_%s %s\n# TYPE mtierd_pages_%s %s\n", it.name, it.help, it.name, it.type);
+            for (const auto &[labels, of] : values) {
+                append(&text, "mtierd_pages_%s{bank=\"%zu\",model=\"%s\"} %" PRIu64 "\n", it.name, labels.first,
+                       labels.second.c_str(), of[i]);
+            }
+        }
+        return text;
+    }
+
   private:
     // Where nobody has said what is asked for.
     static constexpr std::uint64_t kUsualFrameBytes = 4096;
+    // Of a space, or of a session, in json().
+    static constexpr std::size_t kRowBytes = 600;
+
+    struct Metric {
+        const char *name, *type, *help;
+    };
+    static constexpr Metric kMetrics[] = {
+        {"capacity_bytes", "gauge", "Bytes of frames for the model's pages."},
+        {"promised_bytes", "gauge", "Of these, bytes promised to engines."},
+        {"shared_bytes", "gauge", "Bytes of frames that several engines hold."},
+        {"cached_bytes", "gauge", "Bytes of frames with pages that no engine holds."},
+        {"free_bytes", "gauge", "Bytes of empty frames."},
+        {"findable", "gauge", "Pages that engines can find."},
+        {"published_total", "counter", "Pages that engines stored and others can find."},
+        {"duplicate_total", "counter", "Pages that engines stored and the bank had already."},
+        {"found_total", "counter", "Pages that engines asked for and found."},
+        {"damaged_total", "counter", "Pages that were found damaged."},
+        {"evicted_total", "counter", "Pages that made place for others."},
+    };
 
     struct Space {
         // `memory`: of the slab's record and ledger, mapped; unmapped with this.
@@ -225,22 +284,50 @@ class PageService : public Handler {
         return std::any_of(joined_.begin(), joined_.end(), [id](const auto &each) { return each.second == id; });
     }
 
-    Answer info(MemoryKind kind) const {
+    // Bytes of a bank that engines may still ask for.
+    struct Open {
+        std::uint64_t others = 0;                    // for pages that are not there yet
+        std::map<std::string, std::uint64_t> there;  // by label, for those whose memory nobody else can get
+    };
+
+    Open open_of(std::size_t bank) const {
+        Open open;
+        open.others = banks_[bank]->available(kUsualFrameBytes);
+        for (const auto &[key, made] : making_) {
+            bool is_idle = made.bank == bank && made.slab->state == Slab::State::kReady;
+            if (is_idle) open.others += made.slab->memory.bytes;
+        }
+        for (const auto &[key, space] : spaces_) {
+            if (space->bank != bank) continue;
+            if (space->promised == 0) {
+                open.others += space->slab->memory.bytes;  // pages of the past make place
+            } else if (space->head().is_private == 0) {
+                open.there[space->head().label] +=
+                    (space->ledger.frames() - space->promised) * space->head().frame_bytes;
+            }
+        }
+        return open;
+    }
+
+    Answer info(MemoryKind kind, std::string_view label) const {
         Answer answer;
+        char text[sizeof(JoinRequest::label) + 1] = {};
+        std::memcpy(text, label.data(), label.size());
+        const std::string asked = printable(text);
         for (std::size_t i = 0; i < banks_.size(); ++i) {
             const SlabSource &bank = *banks_[i];
             if (bank.kind() != kind) continue;
             ++answer.fields.num_banks;
             answer.fields.total += bank.total();
-            // What is not promised, whether pages of the past lie there or not.
-            std::uint64_t open = bank.available(kUsualFrameBytes);
             answer.fields.granularity = std::max(answer.fields.granularity, bank.granularity());
-            for (const auto &[key, space] : spaces_) {
-                if (space->bank != i || space->head().is_private != 0) continue;
-                open += space->slab->memory.bytes - space->promised * space->head().frame_bytes;
+            Open open = open_of(i);
+            answer.fields.size = std::max(answer.fields.size, open.others);
+            for (const auto &[its, bytes] : open.there) {
+                if (!label.empty() && its != asked) continue;
+                answer.fields.available = std::max(answer.fields.available, bytes);
             }
-            answer.fields.available = std::max(answer.fields.available, open);
         }
+        answer.fields.available = std::max(answer.fields.available, answer.fields.size);
         return answer;
     }
 

@@ -203,7 +203,7 @@ class Service : public Handler {
         const char *comma = "";
         for (const auto &[id, lease] : ledger_.leases()) {
             if (lease.grants.empty()) continue;
-            if (text.size() > kMaxTextBytes - 300) break;
+            if (text.size() > kMaxTextBytes / 2) break;  // the page bank's part comes behind it
             append(&text, "%s{\"pid\": %d, \"process\": \"%s\", \"bytes\": %" PRIu64 ", \"allocations\": %zu, ", comma,
                    static_cast<int>(lease.process->pid()), lease.process->key().c_str(), lease.account.bytes,
                    lease.grants.size());
