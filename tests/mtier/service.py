@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -222,6 +223,14 @@ class ClientProcess(AskedProcess):
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         return self.process.wait(PATIENCE_S)
+
+
+def open_to_others(directory: Path) -> None:
+    """Let other users into a temporary folder: into every folder above it, however many pytest made."""
+    for each in (directory, *directory.parents):
+        if each == Path(tempfile.gettempdir()).resolve():
+            return
+        each.chmod(0o755)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> float:

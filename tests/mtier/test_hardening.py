@@ -27,6 +27,7 @@ from tests.mtier.service import (
     SUCCESS,
     ClientProcess,
     Daemon,
+    open_to_others,
     service_of,
     wait_until,
 )
@@ -162,8 +163,7 @@ def test_another_user_s_folder_in_its_place_is_refused(build: Path, tmp_path: Pa
     folder = Path(f"/tmp/mtierd-{NOBODY}")
     binaries = tmp_path / "bin"
     shutil.copytree(build, binaries)
-    for each in (binaries, tmp_path, *tmp_path.parents[:2]):
-        each.chmod(0o755)
+    open_to_others(binaries)
     folder.mkdir()  # root's
     try:
         command = [str(binaries / "mtierd"), "--bank", f"host:{8 * MIB}", "--socket", f"{folder}/mtierd.sock"]

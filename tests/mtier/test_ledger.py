@@ -35,6 +35,7 @@ from tests.mtier.service import (
     SUCCESS,
     ClientProcess,
     Daemon,
+    open_to_others,
     request,
     service_of,
     wait_until,
@@ -270,8 +271,7 @@ def test_descriptors_that_others_leave_unread_cost_nobody_its_account(build: Pat
     """The kernel counts them by the user. Root may have more, so all of this is another user's."""
     binaries = tmp_path / "bin"
     shutil.copytree(build, binaries)
-    for folder in (binaries, tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_others(binaries)
     home = tmp_path / "home"
     home.mkdir()
     os.chown(home, NOBODY, NOBODY)

@@ -33,6 +33,7 @@ from tests.mtier.service import (
     ClientProcess,
     Daemon,
     Library,
+    open_to_others,
     request,
     wait_until,
 )
@@ -385,8 +386,7 @@ def test_the_socket_is_its_owner_s_alone(start_daemon: StartDaemon) -> None:
 @needs_root
 def test_another_user_is_refused(build: Path, start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon()
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o755)
+    open_to_others(tmp_path)
     connect = (
         "import os, socket, sys\n"
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
