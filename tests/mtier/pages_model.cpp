@@ -107,6 +107,7 @@ void run_model(std::uint64_t operations, std::uint32_t seed) {
                 int key = static_cast<int>(below(kKeys));
                 bool mine = page.key < 0 && ledger.state(page.frame).phase == Phase::kOwned;
                 std::uint64_t generation = clients[c]->generation(page.frame) + (below(20) == 0 ? 1 : 0);
+                if (below(20) == 0) generation += kGenerations;  // the same word
                 bool right = generation == clients[c]->generation(page.frame);
                 Verdict verdict = index.publish(&ledger, c, key_of(key), {page.frame, generation});
                 if (model.where.count(key) != 0) {
@@ -129,7 +130,14 @@ void run_model(std::uint64_t operations, std::uint32_t seed) {
                 CHECK(place->frame == model.where[key]);
                 CHECK(!clients[c]->adopt(place->frame, place->generation + 1, key_of(key)));
                 CHECK(!clients[c]->adopt(place->frame, place->generation, key_of(key + 1)));
-                CHECK(!clients[c]->adopt(kFrames, place->generation, key_of(key)));
+                for (std::uint64_t none : {kFrames, UINT64_MAX}) {
+                    CHECK(!clients[c]->adopt(none, place->generation, key_of(key)));
+                    CHECK(!clients[c]->owns(none) && clients[c]->generation(none) == 0);
+                    clients[c]->touch(1, &none);
+                    clients[c]->release(1, &none);
+                    CHECK(index.publish(&ledger, c, key_of(key + kKeys), {none, 0}) == Verdict::kStale);
+                    CHECK(!index.forget(&ledger, {none, 0}));
+                }
                 if (pages[c].size() == kQuota) break;
                 CHECK(clients[c]->adopt(place->frame, place->generation, key_of(key)));
                 model.holds[place->frame].insert(c);

@@ -235,6 +235,20 @@ def metrics(daemon: Daemon) -> list[str]:
         return str(answer.read().decode()).splitlines()
 
 
+def test_addresses_that_are_no_frames_of_the_bank_are_nobodys(daemon: Daemon) -> None:
+    """0 is what a page without a frame has. In a process of its own, which such an address once ended."""
+    other = Other(8)
+    try:
+        beside = "np.array([0, session.slab.address - FRAME, session.slab.address + session.slab.nbytes], np.int64)"
+        assert other.ask(f"session.owned({beside}).tolist()") == [False] * 3
+        assert other.ask(f"[session.touch({beside}), session.release({beside}), session.held()]") == [None, None, 0]
+        assert other.ask(f"session.publish([key(1)] * 3, {beside})") == [STALE] * 3
+        assert other.ask(f"[session.damaged({beside}), session.reported(20)]") == [None, True]
+        assert other.ask("session.claim(8).size") == 8
+    finally:
+        other.kill()
+
+
 def test_evicted_pages_are_counted(daemon: Daemon) -> None:
     session = BankSession(MODEL, FRAME, 128)
     session.release(fill(session, list(range(100))))

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -169,6 +170,60 @@ def test_a_session_is_the_same_after_a_restart_and_another_one_after_two_ends(
         code, other = joined(connection, daemon, asked)
         assert code == 0
         assert other[0] != what[0]
+
+
+WORD = (1 << 64) - 1
+
+
+def sum_of(memory: bytes, start: int) -> int:
+    """As sum_of of native/pages.h."""
+    for (word,) in struct.iter_unpack("=Q", memory):
+        start = (start ^ word) * 0x9E3779B97F4A7C15 & WORD
+        start ^= start >> 32
+    return start
+
+
+#: struct SpaceHead of native/space_record.h: places of its label and sum, and its magic number.
+LABEL_AT, SUM_AT, MAGIC = 48, 272, 0x315345474150544D
+#: Its sessions' lines: place of the first one, and in it those of quota and sum.
+LINES_AT, QUOTA_AT, LINE_SUM_AT = 320, 8, 96
+
+
+@pytest.mark.parametrize("what", ["no end", "a quote", "quota"])
+def test_a_record_that_an_engine_overwrote_is_not_believed(what: str, daemon: Daemon) -> None:
+    """Its descriptor reaches the service's record too. With a right sum, the text alone shows what it is."""
+    session = BankSession(MODEL, FRAME, 8, "label")
+    fill(session, [1])
+    with control(daemon) as record:
+        head = bytearray(record.read(SUM_AT))
+        assert struct.unpack("=Q", record.read(8))[0] == sum_of(head, MAGIC)
+        if what != "quota":
+            head[LABEL_AT : LABEL_AT + 64] = b"x" * 64 if what == "no end" else b'a"'.ljust(64, b"\0")
+            record.seek(0)
+            record.write(head + struct.pack("=Q", sum_of(head, MAGIC)))
+        else:
+            record.seek(LINES_AT)
+            line = bytearray(record.read(LINE_SUM_AT))
+            assert struct.unpack("=Q", record.read(8))[0] == sum_of(line, 1) | 1
+            line[QUOTA_AT : QUOTA_AT + 8] = struct.pack("=Q", 1 << 40)
+            record.seek(LINES_AT)
+            record.write(line + struct.pack("=Q", sum_of(line, 1) | 1))
+    daemon.restart()
+    spaces = daemon.status()["spaces"]
+    assert len(spaces) == (what == "quota")
+    assert [each for space in spaces for each in space["sessions"]] == []
+    other = BankSession(MODEL, FRAME, 128, "label")
+    assert other.find([key(1)]) == len(spaces)
+    other.close()
+    session.close()
+
+
+def control(daemon: Daemon) -> BinaryIO:
+    """The file of the only space's record."""
+    for file in Path(f"/proc/{daemon.serving}/fd").iterdir():
+        if "memfd:mtier-pages" in os.readlink(file):
+            return file.open("r+b", buffering=0)
+    raise AssertionError("there is none")
 
 
 def test_who_ends_while_no_service_runs_leaves_nothing_behind(daemon: Daemon) -> None:

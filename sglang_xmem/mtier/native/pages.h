@@ -43,13 +43,15 @@ struct KeyHash {
     }
 };
 
+constexpr std::uint64_t kGenerations = 1ULL << 48;
+
 enum class Phase : std::uint64_t { kFree = 0, kOwned = 1, kValid = 2, kEvicting = 3 };
 
 // What a frame's state word says.
 struct State {
     Phase phase;
     int session;               // of kOwned and kEvicting, 0 else
-    std::uint64_t generation;  // 48 bits
+    std::uint64_t generation;  // below kGenerations
 
     static State of(std::uint64_t word) {
         return {static_cast<Phase>(word & 3), static_cast<int>((word >> 2) & 63), word >> 16};
@@ -200,6 +202,7 @@ class Ledger {
 
     // Makes a session's own frame valid. False where it is not its own any more.
     bool publish(int session, std::uint64_t frame, std::uint64_t generation, const Key &key) {
+        if (generation >= kGenerations) return false;  // a word would not hold all of it
         std::uint64_t word = State{Phase::kOwned, session, generation}.word();
         if (frames_[frame].state.load() != word) return false;
         // Should the session let go of the frame now, the key means nothing: only this function makes a frame valid.
@@ -314,7 +317,7 @@ class Holding {
 
     // Takes a frame that the service named, if it still holds that page.
     bool adopt(std::uint64_t frame, std::uint64_t generation, const Key &key) {
-        if (frame >= ledger_.frames()) return false;
+        if (!has(frame)) return false;
         std::lock_guard<std::mutex> turn(lock_);
         bool there = held_[frame] > 0 ? ledger_.holds(frame, generation, key)
                                       : ledger_.pin(session_, frame, generation, key);
@@ -329,15 +332,21 @@ class Holding {
         for (std::uint64_t i = 0; i < n; ++i) let_go(frames[i]);
     }
 
-    void touch(std::uint64_t n, const std::uint64_t *frames) { ledger_.touch(n, frames); }
+    void touch(std::uint64_t n, const std::uint64_t *frames) {
+        if (std::all_of(frames, frames + n, [this](std::uint64_t frame) { return has(frame); })) {
+            ledger_.touch(n, frames);
+        }
+    }
 
     // Whether nobody else can have found the frame, so that it may be written.
     bool owns(std::uint64_t frame) const {
+        if (!has(frame)) return false;
         State state = ledger_.state(frame);
         return state.phase == Phase::kOwned && state.session == session_;
     }
 
-    std::uint64_t generation(std::uint64_t frame) const { return ledger_.state(frame).generation; }
+    // 0, which is nobody's page, where there is no such frame.
+    std::uint64_t generation(std::uint64_t frame) const { return has(frame) ? ledger_.state(frame).generation : 0; }
 
     // Pages that hold a frame.
     std::uint64_t count() const {
@@ -346,8 +355,11 @@ class Holding {
     }
 
   private:
+    // Frames come from messages, and from whoever has their addresses: each may be none.
+    bool has(std::uint64_t frame) const { return frame < ledger_.frames(); }
+
     void let_go(std::uint64_t frame) {
-        if (frame >= ledger_.frames() || held_[frame] == 0) return;
+        if (!has(frame) || held_[frame] == 0) return;
         --count_;
         if (--held_[frame] == 0) ledger_.drop(session_, frame);
     }

@@ -549,7 +549,8 @@ class PageService : public Handler {
         Space &space = *(spaces_[head->key] = std::make_unique<Space>(bank, slab, memory, head->frames));
         for (int bit = 0; bit < kSessions; ++bit) {
             const SessionLine &line = space.record->sessions[bit];
-            bool is_there = space.record->has(bit) && !slab->deserted;
+            bool is_there = space.record->has(bit) && !slab->deserted &&
+                            line.quota <= space.ledger.frames() - space.promised;
             std::shared_ptr<Process> process = is_there ? process_of(line) : nullptr;
             if (process == nullptr || process->gone() || sessions_.count(line.id) != 0) {
                 space.ledger.fence(bit);
@@ -584,14 +585,6 @@ class PageService : public Handler {
         return "process " + std::to_string(pid) + " " + key;
     }
     static std::string name_of(const Process &process) { return name_of(process.pid(), process.key()); }
-
-    static std::string printable(const char *label) {
-        std::string text = label;
-        for (char &c : text) {
-            if (c < ' ' || c > '~' || c == '"' || c == '\\') c = '_';
-        }
-        return text.empty() ? "-" : text;
-    }
 
     void drop(const Key &key) {
         auto found = spaces_.find(key);
@@ -675,7 +668,6 @@ class PageService : public Handler {
         for (std::uint64_t i = 0; i < count; ++i) {
             Place place;
             std::memcpy(&place, behind.data() + i * sizeof(place), sizeof(place));
-            if (place.frame >= space.ledger.frames()) return Answer::error(kInvalidArgument, "there is no such frame");
             forgotten += space.index.forget(&space.ledger, place) ? 1 : 0;
         }
         space.damaged += forgotten;

@@ -31,6 +31,21 @@ void put_text(char (&field)[kBytes], const std::string &text) {
     std::memcpy(field, text.data(), std::min(text.size(), kBytes - 1));
 }
 
+// Whether a field ends with a zero, so that it may be read as text.
+template <std::size_t kBytes>
+bool is_text(const char (&field)[kBytes]) {
+    return std::memchr(field, 0, kBytes) != nullptr;
+}
+
+// As much of a label as any log and JSON can show.
+inline std::string printable(const char *label) {
+    std::string text = label;
+    for (char &c : text) {
+        if (c < ' ' || c > '~' || c == '"' || c == '\\') c = '_';
+    }
+    return text.empty() ? "-" : text;
+}
+
 struct SpaceHead {
     std::uint64_t magic;
     std::uint64_t epoch;
@@ -45,8 +60,10 @@ struct SpaceHead {
 
     static constexpr std::uint64_t kMagic = 0x3153'4547'4150'544dULL;  // with the layout's version
     std::uint64_t right_sum() const { return sum_of(this, offsetof(SpaceHead, sum), kMagic); }
+    // Engines can write here, though they have no business to: a right sum says that the head is whole, and no more.
     bool is_sound() const {
-        return magic == kMagic && sum == right_sum() && boot_id() == boot && frame_bytes != 0 && frames != 0 &&
+        return magic == kMagic && sum == right_sum() && is_text(label) && printable(label) == label && is_text(bank) &&
+               is_text(boot) && boot_id() == boot && frame_bytes != 0 && frames != 0 &&
                frames <= slab_bytes / frame_bytes;
     }
 };
@@ -76,7 +93,10 @@ struct SpaceRecord {
         seal(line, line.right_sum(bit));
     }
     void erase(int bit) { seal(sessions[bit], 0); }
-    bool has(int bit) const { return sessions[bit].sum != 0 && sessions[bit].sum == sessions[bit].right_sum(bit); }
+    bool has(int bit) const {
+        const SessionLine &line = sessions[bit];
+        return line.sum != 0 && line.sum == line.right_sum(bit) && is_text(line.process);
+    }
 
   private:
     // What was written before is there before the sum is, whenever this process ends.
