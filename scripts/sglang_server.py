@@ -109,14 +109,18 @@ class Server:
     ) -> None:
         self.port = _free_port()
         self.log_path = log_path
-        with log_path.open("wb") as log:
+        words = [*command, *as_flags(options), *arguments, "--host", HOST, "--port", str(self.port)]
+        self.process = self._start(words, environment or {})
+
+    def _start(self, words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with self.log_path.open("wb") as log:
             # A session of its own: its process group holds SGLang's children and nothing else.
-            self.process = subprocess.Popen(
-                [*command, *as_flags(options), *arguments, "--host", HOST, "--port", str(self.port)],
+            return subprocess.Popen(
+                words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **environment},
                 start_new_session=True,
             )
 

@@ -84,7 +84,7 @@ class Service:
 
 
 class Engine:
-    """A server with its pool in the bank."""
+    """A server, and what to ask it."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -109,13 +109,20 @@ def engine(
     """A server that is ready."""
     environment = {"MTIER_SOCKET": str(service.socket), **variables}
     everything = {**BASE_OPTIONS, **BANK, "model_path": str(model), **options}
-    with Server(launch_server_command(), everything, log, environment) as server:
+    with ready(Server(launch_server_command(), everything, log, environment), "bank") as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def ready(server: Server, tier: str) -> Iterator[Engine]:
+    """Wait for a server whose pool is in `tier`, and stop it at the end."""
+    with server:
         try:
             server.wait_ready(2 * harness.START_TIMEOUT_S)
             yield Engine(server)
         except Exception as error:
             raise AssertionError(f"{error!r}; the log ends:\n{server.log()[-6000:]}") from error
-        assert tier_in(server.log()) == "bank"
+        assert tier_in(server.log()) == tier
         assert "Traceback" not in server.log()
 
 

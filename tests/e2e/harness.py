@@ -14,9 +14,11 @@ import functools
 import json
 import multiprocessing
 import os
+import queue
 import random
 import re
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -52,6 +54,7 @@ LEAVE_OUT = "SGLANG_XMEM_TEST_LEAVE_OUT"
 LAZY = "SGLANG_XMEM_TEST_LAZY"
 FAULT = "SGLANG_XMEM_TEST_FAULT"
 ALLOCATIONS = "SGLANG_XMEM_TEST_ALLOCATIONS"
+DAX_ROOT = "SGLANG_XMEM_TEST_DAX_ROOT"
 
 #: Found in the environment of every process of one run, and of nothing else.
 MARKER = "SGLANG_XMEM_TEST_RUN"
@@ -162,10 +165,7 @@ class Result:
     @property
     def loads(self) -> list[Load]:
         """Every load that SGLang asked for, as the tests' plugin logged it."""
-        return [
-            Load(_counts(moved), _counts(wrong))
-            for moved, wrong in re.findall(r"xmem_e2e: load (.*); wrong (.*); left out", self.log)
-        ]
+        return loads_in(self.log)
 
     @property
     def lazy_loads(self) -> list[tuple[int, int]]:
@@ -186,6 +186,12 @@ class Load(NamedTuple):
 
     moved: dict[str, int]
     wrong: dict[str, int]
+
+
+def loads_in(log: str) -> list[Load]:
+    """Every load that the tests' plugin logged."""
+    found = re.findall(r"xmem_e2e: load (.*); wrong (.*); left out", log)
+    return [Load(_counts(moved), _counts(wrong)) for moved, wrong in found]
 
 
 def _counts(text: str) -> dict[str, int]:
@@ -258,6 +264,7 @@ def _run_engine(spec: Spec, scratch: Path, timeout_s: float) -> Result:
     log, answers = scratch / "log", scratch / "answers.json"
     request = {
         "spec": dataclasses.asdict(spec),
+        "forked": spec.forked,
         "answers": str(answers),
         "stdout": str(log),
         "stderr": str(log),
@@ -332,8 +339,39 @@ def _end(text: str, n_lines: int = 60) -> str:
     return "\n".join(text.splitlines()[-n_lines:])
 
 
+class _Child:
+    """A forked child of `_Forker`, with what a Popen has that Server uses. It leads a process group."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._ended = threading.Event()
+
+    def end(self, status: int) -> None:
+        self.returncode = status
+        self._ended.set()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self._ended.wait(timeout):
+            raise subprocess.TimeoutExpired(f"child {self.pid}", timeout or 0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill_group(self) -> None:
+        """With what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
 class _Forker:
-    """A process with SGLang imported that forks a child for each request."""
+    """A process with SGLang imported that forks a child for each request; any number of them may run."""
 
     def __init__(self, sglang: str) -> None:
         self._process = subprocess.Popen(
@@ -344,30 +382,62 @@ class _Forker:
             env={**os.environ, **_with_plugin(sglang)},
         )
         atexit.register(self._process.kill)
+        self._started: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def run(self, request: Mapping[str, Any], timeout_s: float) -> int:
-        """Exit status of the child, negative for a signal."""
+    def start(self, request: Mapping[str, Any]) -> _Child:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        pid = self._read()
-        # The child leads a session, so this takes what it started along.
-        timer = threading.Timer(timeout_s, os.killpg, (pid, signal.SIGKILL))
-        timer.start()
-        try:
-            return self._read()
-        except BaseException:  # an interrupt, mostly
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-            raise
-        finally:
-            timer.cancel()
+        child = self._started.get()
+        assert child is not None, "the process that forks engines is gone; see its message above"
+        return child
 
-    def _read(self) -> int:
+    def run(self, request: Mapping[str, Any], timeout_s: float) -> int:
+        """Exit status of the child, negative for a signal."""
+        child = self.start(request)
+        try:
+            return child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            child.kill_group()
+            return child.wait()
+        except BaseException:  # an interrupt, mostly
+            child.kill_group()
+            raise
+
+    def _listen(self) -> None:
+        """Read what the process says: "started PID", and "ended PID STATUS" once the child is no more."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the process that forks engines is gone; see its message above"
-        return int(line)
+        children: dict[int, _Child] = {}
+        for line in self._process.stdout:
+            what, *numbers = line.split()
+            pid = int(numbers[0])
+            if what == "started":
+                children[pid] = _Child(pid)
+                self._started.put(children[pid])
+            else:
+                children.pop(pid).end(int(numbers[1]))
+        for child in children.values():
+            child.end(-signal.SIGKILL)
+        self._started.put(None)
+
+
+class ForkedServer(Server):
+    """`python -m sglang.launch_server` in processes that are forked, with everything imported, as `Spec.forked` says.
+
+    Args:
+        options: as of Spec.
+        log_path, environment: as of Server.
+    """
+
+    def __init__(self, options: Mapping[str, Any], log_path: Path, environment: Mapping[str, str]) -> None:
+        super().__init__((), options, log_path, environment)
+
+    def _start(self, words: Sequence[str], environment: Mapping[str, str]) -> Any:
+        self.log_path.write_bytes(b"")
+        log = str(self.log_path)
+        request = {"argv": list(words), "stdout": log, "stderr": log, "forked": True}
+        return _forker().start({**request, "environment": dict(environment)})
 
 
 @functools.cache
@@ -522,17 +592,36 @@ def _fork_for_requests() -> None:
         # Every model's module: some start CUDA, and then nothing can be forked.
         import sglang.srt.models.registry  # noqa: F401
 
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            _serve_request(json.loads(line))
-            return
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    children: dict[int, int] = {}  # descriptor -> process id
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    pending = b""
+    while True:
+        for descriptor, _ in poller.poll():
+            if descriptor != 0:
+                pid = children.pop(descriptor)
+                print("ended", pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+                poller.unregister(descriptor)
+                os.close(descriptor)
+                continue
+            read = os.read(0, 1 << 16)
+            if not read:
+                return
+            *lines, pending = (pending + read).split(b"\n")
+            for line in lines:
+                pid = os.fork()
+                os.setpgid(pid, pid or os.getpid())  # by whichever of the two is first
+                if pid == 0:
+                    for other in children:
+                        os.close(other)
+                    _serve_request(json.loads(line))
+                    return
+                children[pidfd := os.pidfd_open(pid)] = pid
+                poller.register(pidfd, select.POLLIN)
+                print("started", pid, flush=True)
 
 
 def _serve_request(request: Mapping[str, Any]) -> None:
-    os.setsid()
     for descriptor, path in ((1, request["stdout"]), (2, request["stderr"])):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
@@ -540,15 +629,15 @@ def _serve_request(request: Mapping[str, Any]) -> None:
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
     os.environ.update(request["environment"])
+    if request.get("forked"):
+        multiprocessing.set_start_method("fork", force=True)
+        multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang would set it back
     if "argv" in request:
         sys.argv = ["sglang.launch_server", *request["argv"]]
         del sys.modules["sglang.launch_server"]
         runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
         return
     spec = Spec(**request["spec"])
-    if spec.forked:
-        multiprocessing.set_start_method("fork", force=True)
-        multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang would set it back
     starts = []
     for _ in range(spec.starts):
         import sglang
