@@ -25,6 +25,8 @@ LAZY = "SGLANG_XMEM_TEST_LAZY"
 FAULT = "SGLANG_XMEM_TEST_FAULT"
 #: How many allocations tiers make before they have no memory any more.
 ALLOCATIONS = "SGLANG_XMEM_TEST_ALLOCATIONS"
+#: Folder that describes, as sysfs does, a file which is a devdax here (tests/unit/tiers/fake_dax.py).
+DAX_ROOT = "SGLANG_XMEM_TEST_DAX_ROOT"
 
 #: Entries of SGLang's group of host pools, by id of the host pool; those live as long as their engine.
 _entries: dict[int, Any] = {}
@@ -46,6 +48,12 @@ def register() -> None:
         HookRegistry.register("sglang_xmem.copies.make_program", _faulty_program, HookType.AROUND)
     if os.environ.get(ALLOCATIONS):
         HookRegistry.register("sglang_xmem.plan.Placement._allocate", _faulty_tier, HookType.AROUND)
+    if os.environ.get(DAX_ROOT):
+        from sglang_xmem.tiers import dax
+
+        root = dax.StandIn(Path(os.environ[DAX_ROOT]))
+        find = dax._open
+        dax._open = lambda path, stand_in: find(path, root)
     if os.environ.get(LAZY) == "1":
         import torch
 
