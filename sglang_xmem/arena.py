@@ -1,12 +1,11 @@
-"""An arena: all pages of one rank in tier memory, as frames behind a page table, and the copies to and from them.
+"""An arena: all pages of one rank in tier memory, as frames with a page table, and the copies to and from them.
 
-An *index space* is an allocator of the engine (KV, SWA, Mamba states) with the pools that ride on its numbers. A page
-of a space has one *frame*, which holds the units of all its planes side by side. The *page table* of a space says at
-which address each page's frame lies, so that a page may be anywhere in the tier: in another bank, or in a frame that
-somebody else filled.
+An *index space* is an allocator of the engine (KV, SWA, Mamba states) with the pools that use its numbers. A page of a
+space has one *frame*, which holds the adjacent units of all its planes. The *page table* of a space maps each page to
+its frame's address, so a page may be anywhere in the tier: in another bank, or in a frame that another engine filled.
 
-Nothing here knows SGLang. Everything but the functions for storage runs on the scheduler thread: it never waits for
-the GPU and never loops over tokens or pages.
+This module is independent of SGLang. Everything but the functions for storage runs on the scheduler thread: it never
+waits for the GPU and never loops over tokens or pages.
 """
 
 from __future__ import annotations
@@ -37,21 +36,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What frames and sections of frames are aligned to, in bytes: a sector of GPU memory, and more than any copy needs.
+#: Alignment of frames and their sections, in bytes: a sector of GPU memory, and more than any copy needs.
 ALIGNMENT = 256
 
 
 def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to ALIGNMENT."""
+    """Round `nbytes` up to ALIGNMENT."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class SpaceSpec(NamedTuple):
-    """An index space that an arena is to hold.
+    """An index space for an arena.
 
     Attributes:
         name: of the space, for messages.
-        pages: how many pages the engine's allocator has.
+        pages: number of pages of the engine's allocator.
         frame_bytes: bytes of a page's frame, a multiple of ALIGNMENT.
     """
 
@@ -64,7 +63,7 @@ class Space:
     """One index space of an arena.
 
     Attributes:
-        table: int64 (pages,), on the CPU: the address of each page's frame, as the rank's GPU (or CPU) sees it.
+        table: int64 (pages,), on the CPU: address of each page's frame, for the rank's GPU (or CPU).
     """
 
     def __init__(self, spec: SpaceSpec, region: Region) -> None:
@@ -77,31 +76,31 @@ class Space:
         ]
         self.table = self._first_table()
         self._addresses: npt.NDArray[np.int64] = self.table.numpy()
-        #: The first so many pages are never freed: canaries' own.
+        #: Number of first pages that are never freed, for canaries.
         self.kept = 0
 
     def _first_table(self) -> torch.Tensor:
         return _round_robin(self.slabs, self.spec.pages)
 
     def look_up(self, pages: torch.Tensor, *, claim: bool) -> torch.Tensor:
-        """Addresses of pages' frames: int64 (n,), on the CPU.
+        """Return the addresses of pages' frames: int64 (n,), on the CPU.
 
         Args:
-            claim: pages that have no frame get one; else all have.
+            claim: pages without a frame get one; otherwise all must have one.
         """
         return torch.from_numpy(self._addresses.take(pages.numpy()))
 
     def free(self, pages: torch.Tensor) -> None:
-        """Hear that pages hold nothing any more: int64 (n,), on the CPU, each once."""
+        """Note that the engine has freed pages: int64 (n,), on the CPU, each once."""
 
     def clear(self) -> None:
-        """Hear that no page holds anything any more, but for those that are kept."""
+        """Note that the engine has freed all pages except the kept ones."""
 
     def tidy(self) -> None:
-        """Give up what is not needed any more; called each second."""
+        """Release unused memory; called every second."""
 
     def carry(self, sums: SectionSums) -> None:
-        """Let whoever finds a page here find this section's sum of it too."""
+        """Store this section's sums with the pages, for engines that find them."""
 
 
 def _space(spec: SpaceSpec, region: Region) -> Space:
@@ -113,7 +112,8 @@ def _space(spec: SpaceSpec, region: Region) -> Space:
 
 
 def _round_robin(slabs: Sequence[Slab], pages: int) -> torch.Tensor:
-    """Addresses of `pages` frames, assigned round-robin over the slabs, so that a run of pages uses all of them."""
+    """Return the addresses of `pages` frames, assigned round-robin to the slabs, so that a run of pages uses all
+    slabs."""
     rounds = [
         torch.stack(
             (torch.arange(slab.frames), slab.address + slab.frame_bytes * torch.arange(slab.frames)),
@@ -123,7 +123,7 @@ def _round_robin(slabs: Sequence[Slab], pages: int) -> torch.Tensor:
     numbered = torch.cat(rounds, dim=1)
     order = torch.argsort(numbered[0], stable=True)
     table = numbered[1][order][:pages]
-    assert table.numel() == pages, "the tier gave fewer frames than were asked for"
+    assert table.numel() == pages, "the tier returned too few frames"
     return table.contiguous()
 
 
@@ -131,14 +131,14 @@ class Arena:
     """Frames of all index spaces of one rank.
 
     Args:
-        placement: gives the memory; all spaces come from one tier.
-        spaces: what to hold.
+        placement: allocates the memory; all spaces are in one tier.
+        spaces: index spaces to allocate.
         device: device of the engine's KV pools.
         copy: the user's settings of the page copier.
         integrity: which pages have sums.
 
     Attributes:
-        summer: writes and compares sums; None where no page has one.
+        summer: writes and compares sums; None if no page has one.
 
     Raises:
         ConfigError: no tier can hold the spaces.
@@ -158,7 +158,7 @@ class Arena:
         self._placement = placement
         self._copy = copy
         self.spaces: dict[str, Space] = {}
-        #: Compiled loads and stores, by what their maker knows them by.
+        #: Compiled loads and stores, by their maker's key.
         self.programs: dict[Any, Any] = {}
         self.copier: PageCopier | None = None
         self.integrity = integrity
@@ -168,12 +168,12 @@ class Arena:
         self._views: list[tuple[int, torch.Tensor]] = []
         self._closed = False
         self._open_lock = threading.Lock()
-        self._storage_lock = threading.Lock()  # storage threads may still run when the arena is closed
+        self._storage_lock = threading.Lock()  # storage threads may still run after the arena is closed
         self._storage_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.tier, self._policy = self._take(spaces)
 
     def extend(self, space: SpaceSpec) -> None:
-        """Add an index space, before the arena is used; `begin` has to follow.
+        """Add an index space before the arena is used; `begin` must follow.
 
         Raises:
             ConfigError: the arena's tier cannot hold it.
@@ -187,7 +187,7 @@ class Arena:
         self.programs.clear()
 
     def _take(self, spaces: Sequence[SpaceSpec]) -> tuple[MemoryTier, CopyPolicy]:
-        """Allocate spaces, and say so."""
+        """Allocate spaces, and log it."""
         placement = self._placement
         allocation = placement.allocate([(spec.pages * spec.frame_bytes, spec.frame_bytes) for spec in spaces])
         self._regions += allocation.regions
@@ -210,12 +210,13 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all frames."""
+        """Return the total bytes of all frames."""
         return sum(space.spec.pages * space.spec.frame_bytes for space in self.spaces.values())
 
     @property
     def gpus(self) -> tuple[int, ...]:
-        """CUDA ordinals of the rank's GPU and of all others whose memory or links the pages use; none on a CPU."""
+        """Return the CUDA ordinals of the rank's GPU and of all GPUs whose memory or links the pages use; empty on a
+        CPU."""
         if self.device.type == "cpu":
             return ()
         own = torch.cuda.current_device() if self.device.index is None else self.device.index
@@ -223,13 +224,13 @@ class Arena:
         return tuple(dict.fromkeys((own, *others)))
 
     def begin(self, steps: Sequence[Step]) -> None:
-        """Make the copier. It is settled with all planes whether the GPU that is to execute copies reaches the pools.
+        """Make the copier. All planes are needed to check that the GPU that executes copies can access the pools.
 
         Args:
             steps: all planes of all pools.
 
         Raises:
-            CopyError: the copier cannot run on this machine, or cannot reach the pools.
+            CopyError: the copier cannot run on this machine, or cannot access the pools.
         """
         copy = self._copy
         self.copier, _, refused = make_program(
@@ -250,7 +251,7 @@ class Arena:
         self.summer = self._make_summer()
 
     def _staging_bytes(self) -> int:
-        """What copy engines take of the GPU's memory: they are for host memory alone."""
+        """Return the staging bytes of copy engines on the GPU; they copy only from host memory."""
         traits = self.tier.traits
         engines = traits.cpu_addressable and traits.link in ("pcie", "cxl") and self.device.type == "cuda"
         return self._copy.staging_mib << 20 if engines else 0
@@ -271,7 +272,7 @@ class Arena:
             return None
 
     def sums_of(self, space: str, planes: Sequence[Plane]) -> SectionSums | None:
-        """Sums of a new section of a space's frames; None where no page has one."""
+        """Make the sums of a new section of a space's frames; None if no page has one."""
         if self.integrity == "off":
             return None
         pinned = self.device.type == "cuda"
@@ -280,36 +281,35 @@ class Arena:
         return sums
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> Program:
-        """Prepare a load or store of `steps`; once for a set of pools, since it may wait for the GPU."""
+        """Prepare a load or store of `steps`, once per set of pools, since it may wait for the GPU."""
         assert self.copier is not None, "begin() comes first"
         return self.copier.compile(steps, num_parts)
 
     def make_counters(self, num_parts: int) -> LayerCounters | None:
-        """Counters for one load at a time; None where completion of layers has to be signalled by events."""
+        """Make counters for one load at a time; None if only events can signal completion of layers."""
         assert self.copier is not None, "begin() comes first"
         return self.copier.make_counters(num_parts)
 
     def frames(self, wanted: Sequence[tuple[str, torch.Tensor]], *, claim: bool = True) -> list[torch.Tensor]:
-        """Look up frames, and bring their addresses to the device by one copy on the current stream.
+        """Look up frames, and copy their addresses to the device, in one copy on the current stream.
 
         Args:
-            wanted: for each vector, its space and its pages: int64 (n,), on the CPU.
-            claim: pages that have no frame get one, as a store wants it; else all have.
+            wanted: (space, pages) of each vector; pages: int64 (n,), on the CPU.
+            claim: pages without a frame get one, for a store; otherwise all must have one.
 
         Returns: int64 (n,) each, on the device.
         """
         return self.upload(self.look_up(wanted, claim=claim))
 
     def look_up(self, wanted: Sequence[tuple[str, torch.Tensor]], *, claim: bool) -> list[npt.NDArray[np.int64]]:
-        """Addresses of frames, on the CPU; arguments as those of `frames`."""
+        """Look up addresses of frames, on the CPU; arguments as for `frames`."""
         return [self.spaces[space].look_up(pages, claim=claim).numpy() for space, pages in wanted]
 
     def upload(self, found: Sequence[npt.NDArray[np.int64]]) -> list[torch.Tensor]:
-        """Bring vectors to the device by one copy on the current stream."""
+        """Copy vectors to the device in one copy on the current stream."""
         if self.device.type == "cpu":
             return [torch.from_numpy(each) for each in found]
-        # Pageable memory would make the copy wait for the stream. torch keeps a pinned block until the copies that
-        # read it are done.
+        # A copy from pageable memory would wait for the stream. torch keeps a pinned block until its copies are done.
         lengths = [len(each) for each in found]
         pinned = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=True)
         np.concatenate(found, out=pinned.numpy())
@@ -324,23 +324,23 @@ class Arena:
     ) -> None:
         """Enqueue tier -> device on the current stream.
 
-        Args: as `PageCopier.load`'s.
+        Args: see `PageCopier.load`.
 
         Raises:
-            CopyError: the driver refuses; counters are as they were.
+            CopyError: the driver refuses; counters are unchanged.
         """
         assert self.copier is not None
         self.copier.load(program, pages, counters, addresses)
 
     def store(self, program: Program, pages: Sequence[Pages]) -> None:
-        """Enqueue device -> tier on the current stream; as `load`."""
+        """Enqueue device -> tier on the current stream; see `load`."""
         assert self.copier is not None
         self.copier.store(program, pages)
 
     def copy_plainly(self, steps: Sequence[Step], pages: Sequence[Pages], *, load: bool) -> None:
-        """Copy by torch's own operations on the current stream, for a copy that the copier refused.
+        """Copy by torch operations on the current stream, after the copier has refused.
 
-        Slow: some operations per plane and slab, and it waits for the GPU where there is more than one slab.
+        Slow: several operations per plane and slab, and a wait for the GPU if there is more than one slab.
         """
         slabs = [slab for space in self.spaces.values() for slab in space.slabs]
         rows = [bytes_at(s.address, s.frames * s.frame_bytes, self.device).view(s.frames, s.frame_bytes) for s in slabs]
@@ -352,7 +352,7 @@ class Arena:
             units = slots // plane.divisor
             for slab, frame_rows in zip(slabs, rows, strict=True):
                 if slab.frame_bytes < plane.offset + plane.unit_bytes:
-                    continue  # another space's, whose frames are smaller
+                    continue  # belongs to another space with smaller frames
                 part = frame_rows[:, plane.offset : plane.offset + plane.unit_bytes]
                 numbers = (frames - slab.address).div(slab.frame_bytes, rounding_mode="floor")
                 here = (numbers >= 0) & (numbers < slab.frames)
@@ -363,18 +363,18 @@ class Arena:
                     part[chosen[0]] = array[chosen[1]]
 
     def address(self, space: str, page: int) -> int:
-        """Address of a page's frame."""
+        """Return the address of a page's frame."""
         return int(self.spaces[space].table[page])
 
     @property
     def cpu_addressable(self) -> bool:
-        """Whether the CPU reads and writes frames at their addresses."""
+        """Whether the CPU can read and write frames at their addresses."""
         return self.tier.traits.cpu_addressable
 
     def host_buffers(self, space: str) -> list[torch.Tensor]:
-        """A space's slabs as flat uint8 CPU tensors, for backends that register memory.
+        """Return a space's slabs as flat uint8 CPU tensors, for backends that register memory.
 
-        Empty if the CPU cannot reach it.
+        Empty if the CPU does not address the memory.
         """
         slabs = {slab.address for slab in self.spaces[space].slabs}
         return [view for address, view in self._views if address in slabs] if self.cpu_addressable else []
@@ -395,7 +395,7 @@ class Arena:
                 return part.cpu()
 
     def sections(self, space: str, pages: torch.Tensor, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Copy parts of frames, where the CPU addresses them: shape (n, nbytes)."""
+        """Copy parts of frames that the CPU addresses: shape (n, nbytes)."""
         starts = self.spaces[space].table[pages] + offset
         found = np.empty((len(pages), nbytes), dtype=np.uint8)
         for begin, view in self._views:
@@ -406,7 +406,7 @@ class Arena:
         return found
 
     def write(self, space: str, page: int, offset: int, data: torch.Tensor) -> None:
-        """Put bytes into a page's frame; in place when this returns.
+        """Write bytes to a page's frame; complete on return.
 
         For storage threads, not the scheduler thread.
 
@@ -428,12 +428,12 @@ class Arena:
 
     @contextmanager
     def kept_open(self) -> Iterator[bool]:
-        """Keep the memory until the block ends; gives whether it is there. Not for the scheduler thread."""
+        """Keep the memory allocated until the block ends; yields whether it is. Not for the scheduler thread."""
         with self._open_lock:
             yield not self._closed
 
     def close(self) -> None:
-        """Give the memory back; idempotent. Waits for the device, for storage threads and for whoever keeps it open."""
+        """Release the memory; idempotent. Waits for the device, for storage threads and for all `keep` blocks."""
         with self._open_lock, self._storage_lock:
             if self._closed:
                 return
@@ -452,21 +452,21 @@ class Arena:
         for start, view in self._views:
             if start <= at and at + nbytes <= start + view.numel():
                 return view[at - start : at - start + nbytes]
-        raise RuntimeError(f"page {page} of {space} is in no slab")
+        raise RuntimeError(f"page {page} of {space} is not in a slab")
 
     def _view(self, slab: Slab, tier: MemoryTier) -> torch.Tensor:
-        """A slab's bytes as a uint8 tensor; valid until the arena is closed."""
+        """Return a slab's bytes as a uint8 tensor; valid until the arena is closed."""
         device = torch.device("cpu") if tier.traits.cpu_addressable else self.device
         return bytes_at(slab.address, slab.frames * slab.frame_bytes, device)
 
     def _warm_pinned_cache(self) -> None:
-        """Have torch's pinned cache hold a block of every size that `frames` asks for.
+        """Fill torch's pinned cache with a block of every size that `frames` needs.
 
-        It caches by powers of two, and allocating pinned memory later would stall the GPU.
+        The cache uses powers of two. Allocating pinned memory later would stall the GPU.
         """
         most = 2 * 8 * sum(space.spec.pages for space in self.spaces.values())
         if self.integrity == "full":
-            most *= 4  # what sums take with each frame
+            most *= 4  # bytes that sums add per frame
         nbytes = 1 << 12
         while nbytes < most:
             torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -474,10 +474,11 @@ class Arena:
 
 
 def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory at an address as a uint8 tensor (nbytes,) with the label `device`; valid as long as the memory is there.
+    """Return memory at an address as a uint8 tensor (nbytes,) with the label `device`; valid while the memory is
+    mapped.
 
-    Memory of another GPU gets the label of the rank's own, which can address it: operations run there. Asking the
-    driver for the owner, as other ways to wrap a pointer do, would run torch's kernels on the other GPU.
+    Memory of another GPU gets the label of the rank's GPU, which can address it and runs the operations. Other ways to
+    wrap a pointer query the owner from the driver, and would run torch's kernels on the other GPU.
     """
     if device.type == "cpu":
         return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)

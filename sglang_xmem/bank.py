@@ -1,8 +1,8 @@
-"""A session with mtierd's page bank: frames that this process claims, and pages that it finds, adopts and publishes.
+"""A session with mtierd's page bank: claims frames, and finds, adopts and publishes pages.
 
 Claims, adoptions and releases are atomic operations on a ledger that the service and all engines of a space map, so
-they never wait for the service and go on without it (`mtier/native/pages.h`). Only `find` and `publish` ask it; their
-callers are storage threads. A service that is gone, or does not answer in time, is a miss.
+they never wait for the service and work without it (`mtier/native/pages.h`). Only `find` and `publish` query it, from
+storage threads. If the service is gone or does not respond in time, the result is a miss.
 
 Imports neither torch nor CUDA.
 """
@@ -58,37 +58,37 @@ logger = logging.getLogger(__name__)
 PAGES_VERSION = 4
 #: Its JoinRequest.
 JOIN_REQUEST = struct.Struct("=IIQQ32s64sQIIQ")
-#: Pages of one message.
+#: Maximum pages per message.
 MAX_PAGES = 256
 KEY_BYTES = 32
 
 Frames = npt.NDArray[np.uint64]
 _PLACE = np.dtype([("frame", "u8"), ("generation", "u8")])
 _PUBLICATION = np.dtype([("key", "S32"), ("frame", "u8"), ("generation", "u8")])
-#: Seconds between attempts to reach a service that is gone.
+#: Seconds between attempts to reconnect to the service.
 RETRY_S = 1.0
-#: Seconds between two questions whether a new space's memory has been made.
+#: Seconds between queries whether a new space's memory is ready.
 _MAKING_S = 0.05
-#: Verdicts of a publication.
+#: Results of a publication.
 NEW, HAVE, STALE = range(3)
 
 
 class BankSession:
-    """Frames of one space, shared with all sessions of the same identity, in a slab that is mapped here.
+    """Frames of one space in a mapped slab, shared with all sessions of the same identity.
 
-    Frames are named by their addresses. The functions for pages may be called from any thread; after `close` they
-    find, claim and publish nothing.
+    Addresses identify frames. All threads may call the functions for pages; after `close` they find, claim and publish
+    nothing.
 
     Args:
-        identity: 32 bytes, equal for all whose pages are equal; None: a space of this session alone.
+        identity: 32 bytes, equal for sessions with equal pages; None: a private space.
         frame_bytes: of a frame.
-        frames: that the session holds at most at one time, however many pages name them.
-        label: for people.
-        pool_bytes: of all sessions that hold the engine's pages together, this one's included; 0: of this one alone.
+        frames: maximum number of frames that the session holds, independent of the pages that use them.
+        label: for reports.
+        pool_bytes: bytes of all sessions with the engine's pages, including this one; 0: only this one.
         kind: HOST, GPU or DAX memory; GPU memory is mapped for the GPU of the calling thread's CUDA context.
 
     Raises:
-        Unavailable: no service answers, or it has no memory for so many frames, or that cannot be mapped.
+        Unavailable: no service responds, it lacks memory for the frames, or the memory cannot be mapped.
     """
 
     def __init__(
@@ -103,18 +103,18 @@ class BankSession:
     ) -> None:
         assert identity is None or len(identity) == KEY_BYTES
         self.frame_bytes = frame_bytes
-        #: Events by name; a process may put its own counter in its place.
+        #: Events by name; a process may replace it by its own counter.
         self.counts: Counter[str] = Counter()
-        self._gate = threading.Lock()  # storage threads may still run when the session is closed
+        self._gate = threading.Lock()  # storage threads may still run after the session is closed
         self._handle: int | None = None
         self._closed = False
         self._said = False
-        #: Held while the connection is made again; when that was last tried.
+        #: Held during a reconnect; the time of the last attempt.
         self._joining = threading.Lock()
         self._tried = float("-inf")
-        #: The service knows nothing of this session any more: its frames are its own.
+        #: The service no longer knows this session: its frames are private.
         self._lost = False
-        #: Places of damaged pages that the service has not heard of.
+        #: Frames and generations of damaged pages that are not reported yet.
         self._damaged: list[bytes] = []
         self._name = secrets.randbits(64) | 1
         try:
@@ -175,7 +175,7 @@ class BankSession:
         return self._slab
 
     def _join(self, connection: Connection, *, again: bool) -> Reply:
-        """Ask for a session, or for the one that this process has; waits for memory that is being made."""
+        """Join a space, or rejoin with this process's session; waits until the memory is ready."""
         asked = JOIN_REQUEST.pack(*self._wanted, again, self._pool_bytes)
         while True:
             try:
@@ -187,39 +187,42 @@ class BankSession:
 
     @staticmethod
     def _place_of(joined: Reply) -> tuple[int, int, int, int]:
-        """What a session has at all times: the slab's name, its own number, the slab's frames and bytes."""
+        """Return the constant facts of a session: the slab's name, the session's number, the slab's frames and
+        bytes."""
         return joined.allocation, joined.num_banks, joined.total, joined.size
 
     # ---- without the service ----
 
     def claim(self, count: int) -> npt.NDArray[np.int64]:
-        """Addresses of `count` empty frames.
+        """Claim `count` empty frames; return their addresses.
 
         Raises:
-            RuntimeError: there are fewer, which the sum of all sessions' `frames` rules out; or the session is closed.
+            RuntimeError: too few are free, which the sum of all sessions' `frames` rules out; or the session is closed.
         """
         out = np.empty(count, np.uint64)
         with self._gate:
             if not self._handle or not self._library.pages_claim(self._handle, count, out.ctypes.data):
-                raise RuntimeError(f"sglang_xmem: the bank has no {count} frames left for this engine; report this")
+                raise RuntimeError(
+                    f"sglang_xmem: the bank has fewer than {count} free frames for this engine; report this error"
+                )
         return self._addresses(out)
 
     def release(self, addresses: npt.NDArray[np.int64]) -> None:
-        """Give up frames, once for each page that held one."""
+        """Release frames, once for each page that held one."""
         frames = self._numbers(addresses)
         with self._gate:
             if self._handle:
                 self._library.pages_release(self._handle, frames.size, frames.ctypes.data)
 
     def touch(self, addresses: npt.NDArray[np.int64]) -> None:
-        """Note that frames are in use, first page first."""
+        """Mark frames as used, in page order."""
         frames = self._numbers(addresses)
         with self._gate:
             if self._handle:
                 self._library.pages_touch(self._handle, frames.size, frames.ctypes.data)
 
     def owned(self, addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which frames nobody else can have found, so that they may be written."""
+        """Report for each frame whether it is private, and so may be written."""
         frames = self._numbers(addresses)
         out = np.zeros(frames.size, np.bool_)
         with self._gate:
@@ -228,7 +231,7 @@ class BankSession:
         return out
 
     def held(self) -> int:
-        """How many pages of this process hold a frame."""
+        """Return how many pages of this process hold a frame."""
         with self._gate:
             return int(self._library.pages_held(self._handle)) if self._handle else 0
 
@@ -241,11 +244,11 @@ class BankSession:
     # ---- with it ----
 
     def find(self, keys: Sequence[bytes]) -> int:
-        """How many of the first keys' pages are there; 0 where nobody answers."""
+        """Count the leading keys whose pages are in the bank; 0 if the service does not respond."""
         return int(self._find(keys).size)
 
     def look(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-        """Which of the keys' pages are there, also behind one that is not; none where nobody answers."""
+        """Report for each key whether its page is in the bank; all False if the service does not respond."""
         there = np.zeros(len(keys), np.bool_)
         if self._damaged:
             return there
@@ -258,9 +261,9 @@ class BankSession:
         return there
 
     def adopt(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
-        """Hold the pages of the first keys, as many as are there.
+        """Hold the pages of the leading keys that are in the bank.
 
-        Returns: addresses of their frames, which `release` gives up.
+        Returns: addresses of their frames, for `release`.
         """
         places = self._find(keys)
         out = np.empty(places.size, np.uint64)
@@ -287,9 +290,9 @@ class BankSession:
         return np.concatenate(found)
 
     def publish(self, keys: Sequence[bytes], addresses: npt.NDArray[np.int64]) -> list[int]:
-        """Let others find pages of this session whose bytes are in place.
+        """Publish pages of this session whose bytes are complete.
 
-        Returns: NEW, HAVE or STALE for each; STALE also where nobody answers.
+        Returns: NEW, HAVE or STALE for each; STALE if the service does not respond.
         """
         frames = self._numbers(addresses)
         generations = np.empty_like(frames)
@@ -312,9 +315,9 @@ class BankSession:
         return verdicts
 
     def damaged(self, addresses: npt.NDArray[np.int64]) -> None:
-        """Have pages that this session holds found no more; their frames stay with those who hold them.
+        """Remove pages that this session holds from the bank; holders keep their frames.
 
-        Returns at once. The session itself finds nothing until the service has heard of it.
+        Returns at once. The session finds nothing until the report has reached the service.
         """
         frames = self._numbers(addresses)
         places = np.empty(frames.size, _PLACE)
@@ -331,7 +334,7 @@ class BankSession:
             threading.Thread(target=self._report, name="sglang_xmem-bank", daemon=True).start()
 
     def reported(self, timeout_s: float) -> bool:
-        """Wait until the service has heard of all damaged pages; whether it has."""
+        """Wait until all damaged pages are reported to the service; return whether they are."""
         deadline = time.monotonic() + timeout_s
         while self._damaged and not self._lost and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -349,7 +352,7 @@ class BankSession:
                     return
 
     def _asked(self, op: int, count: int, behind: bytes) -> bytes | None:
-        """The reply's text; None where there is none. Says so once in a row."""
+        """Return the reply's text; None without a reply, which is logged once in a row."""
         if self._lost or self._closed:
             return None
         try:
@@ -357,19 +360,19 @@ class BankSession:
         except (Refused, Silent) as error:
             self.counts["bank_questions:unanswered"] += 1
             if not self._said:
-                logger.warning("sglang_xmem: pages of the bank are missed, for %s", error)
+                logger.warning("sglang_xmem: the page bank is unavailable, and its pages are misses: %s", error)
             self._said = True
             return None
         if self._said:
-            logger.warning("sglang_xmem: the page bank answers again")
+            logger.warning("sglang_xmem: the page bank is available again")
         self._said = False
         return text
 
     def _answer(self, op: int, count: int, behind: bytes) -> bytes:
-        """Ask, and once more over a new connection where the one that was there has gone; any question may come twice.
+        """Send a request; if the connection is lost, repeat it over a new one. Every request may arrive twice.
 
         Raises:
-            Refused, Silent: there is no answer.
+            Refused, Silent: there is no reply.
         """
         if self._connection.alive:
             try:
@@ -381,16 +384,16 @@ class BankSession:
         return self._connection.ask(op, count, behind).text
 
     def _join_again(self) -> None:
-        """Have the session over a new connection, as it is in memory: the service may have been started anew.
+        """Rejoin the session over a new connection, with its state in memory: the service may have restarted.
 
         Raises:
-            Refused, Silent: not now; or never, where the service has other memory.
+            Refused, Silent: not now, or never if the service has other memory.
         """
         with self._joining:
-            if self._connection.alive:  # another thread was faster
+            if self._connection.alive:  # another thread has reconnected
                 return
             if self._lost or time.monotonic() - self._tried < RETRY_S:
-                raise Silent("the mtierd has hung up")
+                raise Silent("mtierd closed the connection")
             try:
                 connection = Connection(socket_path())
                 try:
@@ -416,22 +419,22 @@ class BankSession:
             return
         self.counts["bank_sessions:lost"] += 1
         logger.warning(
-            "sglang_xmem: mtierd was started without the memory of this engine's pages, which keeps them to itself. "
-            "Restart this engine to share pages again."
+            "sglang_xmem: mtierd restarted without the memory of this engine's pages, so they are private now. Restart "
+            "this engine to share pages again."
         )
 
     @property
     def alive(self) -> bool:
-        """Whether the service had not hung up when it was last asked."""
+        """Whether the connection was open at the last request."""
         return self._connection.alive
 
     @property
     def lost(self) -> bool:
-        """Whether the service was started without this session's memory, so that its pages are its own for good."""
+        """Whether the service restarted without this session's memory, so that its pages stay private."""
         return self._lost
 
     def close(self) -> None:
-        """Give up all frames; idempotent. No copy to or from them may be under way."""
+        """Release all frames; idempotent. No copy to or from them may be in flight."""
         with self._gate:
             if self._closed:
                 return
@@ -441,18 +444,18 @@ class BankSession:
                 self._library.pages_close(handle)
         if self._slab is not None:
             self._slab.close()
-        # What was promised to this session is nobody else's until the service has heard of its end, or of that of the
-        # process, which may come much later: an engine goes on with another tier.
+        # The service keeps this session's promise until it learns of the session's end, or of the process's, which may
+        # be much later: an engine continues with another tier.
         if not self._leave():
-            with contextlib.suppress(RuntimeError):  # the interpreter is ending, and with it the process
+            with contextlib.suppress(RuntimeError):  # the interpreter, and so the process, is ending
                 threading.Thread(target=self._keep_leaving, name="sglang_xmem-bank", daemon=True).start()
 
     def _leave(self) -> bool:
-        """Whether the service knows nothing of this session any more."""
+        """End the session; return whether the service no longer knows it."""
         try:
             self._answer(LEAVE, 0, b"")
         except Refused as error:
-            if error.code != INVALID_ARGUMENT:  # it says that it knows no such session
+            if error.code != INVALID_ARGUMENT:  # it does not know the session
                 return False
         except Silent:
             if not self._lost:
@@ -471,10 +474,10 @@ class BankSession:
 
 @functools.cache
 def _library() -> Any:
-    """libpages.so.
+    """Load libpages.so.
 
     Raises:
-        BuildError, OSError: it cannot be made or loaded.
+        BuildError, OSError: it cannot be built or loaded.
     """
     library = ctypes.CDLL(str(Path(built()) / PAGES))
     handle, number, pointer = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p

@@ -1,7 +1,7 @@
-"""An index space whose frames lie in mtierd's page bank: a page gets a frame when it is stored or found there.
+"""An index space with frames in mtierd's page bank: a page gets a frame when it is stored or found there.
 
-Pages are found by keys, 32 bytes each, that the engine makes of what a page holds. A page keeps its frame until the
-engine frees it; a frame that others know too stays in the bank then.
+Pages are found by keys of 32 bytes, which the engine derives from a page's content. A page keeps its frame until the
+engine frees it; a published frame then stays in the bank.
 """
 
 from __future__ import annotations
@@ -19,40 +19,41 @@ from sglang_xmem.arena import ALIGNMENT, Space
 from sglang_xmem.bank import HAVE, NEW, BankSession
 from sglang_xmem.sums import SectionSums
 
-#: Bytes at the end of a frame for the sums of its sections, 8 each, in the order in which they were made.
+#: Bytes at the end of a frame for the sums of its sections, 8 each, in order of creation.
 TRAILER_BYTES = ALIGNMENT
-#: Seconds that a store waits at most for frames which copies still keep.
+#: Maximum seconds that a store waits for frames that copies still use.
 PATIENCE_S = 2.0
 
 
 class BankSpace(Space):
     """Pages of a rank in the page bank.
 
-    The scheduler thread stores and frees pages, storage threads find and publish them; never the same page at once.
+    The scheduler thread stores and frees pages; storage threads find and publish them; never the same page
+    concurrently.
     """
 
     def _first_table(self) -> torch.Tensor:
-        # Whatever is to be sent to another GPU or process has to be a plain address, so 0 is no frame.
+        # An address of 0 means no frame.
         table = torch.zeros(self.spec.pages, dtype=torch.int64)
         self._table = table.numpy()
-        #: What keys are mixed with, so that pages of other weights have other keys; None while pages of the weights
-        #: before may still be about.
+        #: Mixed into keys, so that pages of other weights have other keys; None while pages of the previous weights may
+        #: exist.
         self._epoch: int | None = 0
         self._next_epoch = 0
         self._sums: list[SectionSums] = []
-        #: Whether a page that the bank has already becomes the bank's, and its own frame is given up when no copy knows
-        #: it any more: where several ranks of an engine store the same bytes.
+        #: Whether a page that the bank already has adopts the bank's frame, and releases its own after the last copy:
+        #: for engines whose ranks store equal bytes.
         self.gives_way = False
-        #: Whoever calls it gets a function that says whether all copies have ended that are in flight now.
+        #: Returns a function that reports whether all copies now in flight have ended.
         self.copies_in_flight: Callable[[], Callable[[], bool]] = lambda: lambda: True
-        #: Frames that gave way to others, and whether the copies have ended that may know them.
+        #: Replaced frames, and functions that report whether the copies that may use them have ended.
         self._given_up: list[tuple[npt.NDArray[np.int64], Callable[[], bool]]] = []
         self._giving_up = threading.Lock()
         self._trailers = self._map_trailers()
         return table
 
     def _map_trailers(self) -> npt.NDArray[np.int64] | None:
-        """A row a frame; None where the CPU does not address them, so that no sum comes with a page."""
+        """One row per frame; None if the CPU does not address them, so that pages have no stored sums."""
         bank = self.bank
         if self.region.owner is None or self.spec.frame_bytes <= TRAILER_BYTES:
             return None
@@ -76,27 +77,27 @@ class BankSpace(Space):
         """As Space.look_up.
 
         Raises:
-            RuntimeError: a page that is to be loaded has no frame: the engine counts otherwise than this class.
+            RuntimeError: a page to load has no frame, so the engine's state differs from this class's.
         """
         numbers = pages.numpy()
         found = self._table[numbers]
         if not claim:
             if not found.all():
-                raise RuntimeError("sglang_xmem: a page without a frame was to be loaded; report this")
+                raise RuntimeError("sglang_xmem: a load names a page without a frame; report this error")
             self.bank.touch(found)
             return torch.from_numpy(found)
         wanting = found == 0
-        if not wanting.all():  # a pool that rides on another's pages stores to the frames that the first one got
+        if not wanting.all():  # a rider stores to the frames of the pool whose pages it uses
             wanting[~wanting] = ~self.bank.owned(found[~wanting])
             self._release(numbers[wanting])
         self._table[numbers[wanting]] = found[wanting] = self._claim(int(wanting.sum()))
         return torch.from_numpy(found)
 
     def _claim(self, count: int) -> npt.NDArray[np.int64]:
-        """Empty frames. Where those that gave way are missing, wait for the copies that keep them.
+        """Claim empty frames; if too few are free, wait for copies that use replaced frames.
 
-        A full pool of several ranks alone can come to this, and for as long as a load takes. No wait would end the
-        rank, and with it the server.
+        This occurs only with several ranks and a full pool, and lasts as long as a load. Without the wait, the rank and
+        the server would end.
         """
         deadline = time.monotonic() + PATIENCE_S
         while True:
@@ -125,14 +126,14 @@ class BankSpace(Space):
         self._sums.append(sums)
 
     def damaged(self, addresses: npt.NDArray[np.int64]) -> None:
-        """Have pages whose frames are these, by their addresses, found no more by anybody; returns at once."""
+        """Remove pages from the bank by their frames' addresses; returns at once."""
         self.bank.damaged(np.unique(addresses[addresses != 0]))
 
     def weights_changed(self, name: bytes) -> None:
-        """Share nothing until the next `clear`, and from then on with engines that have the weights of that name.
+        """Share nothing until the next `clear`, and then only with engines with weights of that name.
 
         Args:
-            name: anything; empty for the weights that the space was joined with.
+            name: an identity of the weights; empty for the original ones.
         """
         self._epoch = None
         self._next_epoch = int.from_bytes(hashlib.sha256(name).digest(), "big") if name else 0
@@ -140,22 +141,22 @@ class BankSpace(Space):
     # ---- on storage threads ----
 
     def find(self, keys: Sequence[bytes]) -> int:
-        """How many of the first keys' pages the bank has."""
+        """Count the leading keys whose pages the bank has."""
         named = self._named(keys)
         return self.bank.find(named) if named else 0
 
     def look(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-        """Which of the keys' pages the bank has, also behind one that it has not."""
+        """Report for each key whether the bank has its page."""
         named = self._named(keys)
         return self.bank.look(named) if named else np.zeros(len(keys), np.bool_)
 
     def adopt(self, keys: Sequence[bytes], pages: torch.Tensor) -> int:
-        """Let pages be those of the first keys, as far as the bank has them; moves no byte.
+        """Adopt the bank's pages of the leading keys, as far as it has them; moves no byte.
 
         Args:
             pages: int64 (len(keys),), on the CPU; without frames.
 
-        Returns: how many.
+        Returns: the number of adopted pages.
         """
         named = self._named(keys)
         if not named:
@@ -174,14 +175,14 @@ class BankSpace(Space):
         return (addresses - self.bank.slab.address) // self.bank.frame_bytes
 
     def publish(self, keys: Sequence[bytes], pages: torch.Tensor) -> int:
-        """Let others find pages whose bytes are in place.
+        """Publish pages whose bytes are complete.
 
-        A page that the bank has already stays as it is, or becomes the bank's (`gives_way`).
+        A page that the bank already has stays private, or adopts the bank's frame (`gives_way`).
 
         Args:
             pages: int64 (len(keys),), on the CPU; with frames.
 
-        Returns: how many others can find from now on that they could not before.
+        Returns: the number of newly published pages.
         """
         numbers = pages.numpy()
         addresses = self._table[numbers]
@@ -190,7 +191,7 @@ class BankSpace(Space):
             self.bank.counts["bank:private"] += len(keys)
             return 0
         if self._trailers is not None:
-            own = self.bank.owned(addresses)  # nobody reads them yet
+            own = self.bank.owned(addresses)  # not readable by others yet
             rows = np.zeros((int(own.sum()), TRAILER_BYTES // 8), np.int64)
             for column, sums in enumerate(self._sums):
                 rows[:, column] = sums.table[pages].numpy()[own]
@@ -203,13 +204,13 @@ class BankSpace(Space):
         return verdicts.count(NEW)
 
     def _give_way(self, keys: Sequence[bytes], numbers: npt.NDArray[np.int64], own: npt.NDArray[np.int64]) -> None:
-        """Let pages be the bank's, as far as it has them still."""
+        """Adopt the bank's frames for pages, as far as it still has them."""
         found = self.bank.adopt(keys)
         numbers, own = numbers[: found.size], own[: found.size]
-        # Where the bank's page is this very one, the hold that was just made is one too many.
+        # If the bank's page is this one, release the additional hold.
         pages = torch.from_numpy(numbers[found != own])
         for sums in self._sums:
-            sums.forget(pages)  # a copy that is under way compares with the page before
+            sums.forget(pages)  # a copy in flight compares with the previous page
         self._table[numbers] = found
         with self._giving_up:
             self._given_up.append((own, self.copies_in_flight()))
@@ -224,7 +225,7 @@ class BankSpace(Space):
                     self._given_up.append((frames, have_ended))
 
     def _named(self, keys: Sequence[bytes]) -> list[bytes]:
-        """The bank's keys for the engine's; none while nothing is shared."""
+        """Convert the engine's keys to the bank's; None while nothing is shared."""
         epoch = self._epoch
         if epoch is None:
             return []

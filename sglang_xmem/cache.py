@@ -1,7 +1,7 @@
-"""The folder of what is compiled here and run later: kernels and mtierd. It is the user's own.
+"""The user's folder of compiled code: kernels and mtierd.
 
-Whoever can put a file there has it run by the user, so folders and files are looked at before they are used. Imports
-the standard library alone.
+Anyone who can write there can run code as the user, so owners and permissions are checked before use. Imports only the
+standard library.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ CACHE_VARIABLE = "SGLANG_XMEM_CACHE_DIR"
 
 
 class CacheError(RuntimeError):
-    """The cache cannot be used; the message is one clause of a problem and one of a fix, without a full stop."""
+    """The cache cannot be used; the message is `problem; fix` without a full stop."""
 
 
 def cache_dir() -> Path:
-    """Make the cache folder if it is not there, for this user alone.
+    """Create the cache folder if it does not exist, only for this user.
 
     Returns:
         $SGLANG_XMEM_CACHE_DIR, or sglang_xmem in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        CacheError: there is no such place, or somebody else can write there.
+        CacheError: no folder is usable, or others can write there.
     """
     path = _place()
     try:
@@ -32,18 +32,18 @@ def cache_dir() -> Path:
         path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise CacheError(
-            f"{path} cannot be made ({error.strerror}); name a folder that can be written in {CACHE_VARIABLE}"
+            f"{path} cannot be created ({error.strerror}); set {CACHE_VARIABLE} to a writable folder"
         ) from None
     if not is_own(path) or any(_is_open(parent) for parent in path.parents):
         raise CacheError(
-            f"others can write to {path}, and what lies there is run; name a folder of your own in {CACHE_VARIABLE}, "
-            "or take their rights with chmod go-w"
+            f"others can write to {path}, whose files are executed; run chmod go-w on it, or set {CACHE_VARIABLE} to a "
+            "folder of your own"
         )
     return path
 
 
 def is_own(path: str | Path) -> bool:
-    """Whether a file or folder, no link, is this user's or root's and nobody else may write to it."""
+    """Whether a file or folder (not a link) belongs to this user or root, and only the owner may write to it."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -52,7 +52,7 @@ def is_own(path: str | Path) -> bool:
 
 
 def read_own(path: Path) -> bytes | None:
-    """Content of a regular file that passes `is_own`; None where there is none."""
+    """Read a regular file that passes `is_own`; None if there is none."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
@@ -66,13 +66,13 @@ def _place() -> Path:
     if chosen:
         path = Path(chosen)
         if not path.is_absolute():
-            raise CacheError(f"{CACHE_VARIABLE} is {chosen!r}, which is no absolute path; give one from /")
+            raise CacheError(f"{CACHE_VARIABLE} is {chosen!r}; set an absolute path")
         return path
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))  # to be ignored where it is relative, says its specification
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))  # its specification says to ignore a relative path
     if not shared.is_absolute():
         home = Path(os.path.expanduser("~"))
         if not home.is_absolute():
-            raise CacheError(f"this user has no home folder; name a folder of your own in {CACHE_VARIABLE}")
+            raise CacheError(f"this user has no home folder; set {CACHE_VARIABLE} to a folder of your own")
         shared = home / ".cache"
     return shared / "sglang_xmem"
 
@@ -82,6 +82,6 @@ def _is_own(status: os.stat_result) -> bool:
 
 
 def _is_open(folder: Path) -> bool:
-    """Whether anybody can put another folder in the place of one in `folder`."""
+    """Whether others can replace a folder in `folder`."""
     mode = folder.stat().st_mode
     return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX

@@ -1,7 +1,7 @@
-"""A page of random bytes that goes to the tier and back once per minute, so that an idle tier's failure is noticed.
+"""A page of random bytes, copied to the tier and back once per minute to detect the failure of an idle tier.
 
-A thread of its own sends it, on a stream of its own, from scratch memory on the device to a page of each pool that
-nobody else uses. Where it comes back as it went, a tier that was set aside is used again.
+A separate thread and stream copy it from scratch memory on the device to a reserved page of each pool. If it comes back
+unchanged, a tier that was set aside is used again.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two canaries, and between two while the tier is set aside.
+#: Seconds between canaries: normally, and while the tier is set aside.
 PERIOD_S = 60.0
 RETRY_S = 2.0
-#: Seconds that one may take.
+#: Seconds until a canary is late.
 LATE_S = 10.0
 
 
 class Perch(NamedTuple):
-    """A page of a pool that the canary has for itself.
+    """A page of a pool that is reserved for the canary.
 
     Attributes:
         name: of the pool, for messages.
@@ -52,10 +52,10 @@ class Canary:
     """Sends a page through each perch.
 
     Args:
-        perches: where to; their arenas have begun.
-        failed: hears why, where a page does not come back, or late.
-        came_back: hears that all pages came back.
-        eager: whether it is wanted soon.
+        perches: reserved pages; their arenas have begun.
+        failed: called with the reason if a page is lost, damaged or late.
+        came_back: called when all pages came back.
+        eager: whether to send soon.
     """
 
     def __init__(
@@ -72,30 +72,30 @@ class Canary:
         self._thread = threading.Thread(target=self._run, name="sglang_xmem-canary", daemon=True)
 
     def start(self) -> None:
-        """Begin to send pages; none without a perch."""
+        """Start to send pages; does nothing without a perch."""
         if self._cages:
             self._thread.start()
 
     def stop(self) -> None:
-        """Send no more. Does not wait for one that is on its way."""
+        """Stop. Does not wait for a page in flight."""
         self._stopped.set()
 
     def check_time(self) -> None:
-        """Report a page that is late; for a thread that nothing blocks."""
+        """Report a late page; for a thread that nothing blocks."""
         begun = self._begun
         if begun is not None and time.monotonic() - begun > LATE_S:
             self._failed(f"a canary page has not come back within {LATE_S:g} s")
 
     def send(self) -> None:
-        """Send a page through each perch and report what came of it; waits for the device."""
+        """Send a page through each perch and report the result; waits for the device."""
         self._begun = time.monotonic()
         try:
             wrong = [cage.name for cage in self._cages if not cage.there_and_back()]
-        except Exception as error:  # whatever a copy raises, the tier does not work
+        except Exception as error:  # any exception of a copy means that the tier does not work
             self._failed(f"a canary page was refused: {error}")
         else:
             if wrong:
-                self._failed(f"canary pages of {', '.join(wrong)} came back with other bytes")
+                self._failed(f"canary pages of {', '.join(wrong)} came back with wrong bytes")
             elif time.monotonic() - self._begun <= LATE_S:
                 self._came_back()
         finally:
@@ -117,7 +117,7 @@ class Cage:
         self.name = perch.name
         self._arena = arena = perch.arena
         on_gpu = arena.device.type == "cuda"
-        self._generator = torch.Generator(arena.device)  # not the engine's, which samples with its own
+        self._generator = torch.Generator(arena.device)  # separate from the engine's generator, which samples tokens
         self._bytes = torch.zeros(sum(p.unit_bytes for p in perch.planes), dtype=torch.uint8, device=arena.device)
         self._stream = torch.cuda.Stream(arena.device) if on_gpu else None
         steps, at = [], self._bytes.data_ptr()
@@ -132,7 +132,7 @@ class Cage:
             torch.cuda.current_stream(arena.device).synchronize()
 
     def there_and_back(self) -> bool:
-        """Whether random bytes come back as they went; waits for the device. True for an arena that is closed.
+        """Whether random bytes come back unchanged; waits for the device. True for a closed arena.
 
         Raises:
             CopyError: a copy was refused.

@@ -1,4 +1,4 @@
-"""The command `sglang-xmem`. Imports neither torch nor SGLang: a benchmark's module is imported when it runs."""
+"""The command `sglang-xmem`. Imports neither torch nor SGLang; a benchmark's module is imported when it runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sglang_xmem.errors import ConfigError
 #: Status of a command that was interrupted, as a shell reports SIGINT.
 INTERRUPTED = 130
 
-#: Commands by name: the module, which has `add_arguments`, `run` and a docstring, and what the command is for.
+#: Commands by name: the module (with `add_arguments`, `run` and a docstring), and the help text.
 COMMANDS = {
     "mtierd": ("sglang_xmem.mtier.daemon", "share banks of memory among engines"),
-    "top": ("sglang_xmem.top", "a server's tier, live in the terminal"),
-    "doctor": ("sglang_xmem.doctor", "what this machine has, and which tier it would get"),
+    "top": ("sglang_xmem.top", "show a server's tier live in the terminal"),
+    "doctor": ("sglang_xmem.doctor", "show this machine's memory and links, and the tier that `auto` would use"),
 }
 BENCHMARKS = {
     "ttft": ("sglang_xmem.bench.ttft", "time to first token of hits, by backend and prompt length"),
@@ -27,16 +27,16 @@ BENCHMARKS = {
     "multiturn": ("sglang_xmem.bench.multiturn", "agents with growing shared context, TTFT by turn"),
     "trace": ("sglang_xmem.bench.trace", "a recorded trace of requests, replayed"),
     "copy": ("sglang_xmem.bench.copy", "verified page copies through each tier, GB/s"),
-    "soak": ("sglang_xmem.bench.soak", "many verified page copies through each tier, under load"),
-    "report": ("sglang_xmem.bench.report", "table and plots of results"),
-    "compare": ("sglang_xmem.bench.compare", "what changed between two results"),
+    "soak": ("sglang_xmem.bench.soak", "verified page copies through each tier, under load"),
+    "report": ("sglang_xmem.bench.report", "tables and plots of results"),
+    "compare": ("sglang_xmem.bench.compare", "differences between two results"),
 }
 
 
 class _Lazy(argparse.ArgumentParser):
-    """A parser of one command, which imports the command's module when it is used: help and arguments are there.
+    """A parser of one command that imports the command's module, with its help and arguments, on first use.
 
-    It refuses what it does not know itself: argparse would pass that up, and the root would print its own usage.
+    It refuses unknown arguments itself: argparse would pass them to the root parser, which would print its own usage.
     """
 
     module: str | None = None
@@ -58,11 +58,12 @@ class _Lazy(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands; each sets `run`, a function of the parsed arguments that returns the exit status."""
+    """Build the parser of all commands; each sets `run`, a function of the parsed arguments that returns the exit
+    status."""
     root = argparse.ArgumentParser(prog="sglang-xmem", description="Commands of sglang_xmem.")
     root.add_argument("--version", action="version", version=f"sglang_xmem {sglang_xmem.__version__}")
     commands = root.add_subparsers(dest="command", required=True, parser_class=_Lazy)
-    bench: Any = commands.add_parser("bench", help="measure", description="Benchmarks.")
+    bench: Any = commands.add_parser("bench", help="run a benchmark", description="Benchmarks.")
     _add(bench.add_subparsers(dest="bench", required=True, parser_class=_Lazy).add_parser, BENCHMARKS)
     _add(commands.add_parser, COMMANDS)
     return root
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads stdout has enough, such as head
+    except BrokenPipeError:  # the reader of stdout has closed it, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -1,4 +1,4 @@
-"""The user's options: from flags, keywords, variables and JSON to checked values. The only reader of any of them."""
+"""Parse the user's options, from flags, keywords, variables and JSON to checked values. No other module reads them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from sglang_xmem.tiers import tier_classes
 
 AUTO = "auto"
 CONFIG_OPTION = SGLANG_FLAGS.config
-#: Environment variables that the two options default to.
+#: Environment variables with the defaults of the two options.
 TIER_VARIABLE = "SGLANG_XMEM_TIER"
 CONFIG_VARIABLE = "SGLANG_XMEM_CONFIG"
-#: A configuration's file may have so many bytes.
+#: Maximum size of a configuration file, in bytes.
 MOST_FILE_BYTES = 1 << 20
 
 Kernel = Literal["auto", "cuda", "triton", "torch"]
 Level = Literal["off", "sample", "full"]
-#: Key of the configuration that says how many pages have sums, and its values; the first is the default.
+#: Key of the configuration that selects the pages with sums, and its values; the first is the default.
 INTEGRITY = "integrity"
 _LEVELS: tuple[Level, ...] = ("sample", "off", "full")
 _DIRECTIONS: tuple[Direction, ...] = ("load", "store")
-#: The least and the most that `copy.staging_mib` may be, if not 0.
+#: Bounds of `copy.staging_mib`, if not 0.
 _LEAST_STAGING_MIB, _MOST_STAGING_MIB = 32, 1 << 14
 
 
@@ -40,11 +40,11 @@ class CopySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The `copy` key of --hicache-xmem-config.
 
     Attributes:
-        kernel: which page copier; `auto` is `cuda` on a GPU and `torch` without one.
-        load, store: changes to the copier's measured settings of a direction, such as {"ctas": 16}: fields of
-            `sglang_xmem.copies.tuning.CudaTuning`. `triton` takes `ctas` alone, `torch` nothing.
-        staging_mib: MiB of the GPU's memory through which its copy engines load from host memory; 0: the kernel loads
-            all.
+        kernel: the page copier; `auto` is `cuda` on a GPU and `torch` without one.
+        load, store: overrides of the copier's measured settings for a direction, such as {"ctas": 16}: fields of
+            `sglang_xmem.copies.tuning.CudaTuning`. `triton` supports only `ctas`, `torch` none.
+        staging_mib: GPU staging memory (MiB) through which the copy engines load from host memory; 0: the kernel does
+            all loads.
     """
 
     kernel: Kernel = "auto"
@@ -54,14 +54,14 @@ class CopySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What the user asked for.
+    """The user's checked options.
 
     Attributes:
         tier: `auto` or a tier's name.
         copy: settings of the page copier.
         tiers: settings of every tier by its name, defaults included.
-        flags: what the options are called where the user gave them, for messages.
-        integrity: whether no page, one page in 16 or all are compared with what was stored.
+        flags: the option names that the user used, for messages.
+        integrity: which pages are compared with what was stored: none, one in 16, or all.
     """
 
     tier: str
@@ -80,7 +80,7 @@ def parse_options(
         tier: value of --hicache-xmem-tier; None: SGLANG_XMEM_TIER, else auto.
         config: value of --hicache-xmem-config: a JSON object as text, `@` and a file's path, or a dict; None:
             SGLANG_XMEM_CONFIG, else nothing.
-        flags: what the two options are called.
+        flags: names of the two options.
 
     Raises:
         ConfigError: an unknown tier or key, a wrong type or value, a file that cannot be read, text that is not JSON.
@@ -141,7 +141,7 @@ def _read_config(config: str | dict[str, Any] | None, option: str) -> dict[str, 
 
 
 def _read_file(path: str, source: str) -> str:
-    """Text of a regular file of at most MOST_FILE_BYTES; of nothing that could have no end, or make one wait."""
+    """Read a regular file of at most MOST_FILE_BYTES; refuse devices and pipes, which may block or never end."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         with open(fd, "rb") as file:
@@ -155,14 +155,14 @@ def _read_file(path: str, source: str) -> str:
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         if "\0" in path:
-            reason = "no path has a zero byte"
+            reason = "the path has a zero byte"
         raise ConfigError(f"{source} cannot be read ({reason}). Name a readable JSON file.") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; refuses a key that occurs twice, of which Python would use the last."""
+    """Build a JSON object; refuse a duplicate key, for which Python would use the last value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -171,7 +171,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+    raise ValueError(f"{name} is not a valid JSON number")
 
 
 # ---- JSON to settings ----
@@ -194,7 +194,7 @@ def _section(name: str, kind: type[msgspec.Struct], value: Any, flags: FlagStyle
 
 
 def _wrong(error: Exception, section: str, kind: type[msgspec.Struct], value: dict[str, Any]) -> SettingError:
-    """msgspec's words (`Expected ..., got ... - at `$.key[0]``) as a setting, its value and what to give."""
+    """Convert msgspec's message (`Expected ..., got ... - at `$.key[0]``) to a setting, its value and the fix."""
     message, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`")
     found: Any = value
@@ -215,7 +215,7 @@ def _wrong(error: Exception, section: str, kind: type[msgspec.Struct], value: di
     return SettingError(f"{section}{path}", f"is {_short(found)}", fix)
 
 
-#: JSON's types for people.
+#: JSON types in messages.
 _NAMES = {
     "int": "a whole number",
     "float": "a number",
@@ -228,7 +228,7 @@ _NAMES = {
 
 
 def _choices(hint: Any) -> list[str]:
-    """The values of a Literal, also inside of a union."""
+    """Return the values of a Literal, also inside a union."""
     if typing.get_origin(hint) is Literal:
         return [str(value) for value in typing.get_args(hint)]
     return [choice for argument in typing.get_args(hint) for choice in _choices(argument)]
@@ -240,7 +240,7 @@ def _or(words: Iterable[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as the user wrote it, cut where it is long."""
+    """Format a value as the user wrote it, truncated if long."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -257,7 +257,7 @@ def _tuning_types() -> dict[str, Any]:
 
 
 def _check_tuning(direction: Direction, changes: Mapping[str, Any]) -> None:
-    """Try changes on every tuning that they may be of: which one it will be is decided later, and must not fail then.
+    """Validate overrides on every tuning that they may apply to: the tuning is chosen later, and must not fail then.
 
     Raises:
         SettingError: one is unknown or out of range.
@@ -287,10 +287,10 @@ def _check_tuning(direction: Direction, changes: Mapping[str, Any]) -> None:
 
 
 def _check_staging(copy: CopySettings) -> None:
-    """Refuse staging memory of no use.
+    """Refuse staging memory that is out of range, or that the kernel does not use.
 
     Raises:
-        SettingError: its size is.
+        SettingError: the size is invalid.
     """
     mib = copy.staging_mib
     if mib == 0:
@@ -303,7 +303,7 @@ def _check_staging(copy: CopySettings) -> None:
 
 
 def check_copies(options: Options, *, on_gpu: bool) -> None:
-    """Refuse copiers and settings of them that the engine's device cannot have.
+    """Refuse copiers and copier settings that the engine's device does not support.
 
     Raises:
         ConfigError: one sentence.
@@ -311,9 +311,9 @@ def check_copies(options: Options, *, on_gpu: bool) -> None:
     try:
         kernel = options.copy.kernel
         if kernel in ("cuda", "triton") and not on_gpu:
-            raise SettingError("copy.kernel", f"is {kernel}, and the engine runs on the CPU", "leave it out")
+            raise SettingError("copy.kernel", f"is {kernel}, but the engine runs on the CPU", "leave it out")
         if kernel == "torch" and on_gpu:
-            raise SettingError("copy.kernel", "is torch, and the engine runs on a GPU", "give cuda or triton")
+            raise SettingError("copy.kernel", "is torch, but the engine runs on a GPU", "give cuda or triton")
         if kernel == AUTO and not on_gpu:
             _check_changes(options.copy, "torch", "the engine runs on the CPU")
     except SettingError as error:
@@ -321,10 +321,10 @@ def check_copies(options: Options, *, on_gpu: bool) -> None:
 
 
 def _check_kernel(options: Options) -> None:
-    """Refuse what the kernel that the user chose has no use for.
+    """Refuse settings that the user's kernel ignores.
 
     Raises:
-        SettingError: something is set for another kernel.
+        SettingError: a setting is for another kernel.
     """
     copy = options.copy
     if copy.kernel in (AUTO, "cuda"):
@@ -339,7 +339,7 @@ def _check_kernel(options: Options) -> None:
         }
         for key in (key for key, other_gpu in asked.items() if other_gpu):
             problem = f"asks for copies by another GPU, and copy.kernel is {copy.kernel}"
-            raise SettingError(f"{tier}.{key}", problem, "leave it out, or give 'copy.kernel' cuda")
+            raise SettingError(f"{tier}.{key}", problem, "leave it out, or set 'copy.kernel' to cuda")
 
 
 def _check_changes(copy: CopySettings, kernel: str, because: str) -> None:

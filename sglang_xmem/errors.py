@@ -1,7 +1,7 @@
-"""Errors of sglang_xmem, and the one function that words them: "Problem. Fix." with the option and its value.
+"""Errors of sglang_xmem, and the one function that formats them: "Problem. Fix." with the option and its value.
 
-What went wrong and what to do about it are data, for flags have other names in another engine: whoever shows an error
-gives `sentence` the names of its own. Imports the standard library alone.
+The problem and its remedies are data, because another engine has other flag names: the caller that shows an error
+passes its own names to `sentence`. Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import sys
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, NoReturn
 
-#: Exit status of a scheduler that refused to start, by which the launcher distinguishes it from a crash
-#: (EX_CONFIG of sysexits.h).
+#: Exit status of a scheduler that refused to start, which the launcher distinguishes from a crash (EX_CONFIG of
+#: sysexits.h).
 REFUSED_EXIT_STATUS = 78
 
 
 class FlagStyle(NamedTuple):
-    """What a user calls the options here, for messages.
+    """The names of the options in one engine, for messages.
 
     Attributes:
-        size: the option, or options, that the pool's size comes from.
+        size: the option or options that set the pool's size.
         tier: the option that names a tier.
-        config: the option that takes settings.
+        config: the option that holds settings.
     """
 
     size: str
@@ -37,13 +37,13 @@ RemedyKind = Literal[
 
 
 class Remedy(NamedTuple):
-    """One way to mend a problem; several of an error are alternatives.
+    """One fix of a problem; several remedies of an error are alternatives.
 
     Attributes:
-        kind: `lower_size`: a smaller pool. `use_tier`: tier `value`. `set_option`: give setting `option` (such as
-            "peer.gpus") the value `value`, or another one where that is None. `leave_out`: remove setting `option`.
-            `install`: run the command `value`. `start_service`: start `value`. `set_variable`: set the environment
-            variable `option` to `value`; unset it where that is None. `do`: a clause that names no option of ours.
+        kind: `lower_size`: a smaller pool. `use_tier`: tier `value`. `set_option`: set `option` (such as "peer.gpus")
+            to `value`, or to another value if that is None. `leave_out`: remove setting `option`. `install`: run the
+            command `value`. `start_service`: start `value`. `set_variable`: set the environment variable `option` to
+            `value`, or unset it if that is None. `do`: a clause that names no option of this package.
     """
 
     kind: RemedyKind
@@ -55,11 +55,11 @@ LOWER_SIZE = Remedy("lower_size")
 
 
 class ConfigError(ValueError):
-    """A user's mistake in a flag, a keyword or the configuration; raised before anything is allocated."""
+    """A user error in a flag, a keyword or the configuration; raised before anything is allocated."""
 
 
 class SettingError(ConfigError):
-    """A setting of --hicache-xmem-config that asks for something impossible.
+    """A setting of --hicache-xmem-config that is impossible.
 
     Args:
         setting: its name, such as "dram.threads".
@@ -76,13 +76,13 @@ class SettingError(ConfigError):
 
 
 class Unavailable(Exception):
-    """This machine cannot provide something, or not now.
+    """This machine cannot provide something, or cannot provide it now.
 
     `auto` skips such a tier and reports the reason; an explicit choice turns it into a ConfigError.
 
     Args:
         reason: a clause without a full stop.
-        remedies: what would help; each is an alternative.
+        remedies: fixes; each is an alternative.
     """
 
     def __init__(self, reason: str, *remedies: Remedy) -> None:
@@ -91,12 +91,8 @@ class Unavailable(Exception):
         self.remedies = remedies
 
     def __str__(self) -> str:
-        """A clause with SGLang's flags: `reason; fix`."""
+        """Return `reason; fix` with SGLang's flags."""
         return clause(self.reason, self.remedies)
-
-
-#: The name until the first SGLang adapter was split; other modules still use it.
-TierUnavailable = Unavailable
 
 
 class CopyError(RuntimeError):
@@ -104,14 +100,14 @@ class CopyError(RuntimeError):
 
 
 class UnsupportedSGLang(RuntimeError):
-    """The installed SGLang is not one that this package can patch."""
+    """This package cannot patch the installed SGLang."""
 
 
 def sentence(error: Exception, flags: FlagStyle = SGLANG_FLAGS) -> str:
-    """Word an error for people: "Problem. Fix."
+    """Format an error for users: "Problem. Fix."
 
     Args:
-        flags: what the options are called where the message is shown.
+        flags: names of the options in the engine that shows the message.
     """
     if isinstance(error, SettingError):
         return f"{flags.config} {error.setting!r} {error.problem}. {_capital(error.fix)}."
@@ -122,13 +118,13 @@ def sentence(error: Exception, flags: FlagStyle = SGLANG_FLAGS) -> str:
 
 
 def clause(reason: str, remedies: Iterable[Remedy], flags: FlagStyle = SGLANG_FLAGS) -> str:
-    """`reason; fix`, for lists of reasons."""
+    """Return `reason; fix`, for lists of reasons."""
     fix = fixes(remedies, flags)
     return f"{reason}; {fix}" if fix else reason
 
 
 def fixes(remedies: Iterable[Remedy], flags: FlagStyle = SGLANG_FLAGS) -> str:
-    """Word remedies as one imperative clause of alternatives, empty where there are none."""
+    """Join remedies into one imperative clause of alternatives, empty without remedies."""
     words = [_fix(remedy, flags) for remedy in remedies]
     return ", or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
@@ -153,7 +149,7 @@ def _fix(remedy: Remedy, flags: FlagStyle) -> str:
 
 
 def _capital(text: str) -> str:
-    """`text` with a capital, unless its first word is a name that is written small."""
+    """Capitalize `text`, unless its first word is an identifier."""
     first = text.split(" ", 1)[0].rstrip(",;:")
     return text[:1].upper() + text[1:] if first.isalpha() else text
 
@@ -161,7 +157,7 @@ def _capital(text: str) -> str:
 def refuse(message: str) -> NoReturn:
     """End this process with `message` alone on stderr and status REFUSED_EXIT_STATUS.
 
-    SystemExit passes through SGLang's `except Exception` handlers, which would print a traceback or go on.
+    SystemExit passes through SGLang's `except Exception` handlers, which would print a traceback or continue.
     """
     sys.stderr.write(f"sglang_xmem: {message}\n")
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""Errors of GPUs that the driver reports: a thread waits for NVML's events, and looks at counters and links.
+"""Watch for GPU errors that the driver reports: a thread waits for NVML's events, and checks counters and links.
 
-An error that passes sets the tier aside until a canary comes back. One after which the GPU has to be reset sets it
-aside for good: reading what the GPU holds may end the rank's CUDA context.
+A transient error sets the tier aside until a canary comes back. An error that requires a GPU reset sets it aside until
+a restart: reading the GPU's memory may end the rank's CUDA context.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sglang_xmem.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
-#: Milliseconds that one wait for events takes, of all GPUs together.
+#: Milliseconds of one wait for events of all GPUs.
 WAIT_MS = 2000
 
-#: Numbers of the driver's error reports (Xid) after which a GPU goes on. Those that programs cause by themselves, such
-#: as 13, 31, 43 and 45, say nothing of the hardware and are not here.
+#: Numbers of the driver's error reports (Xid) after which a GPU continues. Those caused by programs, such as 13, 31, 43
+#: and 45, say nothing about the hardware and are not listed.
 PASSING: Final[Mapping[int, str]] = {
     63: "a row of its memory was replaced",
     74: "an NVLink failed",

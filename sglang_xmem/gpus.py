@@ -1,4 +1,4 @@
-"""What the CUDA driver and NVML say of this machine's GPUs, without making a CUDA context.
+"""Queries about this machine's GPUs to the CUDA driver and NVML, without creating a CUDA context.
 
 GPUs are CUDA ordinals as this process sees them (CUDA_VISIBLE_DEVICES applies), as in SGLang's --base-gpu-id.
 """
@@ -15,17 +15,17 @@ import psutil
 
 from sglang_xmem.errors import Remedy, SettingError, Unavailable
 
-#: A GPU with more bytes in use than this by nobody whom NVML names counts as in use: an idle H200 shows under 10 MB, a
-#: bare CUDA context about 500 MB.
+#: Bytes in use without a visible process above which a GPU counts as in use: an idle H200 shows less than 10 MB, a bare
+#: CUDA context about 500 MB.
 IDLE_USED_BYTES = 256 << 20
 
 
 def checked(result: Any, doing: str) -> Any:
-    """The values of a cuda-bindings call, or Unavailable with the driver's words.
+    """Return the values of a cuda-bindings call, or raise Unavailable with the driver's message.
 
     Args:
-        result: what the call returned: (status, value, ...).
-        doing: what was tried, for the message.
+        result: the call's result: (status, value, ...).
+        doing: the action, for the message.
     """
     from cuda.bindings import driver
 
@@ -43,10 +43,10 @@ def _no_package(name: str) -> Unavailable:
 
 @functools.cache
 def driver() -> Any:
-    """cuda.bindings.driver, initialized.
+    """Return cuda.bindings.driver, initialized.
 
     Raises:
-        Unavailable: no driver or no GPU.
+        Unavailable: there is no driver or no GPU.
     """
     try:
         from cuda.bindings import driver as bindings
@@ -54,7 +54,7 @@ def driver() -> Any:
         raise _no_package("cuda-bindings") from None
     try:
         status = bindings.cuInit(0)[0]
-    except Exception:  # cuda-bindings raises errors of several packages where libcuda is missing
+    except Exception:  # without libcuda, cuda-bindings raises errors of several packages
         raise Unavailable("this machine has no NVIDIA driver") from None
     if status != bindings.CUresult.CUDA_SUCCESS:
         raise Unavailable(f"the NVIDIA driver finds no usable GPU (cuInit: error {int(status)})")
@@ -66,21 +66,21 @@ def _device(gpu: int) -> Any:
 
 
 def visible_gpus() -> range:
-    """All CUDA ordinals."""
+    """Return all CUDA ordinals."""
     return range(checked(driver().cuDeviceGetCount(), "counting GPUs"))
 
 
 def check_named(setting: str, named: Iterable[int], engine: Collection[int | None]) -> None:
-    """Refuse GPUs that a setting names for an engine's use and that are not there, or are the engine's own.
+    """Refuse named GPUs that do not exist, or that the engine computes on.
 
     Raises:
-        SettingError: one of them is.
+        SettingError: a GPU is refused.
     """
     visible = visible_gpus()
     for gpu in named:
         if gpu not in visible:
             raise SettingError(
-                setting, f"names GPU {gpu}, and this process sees {_gpu_list(visible)}", "name one of these"
+                setting, f"names GPU {gpu}, but this process sees {_gpu_list(visible)}", "name one of these"
             )
         if gpu in engine:
             raise SettingError(setting, f"names GPU {gpu}, which this engine computes on", "name another GPU")
@@ -91,30 +91,30 @@ def _gpu_list(visible: range) -> str:
 
 
 def can_access_peer(gpu: int, peer: int) -> bool:
-    """Whether kernels on `gpu` can be given access to memory of `peer`."""
+    """Whether kernels on `gpu` can access memory of `peer`."""
     d = driver()
     answer = d.cuDeviceCanAccessPeer(_device(gpu), _device(peer))
-    return bool(checked(answer, f"asking for peer access from GPU {gpu} to GPU {peer}"))
+    return bool(checked(answer, f"querying peer access from GPU {gpu} to GPU {peer}"))
 
 
 def attribute(gpu: int, name: str) -> int:
-    """A CUdevice_attribute by its name without CU_DEVICE_ATTRIBUTE_."""
+    """Return a CUdevice_attribute by its name without CU_DEVICE_ATTRIBUTE_."""
     d = driver()
     key = getattr(d.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
     return int(checked(d.cuDeviceGetAttribute(key, _device(gpu)), name))
 
 
 def peer_atomics(gpu: int, peer: int) -> bool:
-    """Whether additions by kernels on `gpu` to integers in memory of `peer` are atomic, as they are over NVLink.
+    """Whether integer additions by kernels on `gpu` in memory of `peer` are atomic, as over NVLink.
 
-    Over PCIe such an addition is a read and a write, and one of two at a time may be lost.
+    Over PCIe such an addition is a read and a write, so one of two concurrent additions may be lost.
     """
     d = driver()
-    # All operations of CUDA, or since CUDA 13 some: an integer addition is the first that any link has.
+    # The first attribute means all CUDA atomics, the second (since CUDA 13) some; every such link has integer addition.
     for name in ("NATIVE_ATOMIC_SUPPORTED", "ONLY_PARTIAL_NATIVE_ATOMIC_SUPPORTED"):
         key = getattr(d.CUdevice_P2PAttribute, f"CU_DEVICE_P2P_ATTRIBUTE_{name}", None)
         if key is None:
-            continue  # cuda-bindings of before
+            continue  # older cuda-bindings
         status, value = d.cuDeviceGetP2PAttribute(key, _device(gpu), _device(peer))
         if not status.value and value:  # an older driver refuses the question
             return True
@@ -122,26 +122,26 @@ def peer_atomics(gpu: int, peer: int) -> bool:
 
 
 def hold_context(gpu: int, undo: ExitStack) -> Any:
-    """Keep a GPU's primary context until `undo`, and return it; it becomes current nowhere.
+    """Retain a GPU's primary context until `undo`, and return it without making it current.
 
-    Without any context a GPU's clocks are idle, and other GPUs reach its memory at a lower rate (docs/performance.md).
+    Without any context a GPU runs at idle clocks, and other GPUs access its memory more slowly (docs/performance.md).
 
     Raises:
-        Unavailable: the GPU gives none.
+        Unavailable: the driver refuses a context.
     """
     d = driver()
     device = _device(gpu)
-    context = checked(d.cuDevicePrimaryCtxRetain(device), f"making a context on GPU {gpu}")
+    context = checked(d.cuDevicePrimaryCtxRetain(device), f"creating a context on GPU {gpu}")
     undo.callback(d.cuDevicePrimaryCtxRelease, device)
     return context
 
 
 @functools.cache
 def nvml_library() -> Any:
-    """pynvml, initialized.
+    """Return pynvml, initialized.
 
     Raises:
-        Unavailable: there is none.
+        Unavailable: it is missing or does not start.
     """
     try:
         import pynvml
@@ -155,7 +155,7 @@ def nvml_library() -> Any:
 
 
 def nvml_handle(gpu: int) -> Any:
-    """NVML's handle of a GPU.
+    """Return NVML's handle of a GPU.
 
     Raises:
         Unavailable: NVML does not know it.
@@ -172,14 +172,14 @@ def nvml_handle(gpu: int) -> Any:
 
 
 def memory_bytes(gpu: int) -> tuple[int, int]:
-    """(free, used) bytes of a GPU's memory, over all processes."""
+    """Return (free, used) bytes of a GPU's memory, over all processes."""
     nvml = nvml_library()
     info = nvml.nvmlDeviceGetMemoryInfo(nvml_handle(gpu), version=nvml.nvmlMemory_v2)
     return int(info.free), int(info.used)
 
 
 def sm_clock_mhz(gpu: int) -> int | None:
-    """The clock of a GPU's multiprocessors now; None where the driver does not report it."""
+    """Return the current SM clock of a GPU; None if the driver does not report it."""
     nvml = nvml_library()
     with suppress(nvml.NVMLError):
         return int(nvml.nvmlDeviceGetClockInfo(nvml_handle(gpu), nvml.NVML_CLOCK_SM))
@@ -187,53 +187,54 @@ def sm_clock_mhz(gpu: int) -> int | None:
 
 
 def total_bytes(gpu: int) -> int:
-    """Bytes of a GPU's memory."""
+    """Return the total bytes of a GPU's memory."""
     d = driver()
     return int(checked(d.cuDeviceTotalMem(_device(gpu)), f"sizing GPU {gpu}"))
 
 
 def name(gpu: int) -> str:
-    """A GPU's product name."""
+    """Return a GPU's product name."""
     d = driver()
     raw = checked(d.cuDeviceGetName(128, _device(gpu)), f"naming GPU {gpu}")
     return str(raw.split(b"\0")[0].decode(errors="replace"))
 
 
 def driver_versions() -> tuple[str, str]:
-    """The NVIDIA driver's version, and that of the newest CUDA that it runs, such as ("580.65.06", "13.0")."""
-    number = int(checked(driver().cuDriverGetVersion(), "asking for the driver's version"))
+    """Return the versions of the NVIDIA driver and of the newest CUDA that it supports, such as ("580.65.06",
+    "13.0")."""
+    number = int(checked(driver().cuDriverGetVersion(), "querying the driver's version"))
     return str(nvml_library().nvmlSystemGetDriverVersion()), f"{number // 1000}.{number % 1000 // 10}"
 
 
 def processes(gpu: int) -> dict[int, int | None]:
-    """Bytes of a GPU's memory by process id, None where the driver does not say.
+    """Return the bytes of a GPU's memory by process id; None if the driver does not report them.
 
-    Those of other containers may be missing: `memory_bytes` counts their memory all the same.
+    Processes of other containers may be missing; `memory_bytes` includes their memory.
     """
     nvml = nvml_library()
     handle = nvml_handle(gpu)
     found: dict[int, int | None] = {}
     for query in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
-        with suppress(nvml.NVMLError):  # not offered in some virtual machines; used memory still shows it
+        with suppress(nvml.NVMLError):  # not available in some virtual machines; used memory still shows the use
             found.update((process.pid, process.usedGpuMemory) for process in query(handle))
     return found
 
 
 def foreign_use(gpu: int) -> str | None:
-    """A clause that says who else uses a GPU, or None where it is free.
+    """Return a clause about other processes on a GPU, or None if there are none.
 
-    This process does not count, and for one of an engine's ranks neither do its launcher and the other ranks. A
-    launcher has no ranks yet when it asks: children that it has are another engine's, and use their GPUs.
+    This process does not count. For a rank, its launcher and the other ranks do not count either. A launcher has no
+    ranks yet when it asks: its children belong to another engine, which uses their GPUs.
     """
     held = processes(gpu)
     foreign = sorted(held.keys() - _own_pids())
     if foreign:
         return f"GPU {gpu} is in use by process {', '.join(map(str, foreign))}"
-    # NVML names processes with a context on the GPU. One of another container, or one that only maps the GPU's memory
-    # as tier `peer` does, shows in the GPU's used bytes alone.
+    # NVML lists processes with a context on the GPU. A process of another container, or one that only maps the GPU's
+    # memory as tier `peer` does, shows only in the GPU's used bytes.
     hidden = memory_bytes(gpu)[1] - sum(nbytes or 0 for nbytes in held.values())
     if None not in held.values() and hidden > IDLE_USED_BYTES:
-        return f"GPU {gpu} has {hidden / 1e9:.2f} GB in use by processes that cannot be seen from here"
+        return f"GPU {gpu} has {hidden / 1e9:.2f} GB in use by processes that are not visible from here"
     return None
 
 
@@ -250,15 +251,15 @@ _is_rank = False
 
 
 def mark_as_rank() -> None:
-    """Say that this process is one of an engine's ranks: its siblings' use of a GPU is not foreign."""
+    """Mark this process as a rank of an engine, whose other ranks' use of a GPU does not count."""
     global _is_rank
     _is_rank = True
 
 
 def numa_node(gpu: int) -> int | None:
-    """The NUMA node that a GPU hangs on, None where the machine does not say."""
+    """Return the NUMA node of a GPU; None if the machine does not report it."""
     d = driver()
-    bus = checked(d.cuDeviceGetPCIBusId(16, _device(gpu)), "reading its bus id")
+    bus = checked(d.cuDeviceGetPCIBusId(16, _device(gpu)), "reading the GPU's bus id")
     name = bus.split(b"\0")[0].decode().lower()
     with suppress(OSError, ValueError), open(f"/sys/bus/pci/devices/{name}/numa_node", encoding="ascii") as file:
         node = int(file.read())

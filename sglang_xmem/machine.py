@@ -1,7 +1,6 @@
-"""What this machine's memory is: NUMA nodes, hugepages, limits of containers, devices of memory. Imports no torch.
+"""Facts about this machine's memory: NUMA nodes, hugepages, container limits, memory devices. Imports no torch.
 
-Everything is read from files of the kernel at the time of the call. `root` is the directory that holds `sys` and
-`proc`; tests give another one.
+Every call reads the kernel's files. `root` is the directory that holds `sys` and `proc`, for tests.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import psutil
 
 ROOT = Path("/")
 
-#: Left free of the machine's memory, a share of it on each NUMA node, as SGLang leaves it.
+#: Bytes of the machine's memory to leave free, as in SGLang; each NUMA node leaves its share.
 HOST_RESERVE_BYTES = 10 << 30
 
 _NODES = "sys/devices/system/node"
-#: The number of the system call mbind, by machine; the C library has no function for it.
+#: Number of the system call mbind by machine; the C library has no function for it.
 _MBIND = {"x86_64": 237, "aarch64": 235}
 _MPOL_BIND = 2
 
@@ -33,7 +32,8 @@ _MPOL_BIND = 2
 
 
 def memory_nodes(root: Path = ROOT) -> tuple[int, ...]:
-    """NUMA nodes that have memory for this process, in ascending order; empty where the kernel does not say."""
+    """Return the NUMA nodes with memory for this process, in ascending order; empty if the kernel does not report
+    them."""
     allowed = allowed_nodes(root)
     return tuple(
         node
@@ -43,21 +43,21 @@ def memory_nodes(root: Path = ROOT) -> tuple[int, ...]:
 
 
 def cxl_nodes(root: Path = ROOT) -> tuple[int, ...]:
-    """NUMA nodes with memory and no CPU, such as CXL memory in system-ram mode; not those of a GPU's own memory.
+    """Return the NUMA nodes with memory and no CPU, such as CXL memory in system-ram mode, without GPU memory.
 
-    Nothing is placed on one unless the user names it.
+    Memory is placed on such a node only if the user names it.
     """
     of_gpus = _gpu_memory_nodes(root)
     return tuple(node for node in memory_nodes(root) if not node_cpus(node, root) and node not in of_gpus)
 
 
 def cpu_nodes(root: Path = ROOT) -> tuple[int, ...]:
-    """NUMA nodes with memory that have CPUs."""
+    """Return the NUMA nodes with memory and CPUs."""
     return tuple(node for node in memory_nodes(root) if node_cpus(node, root))
 
 
 def _gpu_memory_nodes(root: Path) -> set[int]:
-    """Nodes that are the memory of NVIDIA GPUs (Grace Hopper and its like)."""
+    """Return the nodes that are memory of NVIDIA GPUs (such as Grace Hopper)."""
     found = set()
     with suppress(OSError):
         for path in (root / "proc/driver/nvidia/gpus").glob("*/numa_status"):
@@ -69,14 +69,14 @@ def _gpu_memory_nodes(root: Path) -> set[int]:
 
 
 def node_cpus(node: int, root: Path = ROOT) -> set[int]:
-    """CPUs of a node; empty where there are none or the kernel does not say."""
+    """Return the CPUs of a node; empty if it has none or the kernel does not report them."""
     with suppress(OSError, ValueError):
         return _ranges((root / _NODES / f"node{node}" / "cpulist").read_text(encoding="ascii"))
     return set()
 
 
 def allowed_nodes(root: Path = ROOT) -> set[int] | None:
-    """Nodes that this process's cpuset lets it have memory of; None where the kernel does not say."""
+    """Return the nodes that this process's cpuset allows for memory; None if the kernel does not report them."""
     with suppress(OSError, ValueError):
         for line in (root / "proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("Mems_allowed_list:"):
@@ -85,7 +85,7 @@ def allowed_nodes(root: Path = ROOT) -> set[int] | None:
 
 
 def node_field(node: int, field: str, root: Path = ROOT) -> int:
-    """A field of a node's meminfo, in bytes; 0 where the kernel does not give it."""
+    """Return a field of a node's meminfo, in bytes; 0 if the kernel does not report it."""
     with suppress(OSError, ValueError):
         for line in (root / _NODES / f"node{node}" / "meminfo").read_text(encoding="ascii").splitlines():
             words = line.split()  # "Node 0 MemFree:   123 kB"
@@ -95,9 +95,10 @@ def node_field(node: int, field: str, root: Path = ROOT) -> int:
 
 
 def node_available_bytes(node: int, root: Path = ROOT) -> int:
-    """Bytes of a node that can be had without swapping, as the kernel reckons MemAvailable, which it gives no node.
+    """Return the bytes of a node that are available without swapping: MemAvailable, which the kernel reports only for
+    the machine.
 
-    Free pages, and page cache and reclaimable slabs less what the kernel keeps of them, above the low watermark.
+    Free pages above the low watermark, plus page cache and reclaimable slabs less the part that the kernel keeps.
     """
     low = _low_watermark_bytes(node, root)
     cache = node_field(node, "Active(file)", root) + node_field(node, "Inactive(file)", root)
@@ -108,7 +109,7 @@ def node_available_bytes(node: int, root: Path = ROOT) -> int:
 
 
 def _low_watermark_bytes(node: int, root: Path) -> int:
-    """Sum of a node's zones' low watermarks; 0 where the kernel does not say."""
+    """Return the sum of the low watermarks of a node's zones, in bytes; 0 if the kernel does not report them."""
     pages, here = 0, False
     with suppress(OSError, ValueError):
         for line in (root / "proc/zoneinfo").read_text(encoding="ascii", errors="replace").splitlines():
@@ -121,16 +122,16 @@ def _low_watermark_bytes(node: int, root: Path) -> int:
 
 
 def node_reserve_bytes(node: int, root: Path = ROOT) -> int:
-    """Bytes of a node to leave free: its share of HOST_RESERVE_BYTES, at most an eighth of it."""
+    """Return the bytes of a node to leave free: its share of HOST_RESERVE_BYTES, at most 1/8 of the node."""
     nodes = max(1, len(cpu_nodes(root)))
     return min(HOST_RESERVE_BYTES // nodes, node_field(node, "MemTotal", root) // 8)
 
 
 def bind(address: int, nbytes: int, nodes: Sequence[int]) -> str | None:
-    """Bind a range of addresses, none of which has been touched, to NUMA nodes.
+    """Bind an untouched range of addresses to NUMA nodes.
 
     Returns:
-        None, or the kernel's reason for refusing, as containers do without CAP_SYS_NICE.
+        None, or the reason of the kernel's refusal, as in containers without CAP_SYS_NICE.
     """
     number = _MBIND.get(platform.machine())
     if number is None:
@@ -145,7 +146,7 @@ def bind(address: int, nbytes: int, nodes: Sequence[int]) -> str | None:
         ctypes.c_ulong(nbytes),
         ctypes.c_ulong(_MPOL_BIND),
         words,
-        ctypes.c_ulong(len(words) * 64 + 1),  # the kernel uses one bit less than this
+        ctypes.c_ulong(len(words) * 64 + 1),  # the kernel uses one bit less
         ctypes.c_ulong(0),
     )
     if libc.syscall(*call) == 0:
@@ -154,7 +155,7 @@ def bind(address: int, nbytes: int, nodes: Sequence[int]) -> str | None:
 
 
 def bind_refusal(nodes: Sequence[int]) -> str | None:
-    """Why the kernel would not bind this process's memory to `nodes`, None where it does: tried with one page."""
+    """Return why the kernel refuses to bind this process's memory to `nodes`, or None; tries it with one page."""
     with mmap.mmap(-1, mmap.PAGESIZE) as page:
         view = ctypes.c_uint8.from_buffer(page)
         try:
@@ -167,10 +168,10 @@ def bind_refusal(nodes: Sequence[int]) -> str | None:
 
 
 def free_hugepage_bytes(page_bytes: int, nodes: Iterable[int] = (), root: Path = ROOT) -> int:
-    """Bytes of reserved hugepages of a size that nobody uses or has reserved.
+    """Return the bytes of unused, unreserved hugepages of a size.
 
     Args:
-        nodes: count those of these NUMA nodes; of the whole machine where empty.
+        nodes: count only these NUMA nodes; empty: the whole machine.
     """
     name = f"hugepages-{page_bytes // 1024}kB"
     whole = root / "sys/kernel/mm/hugepages" / name
@@ -186,16 +187,17 @@ def free_hugepage_bytes(page_bytes: int, nodes: Iterable[int] = (), root: Path =
 
 
 def host_available_bytes(root: Path = ROOT) -> int:
-    """Bytes of RAM that this process can get: the machine's MemAvailable, within the limits of its cgroups."""
+    """Return the bytes of RAM available to this process: MemAvailable, within the limits of its cgroups."""
     available = int(psutil.virtual_memory().available)
     headroom = cgroup_headroom_bytes(root)
     return available if headroom is None else min(available, headroom)
 
 
 def cgroup_headroom_bytes(root: Path = ROOT) -> int | None:
-    """Bytes that memory limits of this process's cgroups (v1 and v2, all levels) leave; None without a limit.
+    """Return the bytes left under the memory limits of this process's cgroups (v1 and v2, all levels); None without a
+    limit.
 
-    Page cache counts as free, since the kernel drops it before it ends a process.
+    Page cache counts as free, since the kernel drops it before it kills a process.
     """
     least: int | None = None
     for directory, version in _memory_cgroups(root):
@@ -211,12 +213,12 @@ def cgroup_headroom_bytes(root: Path = ROOT) -> int | None:
 
 _LIMITS = {2: ("memory.max", "memory.high"), 1: ("memory.limit_in_bytes",)}
 _USAGE = {2: "memory.current", 1: "memory.usage_in_bytes"}
-#: What v1 writes for "no limit" is the largest whole page that a signed number holds.
+#: v1 represents "no limit" as the largest page multiple in a signed integer.
 _NO_LIMIT = 1 << 60
 
 
 def _memory_cgroups(root: Path) -> list[tuple[Path, int]]:
-    """The directories of this process's memory cgroups and of those above, with the version of each."""
+    """List the directories of this process's memory cgroups and their parents, with the version of each."""
     belongs: dict[int, PurePosixPath] = {}
     mounts: list[tuple[int, PurePosixPath, Path]] = []
     with suppress(OSError, ValueError):
@@ -272,16 +274,16 @@ def _unescaped(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
-# ---- devices of memory ----
+# ---- memory devices ----
 
 
 class DaxDevice(NamedTuple):
-    """A device of device-DAX memory, as sysfs describes it.
+    """A device-DAX memory device, as described by sysfs.
 
     Attributes:
         size_bytes: of the device.
-        align_bytes: what offsets and lengths of mappings must be multiples of.
-        target_node: the NUMA node that it would be in system-ram mode; None where the kernel does not say.
+        align_bytes: alignment of offsets and lengths of mappings.
+        target_node: its NUMA node in system-ram mode; None if the kernel does not report it.
     """
 
     size_bytes: int
@@ -290,7 +292,7 @@ class DaxDevice(NamedTuple):
 
 
 def dax_device(device_number: int, root: Path = ROOT) -> DaxDevice | None:
-    """Facts of a character device, None where it is not device-DAX memory.
+    """Return the facts of a character device; None if it is not device-DAX memory.
 
     Args:
         device_number: st_rdev of the device's node.
@@ -312,7 +314,8 @@ def dax_device(device_number: int, root: Path = ROOT) -> DaxDevice | None:
 
 
 def dax_as_system_ram(name: str, root: Path = ROOT) -> int | None:
-    """The NUMA node that a dax device (such as "dax9.0") is while the kernel uses it as system memory; None if not."""
+    """Return the NUMA node of a dax device (such as "dax9.0") that the kernel uses as system memory; None if it does
+    not."""
     directory = root / "sys/bus/dax/devices" / name
     with suppress(OSError, ValueError):
         if os.path.basename(os.readlink(directory / "driver")) == "kmem":
@@ -331,13 +334,13 @@ def _numbered(directory: Path, prefix: str) -> list[int]:
 
 
 def _number(path: Path) -> int:
-    """A number that a file holds, 0 where it does not."""
+    """Read a number from a file; 0 if that fails."""
     with suppress(OSError, ValueError):
         return int(path.read_text(encoding="ascii"), 0)
     return 0
 
 
 def _ranges(text: str) -> set[int]:
-    """The numbers of a list such as "0-3,8"."""
+    """Return the numbers of a list such as "0-3,8"."""
     parts = (part.split("-") for part in text.strip().split(",") if part)
     return {number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)}

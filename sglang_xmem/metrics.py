@@ -1,8 +1,8 @@
 """Prometheus metrics of a rank, through SGLang's own endpoint.
 
-The hot path bumps plain integers of the session (`Session.counts`), whose keys are "FAMILY" or "FAMILY:LABEL"; the
-watch thread exports them once per second, and observes each copy when it has ended. A new label, such as another
-reason of failure, needs no change here. Imports prometheus_client on use: SGLang sets its multiprocess folder first.
+The hot path increments plain integers of the session (`Session.counts`), with keys "FAMILY" or "FAMILY:LABEL". The
+watch thread exports them once per second, and observes each completed copy. A new label, such as another failure
+reason, needs no change here. Imports prometheus_client on first use: SGLang sets its multiprocess folder first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PREFIX = "sglang:xmem_"
 
 
 class Gauge(NamedTuple):
-    """A number that goes up and down."""
+    """A gauge."""
 
     name: str
     help: str
@@ -28,11 +28,11 @@ class Family(NamedTuple):
     """Counters that differ in one label.
 
     Attributes:
-        key: of `Session.counts`, before the colon.
-        name: of the counter, without the prefix.
+        key: key of `Session.counts`, before the colon.
+        name: name of the counter, without the prefix.
         label: name of the label.
-        known: values that are exported as 0 from the start, so that rates of the first event are seen.
-        scale: what a count is multiplied by.
+        known: label values that are exported as 0 from the start, so that rates include the first event.
+        scale: factor for a count.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Family(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """A distribution over copies that have ended; label `direction`."""
+    """A histogram over completed copies; label `direction`."""
 
     name: str
     help: str
@@ -53,9 +53,9 @@ class Histogram(NamedTuple):
 
 CAPACITY = Gauge("tier_capacity_bytes", "Bytes of this rank's pages in the tier.")
 USED = Gauge("tier_used_bytes", "Bytes of pages in the tier that hold KV cache.")
-PINNED = Gauge("tier_pinned_bytes", "Bytes of pages that loads and stores in flight hold, so nothing evicts them.")
+PINNED = Gauge("tier_pinned_bytes", "Bytes of pages that loads and stores in flight protect from eviction.")
 HEALTHY = Gauge("tier_healthy", "1 while the tier serves, 0 while it is set aside after a failure.")
-INFO = Gauge("tier_info", "1; its label copier says what executes the copies.")
+INFO = Gauge("tier_info", "1; its label copier names what executes the copies.")
 GAUGES = (CAPACITY, USED, PINNED, HEALTHY, INFO)
 
 SECONDS = Histogram(
@@ -70,7 +70,7 @@ DIRECTIONS = ("load", "store")
 LOOKUPS = Family(
     "lookups",
     "lookup_pages_total",
-    "Pages of prompts, by where they were found.",
+    "Pages of prompts, by the place of the hit.",
     "result",
     ("device", "tier", "storage", "miss"),
 )
@@ -81,7 +81,7 @@ FAMILIES = (
         "enqueue_ns", "copy_enqueue_seconds_total", "Scheduler thread's time in copies.", "direction", DIRECTIONS, 1e-9
     ),
     Family("failures", "failures_total", "Failures of the tier, by reason.", "reason", ("refused", "canary", "gpu")),
-    Family("fallbacks", "fallbacks_total", "Copies made a slower way.", "kind", ("plain", "layers")),
+    Family("fallbacks", "fallbacks_total", "Copies made by a slower path.", "kind", ("plain", "layers")),
     Family(
         "set_aside",
         "set_aside_total",
@@ -92,29 +92,29 @@ FAMILIES = (
     Family(
         "integrity",
         "integrity_checks_total",
-        "Pages whose bytes were compared with what was stored, and what came of it.",
+        "Pages whose bytes were compared with what was stored, by result.",
         "result",
         ("checked", "mismatch", "skipped"),
     ),
     Family(
         "storage",
         "storage_pages_total",
-        "Pages that storage backends moved, and those that they could not.",
+        "Pages that storage backends moved, or failed to move.",
         "operation",
         ("read", "write", "read_failed", "write_failed"),
     ),
     Family(
         "bank",
         "bank_pages_total",
-        "Pages of the page bank: adopted as they lie, published, there already, not published, or found damaged.",
+        "Pages of the page bank: adopted, published, already present, not published, or damaged.",
         "result",
         ("adopted", "published", "duplicate", "private", "damaged"),
     ),
-    Family("bank_questions", "bank_questions_total", "Questions to the page bank.", "result", ("unanswered",)),
+    Family("bank_questions", "bank_questions_total", "Requests to the page bank.", "result", ("unanswered",)),
     Family(
         "bank_sessions",
         "bank_sessions_total",
-        "Spaces of the page bank whose connection was lost: joined again, or lost with the service's memory.",
+        "Spaces of the page bank after a lost connection: rejoined, or lost with the service's memory.",
         "result",
         ("rejoined", "lost"),
     ),
@@ -122,7 +122,7 @@ FAMILIES = (
 
 
 def series() -> Iterator[str]:
-    """Names of all series, as Prometheus shows them."""
+    """Return the names of all series in Prometheus."""
     for gauge in GAUGES:
         yield PREFIX + gauge.name
     for family in FAMILIES:
@@ -133,11 +133,11 @@ def series() -> Iterator[str]:
 
 
 class Exporter:
-    """Brings a session's numbers to prometheus_client; for the watch thread alone.
+    """Exports a session's numbers to prometheus_client; only for the watch thread.
 
     Args:
-        labels: of every series; the label tier is added.
-        registry: for tests; prometheus_client's own by default.
+        labels: labels of every series; the label tier is added.
+        registry: for tests; default: prometheus_client's own.
     """
 
     def __init__(self, session: Session, labels: Mapping[str, str], registry: Any = None) -> None:
@@ -164,7 +164,7 @@ class Exporter:
             direction: [histogram.labels(**self._labels, direction=direction) for histogram in histograms]
             for direction in DIRECTIONS
         }
-        #: Of each key of the session's counts: its counter, what a count is multiplied by, and what was exported.
+        #: For each key of the session's counts: its counter, its factor, and the exported value.
         self._counters: dict[str, tuple[Any, float, int]] = {}
         for family in FAMILIES:
             for value in family.known:
@@ -175,7 +175,7 @@ class Exporter:
                 info.labels(**{**self._labels, "tier": arena.tier.name}, copier=arena.copier.describe()).set(1)
 
     def export(self) -> None:
-        """Set gauges, and add what was counted since the last call."""
+        """Set the gauges, and add the counts since the last call."""
         session = self._session
         for gauge, by_tier in (
             (CAPACITY, session.capacity_bytes()),
@@ -189,7 +189,7 @@ class Exporter:
             self._add(key, value)
 
     def observe(self, copy: InFlight) -> None:
-        """Note a copy that has ended."""
+        """Observe a completed copy."""
         seconds, nbytes = self._copies[copy.what]
         seconds.observe(copy.seconds())
         nbytes.observe(copy.nbytes)

@@ -1,7 +1,7 @@
-"""Which tier serves a rank: planned once in the launcher, settled in each rank when its pools' sizes are known.
+"""Choose the tier of a rank: planned once in the launcher, decided in each rank when its pools' sizes are known.
 
-The launcher sees all ranks and has no CUDA context, so it hands out rank plans (which peer GPU belongs to which rank);
-a rank knows its pools' bytes, so it makes the last choice among the planned tiers. Both only ask tiers.
+The launcher sees all ranks and has no CUDA context, so it makes the rank plans (which peer GPU belongs to which rank).
+A rank knows its pools' bytes, so it chooses among the planned tiers. Both only query tiers.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from sglang_xmem.tiers import MemoryTier, Ranks, Region, tier_classes
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A tier that this machine has, with a plan of its own for each local rank."""
+    """A tier that this machine has, with one plan per local rank."""
 
     tier: str
     rank_plans: tuple[Any, ...]
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """A tier that cannot serve, why, and what would help."""
+    """A tier that cannot serve, the reason, and its remedies."""
 
     tier: str
     reason: str
     remedies: tuple[Remedy, ...] = ()
 
     def words(self, flags: FlagStyle = SGLANG_FLAGS) -> str:
-        """`reason; fix`, for a line of a list of tiers, where to name another tier is no fix."""
+        """Return `reason; fix` for a list of tiers, without remedies that name another tier."""
         return clause(self.reason, [remedy for remedy in self.remedies if remedy.kind != "use_tier"], flags)
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What the launcher found, for every rank's process.
+    """The launcher's result, for every rank's process.
 
     Attributes:
-        candidates: tiers to try in this order.
+        candidates: tiers to try, in order.
         skipped: tiers that cannot serve.
     """
 
@@ -62,14 +62,14 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Allocation(NamedTuple):
-    """A rank's memory: a region for each space that it asked for, all of one tier, and who copies."""
+    """A rank's memory: one region per requested space, all of one tier, and the copy policy."""
 
     tier: MemoryTier
     regions: tuple[Region, ...]
     policy: CopyPolicy
 
 
-#: Gives the bytes of host RAM that pools of so many bytes may claim; applies to tiers that count as host RAM alone.
+#: Returns the bytes of host RAM that pools of the given bytes may claim; applies only to tiers that count as host RAM.
 HostBudget = Callable[[int], int]
 
 
@@ -77,10 +77,10 @@ def make_plan(options: Options, ranks: Ranks, pool_bytes: int | None, host_budge
     """Plan tiers for `ranks`.
 
     Args:
-        pool_bytes: bytes of one rank's pools together where the user fixes them, None where a ratio will.
+        pool_bytes: bytes of all pools of one rank if the user sets a size, None if a ratio sets it.
 
     Raises:
-        ConfigError: the tier asked for is unavailable, or `auto` finds none; settings that ask for what is impossible.
+        ConfigError: the requested tier is unavailable, `auto` finds no tier, or a setting is impossible.
     """
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
@@ -95,7 +95,7 @@ def make_plan(options: Options, ranks: Ranks, pool_bytes: int | None, host_budge
 
 
 def tried_tiers(options: Options) -> list[str]:
-    """Names of the tiers that `options` allow, in the order of trying."""
+    """List the tiers that `options` allow, in the order of trying."""
     if options.tier != AUTO:
         return [options.tier]
     return [name for name, tier in tier_classes().items() if tier.is_automatic(options.tiers[name])]
@@ -104,10 +104,10 @@ def tried_tiers(options: Options) -> list[str]:
 def examine(
     options: Options, ranks: Ranks, pool_bytes: int | None, host_budget: HostBudget
 ) -> Iterator[Candidate | Skipped]:
-    """What `make_plan` finds of each tier that `options` allow, in the order of trying, as soon as it is known.
+    """Yield `make_plan`'s result for each tier that `options` allow, in the order of trying.
 
     Raises:
-        ConfigError: settings that ask for something impossible.
+        ConfigError: a setting is impossible.
     """
     if not ranks.gpus:
         raise ConfigError("No rank of this engine runs on this machine. Start it where one does.")
@@ -129,26 +129,26 @@ def examine(
 def candidate_free_bytes(
     candidate: Candidate, options: Options, ranks: Ranks, nbytes: int, host_budget: HostBudget
 ) -> int:
-    """Bytes that each rank could have in a candidate's tier: the least of all ranks.
+    """Return the bytes available to each rank in a candidate's tier: the minimum over all ranks.
 
     Args:
-        nbytes: what is asked for, where the host's budget depends on it.
+        nbytes: the requested size, on which the host budget may depend.
 
     Raises:
-        Unavailable: another process has used the planned memory since.
+        Unavailable: another process has claimed the planned memory since.
     """
     return max(0, min(_free_bytes(tier, nbytes, host_budget) for tier in _tiers_of(candidate, options, ranks)))
 
 
 def _tiers_of(candidate: Candidate, options: Options, ranks: Ranks) -> list[MemoryTier]:
-    """A candidate's tier for each rank."""
+    """Make a candidate's tier for each rank."""
     tier = tier_classes()[candidate.tier]
     settings = options.tiers[candidate.tier]
     return [tier(settings, plan, gpu) for plan, gpu in zip(candidate.rank_plans, ranks.gpus, strict=True)]
 
 
 class Placement:
-    """One rank's view of the plan; gives memory to its pools.
+    """One rank's view of the plan; allocates memory for its pools.
 
     Args:
         rank: index of this rank among the launcher's local ranks.
@@ -168,27 +168,27 @@ class Placement:
         ]
 
     def share_as(self, identities: Sequence[bytes], label: str) -> None:
-        """Let tiers know what the spaces of the next `allocate` hold, as MemoryTier.share_as."""
+        """Announce the contents of the next `allocate`'s spaces to the tiers, as MemoryTier.share_as."""
         for tier in self._tiers:
             tier.share_as(identities, label)
 
     def first_tier(self) -> MemoryTier:
-        """The tier to size automatic pools for: the first that is still there and has free capacity.
+        """Return the tier that sizes automatic pools: the first that is still available and has free capacity.
 
         Raises:
-            ConfigError: none is.
+            ConfigError: no tier is left.
         """
         return self._first()[0]
 
     def automatic_bytes(self, host_bytes: int, granules: Sequence[int] = (1,)) -> int:
-        """Bytes that automatically sized pools of this rank may have together, in the first tier.
+        """Return the total bytes of this rank's automatically sized pools in the first tier.
 
-        The next `allocate` is judged by the same `host_bytes`: until then other ranks take of the machine's memory what
-        was theirs when this rank's size was made.
+        The next `allocate` uses the same `host_bytes`: until then other ranks claim the shares that this rank's size
+        already accounts for.
 
         Args:
-            host_bytes: what the engine's own rule gives this rank of the host's RAM.
-            granules: of the spaces that `allocate` will be asked for.
+            host_bytes: this rank's share of host RAM by the engine's own rule.
+            granules: of the spaces that `allocate` will get.
 
         Raises:
             ConfigError: no tier is left.
@@ -211,9 +211,9 @@ class Placement:
         raise ConfigError(_nothing_left(self.plan.options, self.skipped))
 
     def allocate(self, wanted: Sequence[tuple[int, int]]) -> Allocation:
-        """Memory for all spaces of a pool, from the first tier that can hold them together.
+        """Allocate all spaces of a pool in the first tier that can hold them together.
 
-        A tier that cannot is skipped for good, so that all pools of a rank end up in one tier.
+        A tier that cannot is skipped permanently, so all pools of a rank are in one tier.
 
         Args:
             wanted: (bytes, granule) of each space, as MemoryTier.allocate's.
@@ -251,11 +251,11 @@ class Placement:
 
     @property
     def may_share(self) -> bool:
-        """Whether the next allocation may be one that others find pages in."""
+        """Whether the next allocation may be in a tier that shares pages."""
         return any(tier.traits.shared for tier in self._tiers)
 
     def skip_shared(self, error: Unavailable) -> None:
-        """Use no tier whose pages are shared."""
+        """Skip all tiers that share pages."""
         for tier in [tier for tier in self._tiers if tier.traits.shared]:
             self._tiers.remove(tier)
             self.skipped.append(_skipped(tier.name, error))
@@ -281,7 +281,7 @@ def _skipped(tier: str, error: Unavailable) -> Skipped:
 
 
 def describe_skipped(skipped: Iterable[Skipped], flags: FlagStyle = SGLANG_FLAGS) -> str:
-    """For the log line and for errors: `peer (reason; fix); dram (reason)`."""
+    """Format for the log line and for errors: `peer (reason; fix); dram (reason)`."""
     return "; ".join(f"{one.tier} ({one.words(flags)})" for one in skipped)
 
 
@@ -292,8 +292,3 @@ def _nothing_left(options: Options, skipped: Sequence[Skipped]) -> str:
     last = skipped[-1]
     words = sentence(Unavailable(last.reason, *last.remedies), flags)
     return f"{flags.tier} {options.tier} is unavailable: {last.reason[:1]}{words[1:]}"
-
-
-# Names that the doctor still uses.
-PassedOver = Skipped
-candidate_room_bytes = candidate_free_bytes

@@ -1,4 +1,4 @@
-"""Reads a server's /metrics: what `sglang-xmem top` shows, as data. Standard library only."""
+"""Reads a server's /metrics as data for `sglang-xmem top`. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Sample(NamedTuple):
 
 
 def fetch(url: str, timeout_s: float = 10) -> str:
-    """The text of a server's /metrics.
+    """Fetch the text of a server's /metrics.
 
     Args:
-        url: of the server, such as http://127.0.0.1:30000.
+        url: address of the server, such as http://127.0.0.1:30000.
 
     Raises:
-        ConfigError: nothing answers, or the server has no metrics.
+        ConfigError: no server responds, or it has no metrics.
     """
     address = url.rstrip("/") + "/metrics"
     try:
@@ -44,14 +44,14 @@ def fetch(url: str, timeout_s: float = 10) -> str:
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise ConfigError(f"{url} has no metrics. Start SGLang with --enable-metrics.") from None
-        raise ConfigError(f"{address} answers with status {error.code}. Check --url.") from None
+        raise ConfigError(f"{address} returned status {error.code}. Check --url.") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise ConfigError(f"Nothing answers at {url} ({reason}). Start SGLang, or give its address in --url.") from None
+        raise ConfigError(f"No server responds at {url} ({reason}). Start SGLang, or set --url to it.") from None
 
 
 def parse(text: str) -> list[Sample]:
-    """Samples of Prometheus' text format; lines that are none are left out."""
+    """Parse samples of Prometheus' text format; other lines are skipped."""
     samples = []
     for line in text.splitlines():
         match = None if line.startswith("#") else _LINE.fullmatch(line.strip())
@@ -61,9 +61,9 @@ def parse(text: str) -> list[Sample]:
 
 
 def numbers(samples: Iterable[Sample], url: str) -> dict[str, Any]:
-    """What the metrics say, since the server's start.
+    """Summarize the metrics since the server's start.
 
-    Returns: `tokens` of prompts by where they were found, and a list of `ranks` with the numbers of each.
+    Returns: `tokens` of prompts by place of the hit, and a list of `ranks` with the numbers of each.
 
     Raises:
         ConfigError: the server serves without a tier.
@@ -132,7 +132,7 @@ def _add(rank: dict[str, Any], name: str, labels: Mapping[str, str], value: floa
 
 
 def since(now: Any, before: Any) -> Any:
-    """`now` with the numbers that count up less those of `before`: what an interval brought."""
+    """Return `now` with its counters less those of `before`: the changes in an interval."""
     if isinstance(now, dict) and isinstance(before, dict):
         return {
             key: value if key in _LEVELS else since(value, before.get(key, 0 if not isinstance(value, dict) else {}))
@@ -145,12 +145,12 @@ def since(now: Any, before: Any) -> Any:
     return now
 
 
-#: What does not count up.
+#: Keys that are not counters.
 _LEVELS = ("rank", "capacity_bytes", "used_bytes", "pinned_bytes", "healthy")
 
 
 def total(ranks: Sequence[dict[str, Any]], direction: str) -> dict[str, Any]:
-    """Copies of all ranks in one direction."""
+    """Sum the copies of all ranks in one direction."""
     copies = [rank["copies"][direction] for rank in ranks]
     buckets: Counter[str] = Counter()
     for copy in copies:
@@ -160,7 +160,7 @@ def total(ranks: Sequence[dict[str, Any]], direction: str) -> dict[str, Any]:
 
 
 def lookups(look: Mapping[str, Any]) -> dict[str, int]:
-    """Pages of prompts by where they were found. Ranks of tensor and pipeline parallelism look up the same ones."""
+    """Return pages of prompts by place of the hit. Ranks of tensor and pipeline parallelism look up the same pages."""
     found = Counter(dict.fromkeys(LOOKUPS.known, 0))
     for rank in look["ranks"]:
         if not rank["rank"]["tp_rank"] and not rank["rank"]["pp_rank"]:
@@ -169,10 +169,11 @@ def lookups(look: Mapping[str, Any]) -> dict[str, int]:
 
 
 def quantile(buckets: Mapping[str, int], q: float) -> float | None:
-    """Seconds below which a share `q` of copies lie, between a bucket's bounds as Prometheus has it; None without any.
+    """Return the `q` quantile of copy durations in seconds, interpolated in a bucket as in Prometheus; None without
+    copies.
 
     Args:
-        buckets: copies up to each bound, by the bound as text.
+        buckets: copies up to each bound, keyed by the bound as text.
     """
     bounds = sorted((float(bound), count) for bound, count in buckets.items())
     if not bounds or not bounds[-1][1]:

@@ -1,4 +1,4 @@
-"""Everything of this package that a scheduler process holds. The session is the only global."""
+"""All state of this package in a scheduler process. The session is the only global."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ class Session:
     """One rank of an engine with the tier on.
 
     Attributes:
-        plan: what the launcher found.
-        placement: gives memory to this rank's arenas.
-        arenas: of this rank, in the order they were made.
-        pools: the engine's pools that live in them, as its adapter knows them.
-        notes: what to log as soon as logging is set up.
+        plan: the launcher's plan.
+        placement: allocates memory for this rank's arenas.
+        arenas: this rank's arenas, in order of creation.
+        pools: the engine's pools in them, as its adapter's type.
+        notes: messages to log once logging is set up.
         counts: events by name, such as "pages:load" or "failures:refused" (metrics.py); plain integers, since the hot
-            path bumps them.
-        used_fraction: how much of an arena's space holds KV cache, by the engine's allocator: of (arena, space's name).
+            path increments them.
+        used_fraction: function of (arena, space name): the fraction of the space that holds KV cache, by the engine's
+            allocator.
     """
 
     def __init__(self, plan: Plan, placement: Placement, deadline_s: float = 30.0) -> None:
@@ -45,16 +46,16 @@ class Session:
         self.pools: list[Any] = []
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
-        #: Looks up what pages depend on, for tiers that share them; its value is None where that cannot be said.
+        #: Returns what pages depend on, for tiers that share them; None if that is unknown.
         self.look_up_facts: Callable[[], dict[str, Any] | None] = lambda: None
-        #: What it said before the weights were loaded; None: pages are shared with nobody.
+        #: Its value before the weights were loaded; None: pages are not shared.
         self.facts: dict[str, Any] | None = None
-        #: The model's name, for people.
+        #: The model's name, for reports.
         self.label = ""
-        #: Why the tier is set aside: nothing is stored in it or loaded from it. Empty while it serves.
+        #: Why the tier is set aside (nothing is stored in it or loaded from it). Empty while it serves.
         self.trouble = ""
         self._for_good = False
-        #: Comparisons of loads that belong to no batch, until somebody settles them.
+        #: Comparisons of loads without a batch, until they are settled.
         self.checks: list[Any] = []
         self.canary: Canary | None = None
         self.gpu_events: GpuEvents | None = None
@@ -63,15 +64,15 @@ class Session:
         self._exporter: Exporter | None = None
 
     def serve(self, labels: Mapping[str, str] | None, perches: Sequence[Perch] = ()) -> None:
-        """Begin to watch copies and GPUs and to send canaries, and to export metrics with `labels` unless None."""
+        """Start to watch copies and GPUs, send canaries, and export metrics with `labels` unless None."""
         if perches:
             from sglang_xmem.canary import Canary
 
             try:
                 self.canary = Canary(perches, self._canary_failed, self.take_again, self._may_be_well)
                 self.canary.start()
-            except RuntimeError as error:  # no scratch memory, or a GPU that copies and cannot reach it
-                logger.warning("sglang_xmem: no canary page is sent, and a tier that fails stays set aside: %s", error)
+            except RuntimeError as error:  # no scratch memory, or the copying GPU cannot access it
+                logger.warning("sglang_xmem: no canary pages, so a tier that fails stays set aside: %s", error)
         if labels is not None:
             from sglang_xmem.metrics import Exporter
 
@@ -83,7 +84,7 @@ class Session:
         """Stop using the tier, until `take_again`.
 
         Args:
-            for_good: not even then, but until the server is started again.
+            for_good: until the server is restarted.
         """
         if self._for_good:
             return
@@ -91,13 +92,13 @@ class Session:
             logger.warning(
                 "sglang_xmem: tier %s is set aside%s: %s",
                 ", ".join(self.tier_names()),
-                " until the server is started again" if for_good else "",
+                " until the server is restarted" if for_good else "",
                 why,
             )
         self.trouble, self._for_good = why, for_good
 
     def take_again(self) -> None:
-        """Use the tier again, for a canary came back."""
+        """Use the tier again, after a canary came back."""
         if self._for_good:
             return
         if self.trouble:
@@ -119,7 +120,7 @@ class Session:
 
     @property
     def healthy(self) -> bool:
-        """False from a failure of the tier until a page goes there and back again."""
+        """False from a failure of the tier until a canary comes back."""
         return not self.trouble
 
     def _each_second(self) -> None:
@@ -136,11 +137,11 @@ class Session:
             self._exporter.observe(copy)
 
     def capacity_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's pages, by tier."""
+        """Return the bytes of this rank's pages, by tier."""
         return self._by_tier(lambda arena: arena.nbytes)
 
     def used_bytes(self) -> dict[str, int]:
-        """Bytes of pages that hold KV cache, by tier."""
+        """Return the bytes of pages that hold KV cache, by tier."""
         return self._by_tier(
             lambda arena: sum(
                 round(self.used_fraction(arena, name) * space.spec.pages) * space.spec.frame_bytes
@@ -149,7 +150,7 @@ class Session:
         )
 
     def pinned_bytes(self) -> dict[str, int]:
-        """Bytes of pages that copies in flight hold, by tier; a rank's copies are all with its first tier."""
+        """Return the bytes of pages that copies in flight hold, by tier; all copies of a rank use its first tier."""
         return dict.fromkeys(self.tier_names()[:1], self.watch.in_flight_bytes())
 
     def _by_tier(self, nbytes: Callable[[Arena], int]) -> dict[str, int]:
@@ -162,18 +163,18 @@ class Session:
         return f"of tier {', '.join(self.tier_names())}"
 
     def tier_names(self) -> list[str]:
-        """Tiers of the arenas, for the launcher and for logs."""
+        """Return the tiers of the arenas, for the launcher and for logs."""
         return [arena.tier.name for arena in self.arenas]
 
     def _configuration(self) -> dict[str, Any]:
-        """The user's settings, defaults included, as far as they concern this rank's tiers."""
+        """Return the user's settings that apply to this rank's tiers, including defaults."""
         options = self.plan.options
         settings = {name: options.tiers[name] for name in self.tier_names()}
         found: dict[str, Any] = msgspec.to_builtins({"tier": options.tier, "copy": options.copy, **settings})
         return found
 
     def describe(self) -> dict[str, Any]:
-        """Facts of this rank for status pages."""
+        """Return facts of this rank for status pages."""
         return {
             "tiers": self.tier_names(),
             "healthy": self.healthy,
@@ -193,13 +194,13 @@ _session: Session | None = None
 
 
 def start(session: Session | None) -> None:
-    """Make `session` this process's; None ends it."""
+    """Set this process's session; None ends it."""
     global _session
     _session = session
 
 
 def current() -> Session:
-    """This process's session.
+    """Return this process's session.
 
     Raises:
         RuntimeError: there is none.

@@ -1,7 +1,7 @@
-"""Sums of pages: what a store read on the device, kept in memory with the page table, against what a load brought back.
+"""Checksums of pages: computed on the device by a store, kept with the page table, and compared after a load.
 
-A sum has 64 bits and depends on the order of a page's bytes: each word of 8 bytes is mixed with its place in the frame,
-by steps that can be undone, so one changed word always changes the sum. `kernels/page_sum.cu` computes the same.
+A sum has 64 bits and depends on the order of a page's bytes: each 8-byte word is mixed with its offset in the frame by
+invertible steps, so one changed word always changes the sum. `kernels/page_sum.cu` computes the same.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from sglang_xmem.copies.base import Pages
 from sglang_xmem.copies.geometry import Plane
 from sglang_xmem.copies.torch import units_at
 
-#: One page in so many, by its number, has a sum. An H100 sums an 80K prompt of 12 GB in 4.3 ms
+#: One page in EVERY[level] has a sum, by its number. An H100 sums an 80K prompt of 12 GB in 4.3 ms
 #: (docs/results/sums.jsonl), so a 16th takes 0.3 ms: 0.1 % of its load from host memory, 0.7 % of a peer's hit (44 ms).
 EVERY: Final[Mapping[Level, int]] = {"sample": 16, "full": 1}
 
-#: Key of `Session.counts`: pages that did not have their sums.
+#: Key of `Session.counts`: pages whose bytes do not match their sums.
 FAILURES: Final = "integrity:mismatch"
 
-#: Odd, so that multiplying by them can be undone: of a word's place, and of the two rounds (Murmur's finalizer).
+#: Odd, so that multiplication is invertible: for a word's offset, and for the two rounds (Murmur's finalizer).
 PLACE: Final = 0x9E3779B97F4A7C15
 FIRST: Final = 0xFF51AFD7ED558CCD
 SECOND: Final = 0xC4CEB9FE1A85EC53
@@ -36,11 +36,11 @@ Sums = npt.NDArray[np.uint64]
 
 
 def unit_sums(units: npt.NDArray[np.uint8], offset: int) -> Sums:
-    """What a plane's units add to the sums of their pages.
+    """Compute what a plane's units add to the sums of their pages.
 
     Args:
         units: shape (n, unit_bytes).
-        offset: of the units in their frames, in bytes.
+        offset: offset of the units in their frames, in bytes.
 
     Returns: shape (n,); a page's sum is that of its planes, modulo 2^64.
     """
@@ -58,7 +58,7 @@ def unit_sums(units: npt.NDArray[np.uint8], offset: int) -> Sums:
 
 
 def keyed_sum(data: npt.NDArray[np.uint8], key: str) -> bytes:
-    """Sum of a page that is stored under a key, 8 bytes: other bytes, or those of another key, have another one."""
+    """Compute the sum of a page and its storage key, 8 bytes: other bytes or another key give another sum."""
     of_key = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     return (int(unit_sums(data.reshape(1, -1), 0)[0]) ^ of_key).to_bytes(8, "little")
 
@@ -69,54 +69,54 @@ class SectionSums:
     Args:
         planes: of the pool.
         pages: of the space.
-        every: one page in so many has a sum, by its number.
-        pinned: a GPU writes them.
+        every: one page in `every` has a sum, by its number.
+        pinned: a GPU writes the table.
 
     Attributes:
-        table: int64 (pages,), on the CPU; 0 where nothing is known of a page.
+        table: int64 (pages,), on the CPU; 0: unknown.
     """
 
     def __init__(self, planes: Sequence[Plane], pages: int, every: int, *, pinned: bool) -> None:
         self.planes = tuple(planes)
         self.every = every
         self.table = torch.zeros(pages, dtype=torch.int64, pin_memory=pinned)
-        #: Pages that came with a sum: they are compared, whatever their number.
+        #: Pages that were adopted with a sum: they are compared whatever their number.
         self._given = torch.zeros(pages, dtype=torch.bool)
 
     def have(self, pages: torch.Tensor) -> torch.Tensor:
-        """Which pages, by their numbers on the CPU, are summed and compared."""
+        """Select the pages to sum and compare, by their numbers on the CPU."""
         numbers: npt.NDArray[np.int64] = pages.numpy()
-        # By numpy, as all that is computed for a move: torch deals long vectors to threads, which the scheduler thread
-        # would wait for, and its operations take several times as long when nothing of them is in the CPU's caches.
+        # Uses numpy, as all computations for a move: torch divides long vectors among threads, for which the scheduler
+        # thread would wait, and its operations are several times slower with cold CPU caches.
         rest = numbers & self.every - 1 if self.every & self.every - 1 == 0 else numbers % self.every
         return torch.from_numpy((rest == 0) | self._given.numpy()[numbers])
 
     def forget(self, pages: torch.Tensor) -> None:
-        """Know nothing of pages any more: others will be there."""
+        """Clear the sums of pages that get other contents."""
         self.table[pages] = 0
         self._given[pages] = False
 
     def take(self, pages: torch.Tensor, entries: torch.Tensor) -> None:
-        """Take the sums of pages that somebody else stored: entries of a table, 0 for a page without."""
+        """Set the sums of pages that another engine stored: table entries, 0 for a page without a sum."""
         self.table[pages] = entries
         self._given[pages] = entries != 0
 
     def put(self, page: int, section: npt.NDArray[np.uint8], offset: int) -> None:
-        """Take a page that came another way than from the device.
+        """Sum a page that did not come from the device.
 
         Args:
             section: the pool's bytes of the page.
-            offset: of the section in the frame.
+            offset: offset of the section in the frame.
         """
         if page % self.every == 0:
             self.table[page] = int(self._sums(section.reshape(1, -1), offset)[0])
 
     def wrong(self, pages: torch.Tensor, sections: npt.NDArray[np.uint8], offset: int) -> torch.Tensor:
-        """Those of `pages` that do not have their sums.
+        """Return those of `pages` that do not match their sums.
 
         Args:
             sections: the pool's bytes of each page, shape (n, bytes).
-            offset: of the sections in their frames.
+            offset: offset of the sections in their frames.
         """
         known = self.table[pages]
         return pages[(known != 0) & (known != torch.from_numpy(self._sums(sections, offset)))]
@@ -130,24 +130,24 @@ class SectionSums:
 
 
 def as_entries(sums: Sums) -> npt.NDArray[np.int64]:
-    """Sums as a table has them, where 0 is none."""
+    """Convert sums to table entries, where 0 means unknown."""
     return np.where(sums == 0, np.uint64(1), sums).astype(np.uint64).view(np.int64)
 
 
 class Group(NamedTuple):
-    """One pool's share of a move: all its planes, each with the vector that gives its slots. The vectors are of the
-    same pages."""
+    """One pool's share of a move: all its planes, each with the vector of its slots. All vectors have the same
+    pages."""
 
     sums: SectionSums
     planes: tuple[tuple[Plane, int], ...]
 
 
 class Chosen(NamedTuple):
-    """The pages of a group that have sums.
+    """The pages of a group with sums.
 
     Attributes:
-        rows: int64 (k,), on the CPU: which pages of the move's vectors.
-        pages: int64 (k,), on the CPU: their numbers.
+        rows: int64 (k,), on the CPU: indices into the move's vectors.
+        pages: int64 (k,), on the CPU: page numbers.
     """
 
     rows: torch.Tensor
@@ -155,49 +155,49 @@ class Chosen(NamedTuple):
 
     @classmethod
     def of(cls, sums: SectionSums, pages: torch.Tensor) -> Chosen:
-        """Choose among a vector's pages, given by their numbers on the CPU."""
+        """Select the pages with sums of a vector of page numbers on the CPU."""
         rows = np.flatnonzero(sums.have(pages).numpy())
         return cls(torch.from_numpy(rows), torch.from_numpy(pages.numpy()[rows]))
 
 
 class Report(ABC):
-    """What a comparison found; for one that is complete."""
+    """The result of a completed comparison."""
 
     @abstractmethod
     def wrong(self) -> tuple[int, str]:
-        """How many pages of pools are wrong, and which; of many, one."""
+        """Return the number of damaged pages and their names; of many, one name."""
 
 
 class Summer(ABC):
-    """Writes and compares the sums of units on the device, behind the copies on the current stream."""
+    """Writes and compares the sums of units on the device, after the copies on the current stream."""
 
     @abstractmethod
     def prepare(self, groups: Sequence[Group]) -> Any:
-        """Make ready for moves of these groups; once for a set of pools, since it may wait for the GPU."""
+        """Prepare for moves of these groups; once per set of pools, since it may wait for the GPU."""
 
     @abstractmethod
     def lists(self, prepared: Any, chosen: Sequence[Chosen]) -> list[npt.NDArray[np.int64]]:
-        """What `write` and `compare` want on the device, so that it travels with the frames of the move."""
+        """Make the index lists that `write` and `compare` need on the device, to be copied with the move's frames."""
 
     @abstractmethod
     def write(
         self, prepared: Any, pages: Sequence[Pages], chosen: Sequence[Chosen], lists: Sequence[torch.Tensor]
     ) -> None:
-        """Enqueue: sum the chosen pages of each group, as they are on the device, into the groups' tables.
+        """Enqueue: sum the chosen pages of each group on the device, into the groups' tables.
 
         Args:
-            lists: what `lists` gave for these pages, on the device; used once.
+            lists: the result of `lists` for these pages, on the device; used once.
         """
 
     @abstractmethod
     def compare(
         self, prepared: Any, pages: Sequence[Pages], chosen: Sequence[Chosen], lists: Sequence[torch.Tensor]
     ) -> Report:
-        """Enqueue: sum as `write`, and compare with the tables."""
+        """Enqueue: sum as in `write`, and compare with the tables."""
 
 
 class CpuReport(Report):
-    """Pages that are wrong, by group."""
+    """Damaged pages, by group."""
 
     def __init__(self, pages: Sequence[torch.Tensor]) -> None:
         self._pages = pages
@@ -212,7 +212,7 @@ class CpuReport(Report):
 
 
 class CpuSummer(Summer):
-    """Sums at once, on the calling thread; all memory on the CPU."""
+    """Computes sums on the calling thread; all memory is on the CPU."""
 
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
         return list(groups)

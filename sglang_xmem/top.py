@@ -1,7 +1,7 @@
-"""A server's tier, live: where hits come from, how fast copies are, how full the tier is, and whether it is healthy.
+"""A server's tier, live: sources of hits, speed of copies, use of the tier, and its health.
 
-Reads /metrics of a server with --enable-metrics; needs neither a GPU nor SGLang. Rates are those of the last interval,
-and totals those since the server's start.
+Reads /metrics of a server with --enable-metrics; needs neither a GPU nor SGLang. Rates are of the last interval, totals
+since the server's start.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", default="http://127.0.0.1:30000", help="the server's address (default http://127.0.0.1:30000)"
     )
-    parser.add_argument("--interval", type=_seconds, default=2.0, help="seconds between two looks (default 2)")
-    parser.add_argument("--once", action="store_true", help="look twice, an interval apart, print and end")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON per look instead of a screen")
+    parser.add_argument("--interval", type=_seconds, default=2.0, help="seconds between samples (default 2)")
+    parser.add_argument("--once", action="store_true", help="take two samples, print the screen and exit")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per sample instead of a screen")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="with --once: write the screen to FILE as a picture")
 
 
@@ -42,13 +42,13 @@ def _seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look until interrupted, or once; returns the exit status.
+    """Sample until interrupted, or once; returns the exit status.
 
     Raises:
-        ConfigError: nothing answers, or the server has no metrics of a tier.
+        ConfigError: no server responds, or it has no metrics of a tier.
     """
     if args.svg is not None and (args.json or not args.once):
-        raise ConfigError("--svg is for one screen. Give --once, and no --json.")
+        raise ConfigError("--svg writes one screen. Add --once, and remove --json.")
     before = _look(args.url)
     if args.once:
         time.sleep(args.interval)
@@ -99,13 +99,13 @@ def _live(args: argparse.Namespace, before: Json) -> None:
 def _console(record: bool = False) -> Any:
     from rich.console import Console
 
-    # A file or a pipe gets lines as long as they are; a picture has one width.
+    # Do not wrap lines in a file or a pipe; a picture has a fixed width.
     width = 100 if record else None if sys.stdout.isatty() else 120
     return Console(record=record, width=width, highlight=False, markup=False, emoji=False)
 
 
 def screen(before: Json, now: Json) -> Any:
-    """All blocks of the screen: four questions."""
+    """Build the four sections of the screen."""
     from rich.console import Group
 
     change = scrape.since(now, before)

@@ -21,17 +21,17 @@ import psutil
 
 from sglang_xmem.errors import ConfigError
 
-#: Environment variable: seconds that a load or store may take before its rank ends; 0 for no limit.
+#: Environment variable: maximum seconds of a load or store, after which its rank ends; 0 for no limit.
 DEADLINE_VARIABLE = "SGLANG_XMEM_DEADLINE_S"
 DEADLINE_S = 30.0
-#: Seconds between two looks.
+#: Seconds between checks.
 INTERVAL_S = 0.25
 #: Exit status of a rank whose copy is overdue (EX_UNAVAILABLE of sysexits.h).
 OVERDUE_EXIT_STATUS = 69
 
 
 def deadline_s() -> float:
-    """The deadline that the environment sets.
+    """Read the deadline from the environment.
 
     Raises:
         ConfigError: its value is not a number of seconds.
@@ -49,12 +49,13 @@ def deadline_s() -> float:
 
 
 class InFlight:
-    """A load or store that has begun.
+    """A load or store in flight.
 
     Attributes:
-        nbytes: bytes that it moves.
-        done: whether it has ended; None while it is being enqueued.
-        elapsed_s: how long it took on the device, once it has ended; None where the device does not say.
+        nbytes: bytes to move.
+        done: function that reports whether it has ended; None while it is being enqueued.
+        elapsed_s: function that returns its seconds on the device after its end; None if the device does not report
+            them.
     """
 
     def __init__(self, what: str) -> None:
@@ -66,19 +67,19 @@ class InFlight:
         self.elapsed_s: Callable[[], float] | None = None
 
     def seconds(self) -> float:
-        """How long it took; where the device does not say, as on a CPU, which copies at once, how long to enqueue."""
+        """Return its duration; if the device reports none (a CPU copies synchronously), the time to enqueue it."""
         return self.enqueued - self.begun if self.elapsed_s is None else self.elapsed_s()
 
 
 class Watch:
-    """Looks at copies in flight every INTERVAL_S.
+    """Checks copies in flight every INTERVAL_S.
 
     Args:
-        deadline_s: seconds that a copy may take; 0 for no limit.
+        deadline_s: maximum seconds of a copy; 0 for no limit.
         describe: names the tier, for the sentence.
-        each_look: called every second, to export numbers; an exception is swallowed, for serving matters more.
+        each_look: called every second, to export numbers; exceptions are ignored, since serving is more important.
         end: ends the process; for tests.
-        finished: called for each copy that has ended; an exception is swallowed too.
+        finished: called for each completed copy; exceptions are ignored too.
     """
 
     def __init__(
@@ -100,18 +101,18 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="sglang_xmem-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more; returns when the thread has ended."""
+        """Stop the thread, and wait for its end."""
         self._stopped.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
     @contextmanager
     def over(self, what: str) -> Iterator[InFlight]:
-        """Watch a copy from before it is enqueued. Whoever enqueues it sets `done`; without, it ends with the block."""
+        """Watch a copy while it is enqueued. The block may set `done`; otherwise the copy ends with the block."""
         number = next(self._numbers)
         entry = self._in_flight[number] = InFlight(what)
         try:
@@ -124,7 +125,7 @@ class Watch:
             self._in_flight.pop(number, None)
 
     def look(self) -> None:
-        """Report and forget what has ended, and end the process for what is overdue."""
+        """Report completed copies, and end the process if a copy is overdue."""
         now = time.monotonic()
         for number, entry in list(self._in_flight.items()):
             if entry.done is not None and entry.done():
@@ -135,13 +136,13 @@ class Watch:
             elif self._deadline_s and now - entry.begun > self._deadline_s:
                 self._in_flight.pop(number, None)
                 self._end(
-                    f"A {entry.what} {self._describe()} has not ended within {self._deadline_s:g} s, so this rank ends "
+                    f"A {entry.what} {self._describe()} did not end within {self._deadline_s:g} s, so this rank ends "
                     "and its supervisor can start it again. Look for errors of the GPUs (nvidia-smi, dmesg), or raise "
                     f"{DEADLINE_VARIABLE}."
                 )
 
     def in_flight(self) -> Callable[[], bool]:
-        """Returns: whether all copies have ended that are in flight now, also those that are only being enqueued."""
+        """Returns: a function that reports whether all copies now in flight or being enqueued have ended."""
         entries = dict(self._in_flight)
 
         def have_ended() -> bool:
@@ -153,7 +154,7 @@ class Watch:
         return have_ended
 
     def in_flight_bytes(self) -> int:
-        """Bytes of the copies that have begun and not been seen to end."""
+        """Return the bytes of all copies in flight."""
         return sum(entry.nbytes for entry in list(self._in_flight.values()))
 
     def _run(self) -> None:

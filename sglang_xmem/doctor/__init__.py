@@ -1,7 +1,7 @@
-"""`sglang-xmem doctor`: what this machine has for HiCache's pool, and which tier `auto` would take.
+"""`sglang-xmem doctor`: what this machine has for HiCache's pool, and which tier `auto` would use.
 
-Changes nothing. The bandwidth measurement takes under ten seconds and 0.5 GB of idle GPUs while it runs; GPUs that
-others use are not touched. Status 0: a tier can hold the pool; 1: none can; 2: options that the server would refuse.
+Changes nothing. The bandwidth measurement takes less than 10 s and uses 0.5 GB of each idle GPU; GPUs in use by others
+are not touched. Exit status 0: a tier can hold the pool; 1: no tier can; 2: the server would refuse the options.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from sglang_xmem.config import AUTO, CONFIG_OPTION
 from sglang_xmem.errors import ConfigError
 
-#: Of the JSON; a change that takes a key away or gives it another meaning raises it.
+#: Version of the JSON; raised when a key is removed or changes its meaning.
 SCHEMA = 1
 
 Json = dict[str, Any]
@@ -22,14 +22,18 @@ Json = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--hicache-size", type=float, default=0, metavar="GB", help="as the server's: the pool of a rank, in 1e9 bytes"
+        "--hicache-size",
+        type=float,
+        default=0,
+        metavar="GB",
+        help="as for the server: GB (1e9 bytes) per rank",
     )
-    parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="as the server's")
-    parser.add_argument("--base-gpu-id", type=int, default=0, metavar="GPU", help="as the server's")
-    parser.add_argument("--hicache-xmem-tier", default=AUTO, metavar="TIER", help="as the server's; default: auto")
-    parser.add_argument(CONFIG_OPTION, default=None, metavar="JSON|@FILE", help="as the server's")
-    parser.add_argument("--no-bandwidth", action="store_true", help="measure nothing")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the screen")
+    parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="as for the server")
+    parser.add_argument("--base-gpu-id", type=int, default=0, metavar="GPU", help="as for the server")
+    parser.add_argument("--hicache-xmem-tier", default=AUTO, metavar="TIER", help="as for the server; default: auto")
+    parser.add_argument(CONFIG_OPTION, default=None, metavar="JSON|@FILE", help="as for the server")
+    parser.add_argument("--no-bandwidth", action="store_true", help="skip the bandwidth measurement")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the screen")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,17 +48,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(args: argparse.Namespace) -> Json:
-    """Everything, as docs/doctor.md describes it.
+    """Collect everything, as described in docs/doctor.md.
 
     Raises:
-        ConfigError: options that the server would refuse.
+        ConfigError: the server would refuse the options.
     """
     from sglang_xmem.doctor import facts, tiers
 
     if not 0 <= args.hicache_size < 1e9:
-        raise ConfigError(f"--hicache-size is {args.hicache_size:g}. Give GB per rank, or leave it out.")
+        raise ConfigError(
+            f"--hicache-size must be >= 0 and < 1e9 (GB per rank; 0 = any size), got {args.hicache_size:g}."
+        )
     engine = tiers.engine_gpus(args.tp_size, args.base_gpu_id)
-    # The plan first: afterwards, our own context on a GPU might still be going.
+    # The plan first: after a measurement, our own context on a GPU may still exist.
     pool_bytes = int(args.hicache_size * 1e9) or None
     verdict, banks = tiers.verdict(args.hicache_xmem_tier, args.hicache_xmem_config, engine, pool_bytes)
     versions = facts.versions()
@@ -81,7 +87,7 @@ def examine(args: argparse.Namespace) -> Json:
 
 
 def _add_bandwidth(gpu_list: list[Json], peers: list[Json], measured: bool) -> None:
-    """Put rates, or why there are none, into the GPUs' and the pairs' rows."""
+    """Add rates, or the reason for missing ones, to the rows of GPUs and pairs."""
     from sglang_xmem.doctor import bandwidth
 
     rows, problem = bandwidth.run() if measured and gpu_list else ([], "--no-bandwidth")
@@ -91,5 +97,5 @@ def _add_bandwidth(gpu_list: list[Json], peers: list[Json], measured: bool) -> N
         rates = {key: row.get(key) for key in ("read_gbps", "write_gbps")}
         why = row.get("not_measured")
         if rates["read_gbps"] is None and why is None:
-            why = "there is no peer access" if target.get("access") is False else problem or bandwidth.NO_TIME
+            why = "no peer access" if target.get("access") is False else problem or bandwidth.NO_TIME
         target.update({**rates, "not_measured": why})

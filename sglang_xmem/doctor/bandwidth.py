@@ -1,7 +1,8 @@
-"""A quick measurement of the links between GPUs, and of each GPU's to host memory, in a child process on a clock.
+"""A quick measurement of the links between GPUs, and between each GPU and host memory, in a child process with a
+deadline.
 
-What the tiers do at their best: the copy engine on contiguous memory, the peer's memory as tier `peer` maps it, a CUDA
-context on every GPU, so that none runs at idle clocks; GPUs that others use are left alone.
+Measures the tiers' upper bound: copy-engine copies of contiguous memory, peer memory mapped as by tier `peer`, and a
+CUDA context on every GPU, so that none runs at idle clocks. GPUs in use by others are not measured.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from sglang_xmem.doctor.child import run_task
 from sglang_xmem.errors import Unavailable
 from sglang_xmem.tiers.peer import PeerRankPlan, PeerSettings, PeerTier
 
-#: Bytes of a copy: enough for 99 % of a link's rate, small next to any GPU's memory.
+#: Bytes of a copy: enough for 99 % of a link's rate, small compared with any GPU's memory.
 COPY_BYTES = 256 << 20
 REPETITIONS = 5
-#: Seconds for all measurements, the child's start included, and the time at which it is stopped.
+#: Seconds for all measurements including the child's start, and seconds until it is killed.
 BUDGET_S = 8.0
 LIMIT_S = 9.5
-NO_TIME = "the time for measuring was up"
+NO_TIME = "the time limit of the measurement was reached"
 #: Bytes compared at the start, in the middle and at the end of each copy.
 _SAMPLE_BYTES = 4096
 
@@ -33,24 +34,24 @@ Json = dict[str, Any]
 
 
 def run() -> tuple[list[Json], str | None]:
-    """Rows of `measure`, and why there are no more of them if so."""
+    """Return the rows of `measure`, and the reason if some are missing."""
     outcome = run_task("bandwidth", {"deadline": time.monotonic() + BUDGET_S}, LIMIT_S, total=True)
     return outcome.lines, outcome.problem
 
 
 def measure(deadline: float) -> Iterator[Json]:
-    """In a child: a row for each GPU's host link and for each ordered pair with peer access.
+    """Yield a row per GPU for its host link, and one per ordered pair with peer access. Runs in a child process.
 
     Args:
-        deadline: time.monotonic() after which nothing more is begun; that clock is the machine's.
+        deadline: time.monotonic() after which nothing new starts; all processes of the machine share that clock.
     """
     visible = list(gpus.visible_gpus())
     busy = {gpu: gpus.foreign_use(gpu) for gpu in visible}
     peers = {gpu: [peer for peer in visible if peer != gpu and gpus.can_access_peer(gpu, peer)] for gpu in visible}
     left = sum(1 + len(peers[gpu]) for gpu in visible)
     with ExitStack() as contexts:
-        for gpu in visible:  # once, since making a context takes longer than measuring a link
-            with suppress(Unavailable):  # reported where it is missed
+        for gpu in visible:  # once, since creating a context takes longer than measuring a link
+            with suppress(Unavailable):  # reported where the context is needed
                 if busy[gpu] is None and time.monotonic() < deadline:
                     gpus.hold_context(gpu, contexts)
         yield from _rows(visible, peers, busy, left, deadline)
@@ -88,17 +89,17 @@ def _rows(
 
 @contextmanager
 def _bench(gpu: int) -> Iterator[_Bench]:
-    """A context on a GPU with a buffer in it; all gone afterwards."""
+    """Provide a context on a GPU with a buffer; both are released afterwards."""
     d = gpus.driver()
     with ExitStack() as undo:
         context = gpus.hold_context(gpu, undo)
         gpus.checked(d.cuCtxSetCurrent(context), f"entering GPU {gpu}'s context")
         undo.callback(d.cuCtxSetCurrent, d.CUcontext(0))
-        stream = gpus.checked(d.cuStreamCreate(1), "making a stream")  # CU_STREAM_NON_BLOCKING
+        stream = gpus.checked(d.cuStreamCreate(1), "creating a stream")  # CU_STREAM_NON_BLOCKING
         undo.callback(d.cuStreamDestroy, stream)
         events = []
         for _ in range(2):
-            events.append(gpus.checked(d.cuEventCreate(0), "making an event"))
+            events.append(gpus.checked(d.cuEventCreate(0), "creating an event"))
             undo.callback(d.cuEventDestroy, events[-1])
         what = f"allocating {COPY_BYTES / 1e9:.2f} GB on GPU {gpu}"
         buffer = int(gpus.checked(d.cuMemAlloc(COPY_BYTES), what))
@@ -107,7 +108,7 @@ def _bench(gpu: int) -> Iterator[_Bench]:
 
 
 class _Bench:
-    """Copies to and from a buffer on a GPU whose context is current."""
+    """Copies to and from a buffer on a GPU with the current context."""
 
     def __init__(self, driver: Any, gpu: int, stream: Any, events: list[Any], buffer: int) -> None:
         self._driver = driver
@@ -117,9 +118,9 @@ class _Bench:
         self._buffer = buffer
 
     def host(self, share_s: float) -> Json:
-        """Both directions between pinned memory and the GPU."""
+        """Measure both directions between pinned memory and the GPU."""
         d = self._driver
-        with _cpus_near(self._gpu):  # the driver's pages come from the node that asks for them
+        with _cpus_near(self._gpu):  # the driver allocates pages on the calling CPU's node
             status = d.cuMemHostAlloc(COPY_BYTES, d.CU_MEMHOSTALLOC_PORTABLE)
         pinned = int(gpus.checked(status, f"pinning {COPY_BYTES / 1e9:.2f} GB of host memory"))
         try:
@@ -130,7 +131,7 @@ class _Bench:
             d.cuMemFreeHost(pinned)
 
     def peer(self, peer: int, share_s: float) -> Json:
-        """Both directions between a peer's memory and the GPU."""
+        """Measure both directions between a peer's memory and the GPU."""
         plan = PeerRankPlan(gpus=(peer,), named=True)
         tier = PeerTier(PeerSettings(gpus=(peer,), copy_on="rank"), plan, self._gpu)
         region = tier.allocate(COPY_BYTES)
@@ -144,16 +145,16 @@ class _Bench:
     def _gbps(
         self, target: int, source: int, share_s: float, *, host_source: bool = False, host_target: bool = False
     ) -> float:
-        """Median rate of a few copies, in GB/s (1e9 bytes).
+        """Return the median rate of a few copies, in GB/s (1e9 bytes).
 
         Raises:
-            Unavailable: a call failed, or what arrived is not what was sent.
+            Unavailable: a call failed, or a copy changed bytes.
         """
         d = self._driver
         samples = {at: os.urandom(_SAMPLE_BYTES) for at in (0, COPY_BYTES // 2, COPY_BYTES - _SAMPLE_BYTES)}
         for at, sample in samples.items():
             self._write(source + at, sample, host_source)
-        gpus.checked(d.cuCtxSynchronize(), "writing samples")  # small writes return before they have arrived
+        gpus.checked(d.cuCtxSynchronize(), "writing samples")  # small writes return before they complete
         times: list[float] = []
         began = time.monotonic()
         for number in range(REPETITIONS + 1):
@@ -167,7 +168,7 @@ class _Bench:
                     break
         for at, sample in samples.items():
             if self._read(target + at, host_target) != sample:
-                raise Unavailable("the bytes that arrived are not those that were sent; check the IOMMU and ACS")
+                raise Unavailable("a copy changed bytes; check the IOMMU and ACS settings")
         return round(COPY_BYTES / statistics.median(times) / 1e6, 2)
 
     def _write(self, address: int, data: bytes, on_host: bool) -> None:
@@ -189,7 +190,7 @@ class _Bench:
 
 @contextmanager
 def _cpus_near(gpu: int) -> Iterator[None]:
-    """This thread on CPUs of the GPU's NUMA node, where the machine reports it and allows it."""
+    """Run this thread on CPUs of the GPU's NUMA node, if the node is known and the CPUs are allowed."""
     before = os.sched_getaffinity(0)
     with suppress(OSError, ValueError):
         node = gpus.numa_node(gpu)

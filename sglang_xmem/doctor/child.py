@@ -1,6 +1,6 @@
-"""Work of the doctor that may hang, crash, print or leave a CUDA context behind: in a process of its own, on a clock.
+"""Doctor tasks that may hang, crash, print or leave a CUDA context: each in its own process, with a time limit.
 
-The child writes a JSON object a line as it finds things, so what it found before it was stopped counts.
+The child writes one JSON object per line as soon as it has a result, so results before a kill are kept.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _CONFIG_ERROR = "config_error"
 _FAILED = "failed"
 #: A child's first line.
 _RUNS = {"runs": True}
-#: Seconds for a child to start. Nothing in there can hang; on a machine with much else to do it takes its time.
+#: Seconds for a child to start. The start cannot hang, but is slow on a busy machine.
 START_LIMIT_S = 300.0
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a child found, and what ended it early: a clause, None where it went through."""
+    """A child's results, and why it ended early: a clause, or None if it completed."""
 
     lines: list[dict[str, Any]]
     problem: str | None
@@ -45,15 +45,15 @@ def run_task(task: str, arguments: dict[str, Any], limit_s: float, *, total: boo
     """Run a task.
 
     Args:
-        limit_s: seconds without a line that end it, counted from when the child has imported what it needs: a busy
-            machine is slow at that, which says nothing about what is asked.
-        total: `limit_s` is for all of it, the child's start included.
+        limit_s: maximum seconds between lines, counted from the end of the child's imports, which are slow on a busy
+            machine.
+        total: `limit_s` applies to the whole task, including the child's start.
 
     Raises:
-        ConfigError: the task found the user's options to be wrong.
+        ConfigError: the task refused the user's options.
     """
     command = [sys.executable, "-m", __name__, task]
-    # Files of SGLang's plugins and such may come in at the child's start; none of them belongs on this screen.
+    # SGLang's plugins may print at the child's start; none of that belongs on this screen.
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
@@ -77,7 +77,7 @@ def run_task(task: str, arguments: dict[str, Any], limit_s: float, *, total: boo
     finally:
         if timed_out:
             process.kill()
-        # A process that a driver's call holds does not end on the signal either.
+        # A process that hangs in a driver call does not end on the signal.
         for thread in threads:
             thread.join(2)
         with suppress(subprocess.TimeoutExpired):
@@ -87,7 +87,7 @@ def run_task(task: str, arguments: dict[str, Any], limit_s: float, *, total: boo
     if lines and _FAILED in lines[-1]:
         return Outcome(lines[:-1], lines[-1][_FAILED])
     if timed_out:
-        return Outcome(lines, f"it did not answer within {limit_s:g} s")
+        return Outcome(lines, f"it did not respond within {limit_s:g} s")
     status = process.returncode
     return Outcome(lines, _ending(status, "".join(errors)) if status else None)
 
@@ -99,7 +99,7 @@ def _read_lines(file: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
 
 
 def _collect(found: queue.SimpleQueue[str | None], limit_s: float, total: bool) -> tuple[list[dict[str, Any]], bool]:
-    """Objects that a child wrote, without the one that says that it runs; and whether it took too long."""
+    """Collect the objects that a child wrote, without its start message; also return whether it timed out."""
     lines: list[dict[str, Any]] = []
     until = time.monotonic() + (limit_s if total else START_LIMIT_S)
     while True:
@@ -111,7 +111,7 @@ def _collect(found: queue.SimpleQueue[str | None], limit_s: float, total: bool) 
             return lines, False
         if not total:
             until = time.monotonic() + limit_s
-        with suppress(ValueError):  # a line that the end of the process cut off
+        with suppress(ValueError):  # a line truncated by the end of the process
             line = json.loads(text)
             if line != _RUNS:
                 lines.append(line)
@@ -127,7 +127,7 @@ def _ending(status: int, errors: str) -> str:
 
 
 def main() -> int:
-    # Libraries print to stdout; the lines go another way.
+    # Libraries print to stdout, so the lines use a duplicate of it.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
         os.dup2(2, 1)
 

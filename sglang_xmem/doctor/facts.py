@@ -1,6 +1,6 @@
-"""What this machine has, by asking the kernel, NVML and the driver. Nothing here allocates or makes a CUDA context.
+"""Facts about this machine from the kernel, NVML and the driver. Nothing here allocates or creates a CUDA context.
 
-Every function returns JSON; what is unavailable is None or empty, next to the reason.
+Every function returns JSON; an unavailable value is None or empty, with a reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ENTRY_POINTS = "sglang.srt.plugins"
 
 
 def versions() -> Json:
-    """Versions of what is installed; None for what is not."""
+    """Return the versions of installed packages; None for missing ones."""
     found: Json = {"python": platform.python_version(), "sglang_xmem": sglang_xmem.__version__}
     for package in PACKAGES:
         found[package] = None
@@ -38,7 +38,7 @@ def versions() -> Json:
 
 
 def plugin_problem(sglang: str | None) -> str | None:
-    """Why `--hicache-use-xmem` would not be there, None where it would."""
+    """Return why `--hicache-use-xmem` would be unknown to the server, or None."""
     if sglang is None:
         return f"SGLang is not installed; run pip install sglang=={sglang_versions.known()[0]}"
     try:
@@ -54,16 +54,16 @@ def plugin_problem(sglang: str | None) -> str | None:
 
 
 def driver() -> Json:
-    """The NVIDIA driver's version and CUDA's."""
+    """Return the versions of the NVIDIA driver and of CUDA."""
     try:
         version, cuda = gpus.driver_versions()
-    except Exception as error:  # NVML has errors of its own for each thing that it does not offer
+    except Exception as error:  # NVML has many error classes
         return {"version": None, "cuda": None, "reason": reason_of(error)}
     return {"version": version, "cuda": cuda, "reason": None}
 
 
 def gpu_list() -> tuple[list[Json], str | None]:
-    """Each GPU, and why there is none."""
+    """List the GPUs; also return the reason if there is none."""
     try:
         visible = gpus.visible_gpus()
     except Unavailable as error:
@@ -92,7 +92,7 @@ def _gpu(gpu: int) -> Json:
         found["processes"] = [
             {"pid": pid, "name": _process_name(pid), "used_bytes": used} for pid, used in gpus.processes(gpu).items()
         ]
-    except Exception as error:  # what was found until here counts; NVML's errors are of many kinds
+    except Exception as error:  # keep the values found so far; NVML has many error classes
         found["reason"] = reason_of(error)
     return found
 
@@ -100,11 +100,11 @@ def _gpu(gpu: int) -> Json:
 def _process_name(pid: int) -> str | None:
     with suppress(psutil.Error):
         return str(psutil.Process(pid).name())
-    return None  # of another container, or gone
+    return None  # in another container, or ended
 
 
 def peer_access(visible: list[int]) -> list[Json]:
-    """Each ordered pair: whether kernels on `gpu` can use memory of `peer`."""
+    """List the ordered pairs, and whether kernels on `gpu` can access memory of `peer`."""
     rows = []
     for gpu in visible:
         for peer in visible:
@@ -119,7 +119,7 @@ def peer_access(visible: list[int]) -> list[Json]:
 
 
 def host_memory() -> Json:
-    """The machine's memory and what this process may lock of it (None: all)."""
+    """Return the machine's memory and this process's locked-memory limit (None: no limit)."""
     memory = psutil.virtual_memory()
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return {
@@ -130,7 +130,7 @@ def host_memory() -> Json:
 
 
 def numa_nodes(root: Path = Path("/")) -> list[Json]:
-    """Each NUMA node's memory and reserved hugepages; empty where the kernel does not say.
+    """List each NUMA node's memory and reserved hugepages; empty if the kernel does not report nodes.
 
     Args:
         root: directory that holds `sys`.
@@ -166,7 +166,7 @@ def _numa_node(directory: Path, number: int) -> Json:
 
 
 def devdax(root: Path = Path("/")) -> list[Json]:
-    """Each device of device-DAX memory (CXL or persistent memory handed out whole).
+    """List the devices of device-DAX memory (CXL or persistent memory).
 
     Args:
         root: directory that holds `sys` and `dev`.
@@ -185,10 +185,10 @@ def _devdax(root: Path, name: str) -> Json:
         with suppress(OSError, ValueError):
             found[key] = _number(device / file)
     if not node.exists():
-        # Driver kmem has made ordinary memory of it, a NUMA node; or none has it.
-        found["reason"] = "it has no node in /dev, so it is in use as system memory or has no driver"
+        # Driver kmem has turned it into system memory (a NUMA node), or it has no driver.
+        found["reason"] = "no device node in /dev: the kernel uses it as system memory, or it has no driver"
     elif not os.access(node, os.R_OK | os.W_OK):
-        found["reason"] = "this user may not read and write it"
+        found["reason"] = "this user has no read and write access"
     return found
 
 
@@ -197,13 +197,13 @@ def _number(path: Path) -> int:
 
 
 def xmem() -> Json:
-    """X-Mem's library as the SDK looks for it; whether it works is for a child process to find out."""
+    """Return the path of X-Mem's library as the SDK resolves it; a child process tests whether it works."""
     path = os.environ.get(LIBRARY_VARIABLE, DEFAULT_LIBRARY)
     return {"library": path, "library_exists": os.path.exists(path)}
 
 
 def reason_of(error: Exception) -> str:
-    """A clause for people; the kind of an error is part of it where its words may not be enough."""
+    """Format an error as a clause; includes the error's class unless its message is ours."""
     words = " ".join(str(error).split())
     if isinstance(error, Unavailable):
         return words

@@ -1,4 +1,4 @@
-"""What the doctor found, on one screen."""
+"""The doctor's results on one screen."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Json = dict[str, Any]
 
 def show(found: Json) -> None:
     """Print `found`, the doctor's JSON, on stdout."""
-    # A terminal's width is the reader's choice, and so is COLUMNS.
+    # Follow the terminal's width, or COLUMNS.
     console = Console(highlight=False, markup=False, emoji=False)
     for part in (_versions, _gpus, _peers, _memory, _devices, _tiers):
         for block in part(found):
-            # A file or a pipe gets a line of text as one line.
+            # Do not wrap text in a file or a pipe.
             console.print(block, soft_wrap=not sys.stdout.isatty() and not isinstance(block, Table))
     console.print(verdict(found["tiers"]), soft_wrap=not sys.stdout.isatty())
 
@@ -34,7 +34,7 @@ def _versions(found: Json) -> list[Any]:
     if driver["version"] is not None:
         names.append(f"NVIDIA driver {driver['version']} (CUDA {driver['cuda']})")
     else:
-        # The reason comes with the GPUs, unless they are there all the same.
+        # The GPUs' section shows the reason, unless it lists GPUs.
         missing.append("NVIDIA driver" + (f" ({driver['reason']})" if found["gpus"]["list"] else ""))
     lines: list[Any] = [", ".join(names) + (f"; without {', '.join(missing)}" if missing else "")]
     problem = found["plugin"]["reason"]
@@ -57,8 +57,8 @@ def _gpus(found: Json) -> list[Any]:
             + (f" {_gb(p['used_bytes'])}" if p["used_bytes"] else "")
             for p in gpu["processes"]
         )
-        # The clause names processes where there are any; without, it is about memory that no visible process has.
-        users = users or gpu["in_use"] or ("?" if gpu["reason"] else "nobody")
+        # Without a visible process, the clause is about memory of invisible processes.
+        users = users or gpu["in_use"] or ("?" if gpu["reason"] else "none")
         table.add_row(
             str(gpu["gpu"]), gpu["name"] or "?", _gb(gpu["free_bytes"]), _gb(gpu["total_bytes"]),
             _or(gpu["numa_node"]), *rates, users,
@@ -69,7 +69,7 @@ def _gpus(found: Json) -> list[Any]:
 
 
 def _not_measured(gpus: Sequence[Json]) -> list[str]:
-    """A line a reason, with the GPUs that it holds for."""
+    """Return one line per reason, with its GPUs."""
     by_reason: dict[str, list[str]] = {}
     for gpu in gpus:
         if gpu["not_measured"] is not None:
@@ -82,7 +82,7 @@ def _peers(found: Json) -> list[Any]:
     if len(numbers) < 2:
         return []
     pairs = {(row["gpu"], row["peer"]): row for row in found["peers"]}
-    title, table = _heading("Peer access (GB/s that a row's GPU reads of a column's memory)"), _table()
+    title, table = _heading("Peer access (GB/s at which the row's GPU reads the column's memory)"), _table()
     _columns(table, "reads", *(f"of {number}" for number in numbers))
     notes = []
     for gpu in numbers:
@@ -136,7 +136,7 @@ def _devices(found: Json) -> list[Any]:
     xmem = found["xmem"]
     banks = xmem["banks"]
     if banks is None:
-        # With tier mtier in the table below, its line there says so.
+        # If tier mtier is in the table below, its line there has the reason.
         asked = {line["tier"]: line["reason"] for line in found["tiers"]["found"]}
         status = "no banks" if xmem["reason"] == asked.get("mtier") else xmem["reason"]
     else:
@@ -157,13 +157,13 @@ def _tiers(found: Json) -> list[Any]:
     blocks: list[Any] = [title, table]
     if tiers["host_budget"] == "fallback":
         blocks.append(
-            "SGLang is not installed: host tiers may have the available memory less the 10 GiB that it leaves free."
+            "SGLang is not installed: host tiers are limited to the available memory less 10 GiB, as in SGLang."
         )
     return blocks
 
 
 def verdict(tiers: Json) -> Text:
-    """The last line: what serves; the table above it says why the others do not."""
+    """Format the last line: the chosen tier; the table above has the reasons against the others."""
     size = "" if tiers["pool_bytes"] is None else f" for --hicache-size {tiers['pool_bytes'] / 1e9:g}"
     auto = tiers["asked"] == AUTO
     able = _able(tiers)
@@ -181,7 +181,7 @@ def verdict(tiers: Json) -> Text:
         text = f"{tiers['asked']} is unavailable{size}: {tiers['found'][0]['reason']}."
     if tiers["stuck"] and auto:
         names = " or ".join(able) or "another"
-        text += f" A server asks {', '.join(tiers['stuck'])} too, and may not start; give --hicache-xmem-tier {names}."
+        text += f" A server queries {', '.join(tiers['stuck'])} too, and may hang. Set --hicache-xmem-tier {names}."
     return Text(text, style="bold green" if chosen is not None else "bold red")
 
 
@@ -198,7 +198,7 @@ def _table() -> Table:
 
 
 def _columns(table: Table, *names: str) -> None:
-    """Columns to the right; to the left, and wrapped where they are long, those marked `<`."""
+    """Add right-aligned columns; those marked `<` are left-aligned, and wrapped if long."""
     for name in names:
         left = name.startswith("<")
         table.add_column(name.removeprefix("<"), justify="left" if left else "right", no_wrap=not left)
@@ -209,7 +209,7 @@ def _gb(nbytes: int | None) -> str:
 
 
 def _size(nbytes: int) -> str:
-    """Bytes in decimal units, as everywhere on this screen but for pages of memory."""
+    """Format bytes in decimal units, as everywhere on this screen except for memory pages."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if nbytes >= unit:
             return f"{nbytes / unit:.2f} {name}"

@@ -1,6 +1,6 @@
-"""What each tier could do for an engine, by the code that plans in SGLang's launcher (sglang_xmem.plan), one by one.
+"""Check each tier for an engine with the planning code of SGLang's launcher (sglang_xmem.plan).
 
-Each tier is asked as if it had been named; `auto` takes the first that can, in the same order.
+Each tier is planned as if the user had named it; `auto` uses the first that can serve, in the same order.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from sglang_xmem.plan import examine as examine_tiers
 from sglang_xmem.tiers import Ranks
 from sglang_xmem.tiers.mtier import MTierTier, bank_rooms
 
-#: Seconds that a tier may take to answer: an SDK's import takes some (it imports torch), and its library may wait for
-#: its service for good.
+#: Seconds until a tier counts as stuck: an SDK's import is slow (it imports torch), and its library may wait for its
+#: service forever.
 LIMIT_S = 30.0
-#: The step that lists X-Mem's banks. First: a tier that hangs hides nothing that was asked before.
+#: The step that lists X-Mem's banks. It is first: a tier that hangs hides no earlier results.
 BANKS = "banks"
 
 Json = dict[str, Any]
 
 
 def engine_gpus(tp_size: int, base_gpu_id: int) -> list[int | None]:
-    """The GPU of each rank as SGLang assigns them, None where this machine has none.
+    """Return each rank's GPU as SGLang assigns it; None on a machine without GPUs.
 
     Raises:
-        ConfigError: they ask for GPUs that are not there.
+        ConfigError: the options name GPUs that do not exist.
     """
     if tp_size < 1:
         raise ConfigError(f"--tp-size is {tp_size}. Give 1 or more.")
@@ -52,7 +52,7 @@ def engine_gpus(tp_size: int, base_gpu_id: int) -> list[int | None]:
 
 
 def sglang_is_known() -> bool:
-    """Whether the SGLang that is installed is one that this package patches."""
+    """Whether this package supports the installed SGLang."""
     try:
         versions.current()
     except UnsupportedSGLang:
@@ -61,7 +61,7 @@ def sglang_is_known() -> bool:
 
 
 def examine(steps: list[str], config: str | None, engine: list[int | None], pool_bytes: int | None) -> Iterator[Json]:
-    """In a child: one line a step, which is a tier's name or BANKS.
+    """Yield one line per step, which is a tier's name or BANKS. Runs in a child process.
 
     Raises:
         ConfigError: options that the server would refuse.
@@ -99,14 +99,14 @@ def _host_budget(n_ranks: int) -> HostBudget:
 
 
 def fallback_host_budget(n_ranks: int) -> HostBudget:
-    """What each of `n_ranks` may claim of the host's RAM where SGLang, whose rule it is, is not installed."""
+    """Return each rank's limit of host RAM by SGLang's rule, for machines without SGLang."""
     return lambda nbytes: (machine.host_available_bytes() - machine.HOST_RESERVE_BYTES) // n_ranks
 
 
 def verdict(
     tier: str, config: str | None, engine: list[int | None], pool_bytes: int | None, *, banks: bool = True
 ) -> tuple[Json, Json]:
-    """Which tier serves and why not the others; and X-Mem's banks, unless not asked for.
+    """Return the chosen tier with the reasons against the others, and X-Mem's banks if `banks`.
 
     Raises:
         ConfigError: options that the server would refuse.
@@ -127,14 +127,14 @@ def verdict(
         steps = steps[len(outcome.lines) :]
         if not steps:
             break
-        # A child that neither finished nor failed has no answer to its first open step; the others get a new child.
-        problem = outcome.problem or "it gave no answer"
+        # A child that neither finished nor failed is stuck in its first open step; the other steps get a new child.
+        problem = outcome.problem or "it did not respond"
         failed = steps.pop(0)
         if failed == BANKS:
             bank_line = {"banks": None, "reason": problem}
             if MTierTier.name not in steps:
                 continue
-            steps.remove(failed := MTierTier.name)  # would wait for the same service as long again
+            steps.remove(failed := MTierTier.name)  # would wait for the same service again
         found[failed] = _line(failed, problem)
         stuck.append(failed)
     tiers = [found[name] for name in names]

@@ -1,1 +1,1 @@
-"""Adapters: one package per inference engine."""
+"""Engine adapters, one package per inference engine."""

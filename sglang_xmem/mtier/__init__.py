@@ -1,4 +1,4 @@
 """A service that owns banks of memory (`mtierd`) and the client library of X-Mem's C interface for it (`libmtier.so`).
 
-The C++ sources lie in native/ and are compiled on the user's machine: see `build`.
+The C++ sources are in native/ and are compiled on the user's machine (see `build`).
 """

@@ -1,7 +1,7 @@
-"""Compiles libmtier.so and mtierd with the system's C++ compiler, once for each version of the sources.
+"""Compile libmtier.so and mtierd with the system's C++ compiler, once per version of the sources.
 
-`python -m sglang_xmem.mtier.build DIRECTORY` puts both into a directory of the user's choice. On a machine without a
-compiler SGLANG_XMEM_MTIER_DIR names such a directory, made elsewhere from the same sources.
+`python -m sglang_xmem.mtier.build DIRECTORY` builds both into DIRECTORY. On a machine without a compiler, set
+SGLANG_XMEM_MTIER_DIR to such a directory, built elsewhere from the same sources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sglang_xmem.cache import CacheError, cache_dir, is_own, read_own
 
 LIBRARY = "libmtier.so"
 DAEMON = "mtierd"
-#: What an engine does with frames of the page bank.
+#: The engine's library for frames of the page bank.
 PAGES = "libpages.so"
 NATIVE = Path(__file__).with_name("native")
 PREBUILT_VARIABLE = "SGLANG_XMEM_MTIER_DIR"
@@ -29,10 +29,10 @@ PREBUILT_VARIABLE = "SGLANG_XMEM_MTIER_DIR"
 STAMP = "mtier.digests"
 
 _FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
-#: For tests alone: another library can be the CUDA driver.
+#: For tests: allows another library as the CUDA driver.
 _TESTING = ("-DMTIER_TESTING",)
 _SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-#: What is made of which source, with which further flags.
+#: Products, with their source and further flags.
 _TARGETS = (
     (LIBRARY, "libmtier.cpp", ("-shared", "-fPIC", "-fvisibility=hidden")),
     (DAEMON, "mtierd.cpp", ()),
@@ -41,22 +41,23 @@ _TARGETS = (
 
 
 class BuildError(RuntimeError):
-    """The library and the service could not be compiled; the message is one sentence."""
+    """The library and the service cannot be compiled; the message is one sentence."""
 
 
 def built(
     *, testing: bool = False, sanitize: bool = False, announce: Callable[[str], None] = lambda words: None
 ) -> Path:
-    """Directory with LIBRARY, DAEMON and PAGES: SGLANG_XMEM_MTIER_DIR, or compiled now if the cache has none.
+    """Return a directory with LIBRARY, DAEMON and PAGES: SGLANG_XMEM_MTIER_DIR, or the cache, compiled now if
+    necessary.
 
     Args:
-        testing: such as tests need; always compiled here.
-        sanitize: that, with AddressSanitizer and UndefinedBehaviorSanitizer.
-        announce: gets a sentence before a compilation, which takes half a minute.
+        testing: variants for tests; always compiled here.
+        sanitize: as `testing`, with AddressSanitizer and UndefinedBehaviorSanitizer.
+        announce: called with a sentence before a compilation, which takes 30 s.
 
     Raises:
-        BuildError: there is no compiler, it refuses the sources, the cache cannot be written or others can write there,
-            or what the variable names is not made of these sources.
+        BuildError: there is no compiler, compilation fails, the cache is not writable or others can write there, or the
+            variable's directory was not built from these sources.
     """
     prebuilt = os.environ.get(PREBUILT_VARIABLE)
     more = (*(_TESTING if testing or sanitize else ()), *(_SANITIZE if sanitize else ()))
@@ -67,10 +68,10 @@ def built(
     try:
         directory = cache_dir() / f"mtier-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}"
     except CacheError as error:
-        raise BuildError(f"mtierd cannot be kept: {error}.") from None
+        raise BuildError(f"mtierd cannot be cached: {error}.") from None
     if _is_whole(directory):
         return directory
-    announce(f"Compiling {DAEMON} and {LIBRARY} into {directory}, which takes half a minute and is done once.")
+    announce(f"Compiling {DAEMON} and {LIBRARY} into {directory}; this takes about 30 s and happens once.")
     try:
         scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix="mtier-build-"))
         try:
@@ -88,10 +89,10 @@ def built(
 
 
 def build_into(directory: Path) -> None:
-    """Put LIBRARY, DAEMON, PAGES and STAMP into `directory`, each in one step as other processes see it.
+    """Build LIBRARY, DAEMON, PAGES and STAMP into `directory`; each appears atomically.
 
     Raises:
-        BuildError: as `built`, or `directory` cannot be written.
+        BuildError: see `built`; or `directory` is not writable.
     """
     source = built()
     try:
@@ -102,11 +103,11 @@ def build_into(directory: Path) -> None:
             os.chmod(file.name, 0o755)
             os.replace(file.name, directory / name)
     except OSError as error:
-        raise BuildError(f"{directory} cannot be written ({error.strerror}); name another directory.") from None
+        raise BuildError(f"{directory} is not writable ({error.strerror}). Give another directory.") from None
 
 
 def _put(scratch: Path, directory: Path) -> None:
-    """Move a finished build to its place: over one that is damaged, not over one that another process just made."""
+    """Move a finished build into place: replace a damaged one, but not one that another process has just made."""
     try:
         scratch.rename(directory)
     except OSError:
@@ -121,7 +122,7 @@ def _put(scratch: Path, directory: Path) -> None:
 
 
 def _sources() -> str:
-    """Digest of the sources."""
+    """Digest the sources."""
     digest = hashlib.sha256()
     for source in sorted(NATIVE.iterdir()):
         digest.update(source.read_bytes())
@@ -129,7 +130,7 @@ def _sources() -> str:
 
 
 def _stamp(directory: Path) -> str | None:
-    """What STAMP of a whole build in `directory` says; None where a file is missing or others can write to it."""
+    """Return STAMP of a complete build in `directory`; None if a file is missing or others can write to it."""
     contents = [read_own(directory / name) for name in (LIBRARY, DAEMON, PAGES)]
     digests = [hashlib.sha256(content).hexdigest() for content in contents if content is not None]
     return " ".join([_sources(), *digests]) if len(digests) == len(contents) else None
@@ -137,7 +138,7 @@ def _stamp(directory: Path) -> str | None:
 
 def _write_stamp(directory: Path) -> None:
     for name in (LIBRARY, DAEMON, PAGES):
-        (directory / name).chmod(0o755)  # the umask may have given others more
+        (directory / name).chmod(0o755)  # the umask may allow more
     (directory / STAMP).write_text(_stamp(directory) or "")
     (directory / STAMP).chmod(0o644)
 
@@ -148,10 +149,10 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _checked(directory: Path) -> Path:
-    """`directory`, as `build_into` made it.
+    """Return `directory` if `build_into` has built it from these sources.
 
     Raises:
-        BuildError: it did not, or from other sources.
+        BuildError: it has not.
     """
     if _is_whole(directory):
         return directory
@@ -162,14 +163,14 @@ def _checked(directory: Path) -> Path:
 
 
 def _compiler() -> str:
-    """Path of the C++ compiler: $CXX, or the first of the usual names."""
+    """Return the path of the C++ compiler: $CXX, or the first of the usual names."""
     chosen = os.environ.get("CXX")
     for name in [chosen] if chosen else ["c++", "g++", "clang++"]:
         path = shutil.which(name)
         if path is not None:
             return path
-    looked = f"CXX is {chosen!r}, which is no program" if chosen else "no C++ compiler is installed"
-    raise BuildError(f"mtierd is compiled on first use and {looked}; run apt-get install g++, or name one in CXX.")
+    looked = f"CXX is {chosen!r}, which is not a program" if chosen else "no C++ compiler is installed"
+    raise BuildError(f"mtierd is compiled on first use, but {looked}; run apt-get install g++, or set CXX to one.")
 
 
 def _version(compiler: str) -> str:
@@ -185,7 +186,7 @@ def _compile(compiler: str, directory: Path, more: Sequence[str]) -> None:
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             said = lines[0].strip() if lines else f"status {done.returncode}"
-            raise BuildError(f"{compiler} cannot compile {source}: {said}; name a C++17 compiler in CXX.")
+            raise BuildError(f"{compiler} cannot compile {source}: {said}; set CXX to a C++17 compiler.")
 
     with ThreadPoolExecutor(len(_TARGETS)) as threads:
         list(threads.map(lambda target: make(*target), _TARGETS))
@@ -193,7 +194,7 @@ def _compile(compiler: str, directory: Path, more: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sglang_xmem.mtier.build", description=__doc__)
-    parser.add_argument("directory", type=Path, help=f"where {LIBRARY} and {DAEMON} go")
+    parser.add_argument("directory", type=Path, help=f"directory for {LIBRARY} and {DAEMON}")
     args = parser.parse_args(argv)
     try:
         build_into(args.directory)

@@ -1,4 +1,4 @@
-"""A client's end of mtierd's socket, for the messages of the page bank. Imports the standard library alone."""
+"""A client of mtierd's socket, for the messages of the page bank. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from sglang_xmem.errors import Remedy, Unavailable
 
-#: Seconds within which the service has to answer: SGLang ends a process whose storage threads take ten.
+#: Seconds within which the service must reply: SGLang ends a process whose storage threads block for 10 s.
 DEADLINE_S = 2.0
-#: Seconds without questions after one that was not answered; doubled with each, up to the second number.
+#: Seconds without requests after one without a reply; doubled each time, up to the second number.
 PAUSE_S, MOST_PAUSE_S = 1.0, 30.0
 
 # native/protocol.h and native/pages_protocol.h
@@ -32,12 +32,12 @@ HOST, GPU, DAX = 1, 2, 3
 
 _OUT_OF_MEMORY = -3
 INVALID_ARGUMENT = -4
-#: To a kJoin: ask again in a moment.
+#: Reply to a kJoin: retry shortly.
 NOT_YET = -8
 
 
 def socket_path() -> str:
-    """Where the service listens: as native/paths.h has it."""
+    """Return the path of the service's socket, as in native/paths.h."""
     user = os.geteuid()
     folders = [os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{user}"]
     usual = next((folder for folder in folders if folder and _is_own(folder)), f"/tmp/mtierd-{user}")
@@ -45,7 +45,7 @@ def socket_path() -> str:
 
 
 def _is_own(folder: str) -> bool:
-    """Whether a folder is this user's, and nobody else may write there."""
+    """Whether a folder belongs to this user, and only this user may write there."""
     try:
         status = os.lstat(folder)
     except OSError:
@@ -54,7 +54,7 @@ def _is_own(folder: str) -> bool:
 
 
 class Refused(Exception):
-    """The service understood and said no."""
+    """The service refused a request."""
 
     def __init__(self, code: int, words: str) -> None:
         super().__init__(words)
@@ -63,11 +63,11 @@ class Refused(Exception):
 
 
 class Silent(Exception):
-    """No answer: the service is gone, or did not answer in time; the message is a clause."""
+    """The service is gone, or did not respond in time; the message is a clause."""
 
 
 class Reply(NamedTuple):
-    """Fields as in native/protocol.h. `fd`: came along, -1 where none did; whoever gets it closes it."""
+    """Fields as in native/protocol.h. `fd`: the received descriptor, or -1; the caller closes it."""
 
     num_banks: int
     total: int
@@ -80,10 +80,10 @@ class Reply(NamedTuple):
 
 
 class Connection:
-    """A connection to the service: one question at a time, each answered within a time limit.
+    """A connection to the service: one request at a time, each with a time limit.
 
     Raises:
-        Silent: nobody answers at `path`.
+        Silent: no service responds at `path`.
     """
 
     def __init__(self, path: str) -> None:
@@ -99,15 +99,15 @@ class Connection:
             peer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         except OSError as error:
             self.close()
-            raise Silent(f"no mtierd answers at {path} ({error.strerror or 'in time'})") from None
+            raise Silent(f"no mtierd responds at {path} ({error.strerror or 'timeout'})") from None
         owner = struct.unpack("3i", peer)[1]
-        if owner != os.geteuid():  # anybody can put a socket at a path in /tmp
+        if owner != os.geteuid():  # anyone can create a socket in /tmp
             self.close()
             raise Silent(f"the mtierd at {path} runs as user {owner} and not as user {os.geteuid()}")
 
     @property
     def alive(self) -> bool:
-        """Whether the service had not hung up when it was last asked."""
+        """Whether the connection was open at the last request."""
         return self._socket is not None
 
     def ask(self, op: int, count: int = 0, behind: bytes = b"", kind: int = 0) -> Reply:
@@ -115,13 +115,13 @@ class Connection:
 
         Raises:
             Refused: the service refuses.
-            Silent: it does not answer, or did not a moment ago.
+            Silent: it does not respond, or did not a moment ago.
         """
         with self._lock:
             if self._socket is None:
-                raise Silent(f"the mtierd at {self._path} has hung up")
+                raise Silent(f"mtierd at {self._path} closed the connection")
             if time.monotonic() < self._quiet_until:
-                raise Silent(f"the mtierd at {self._path} did not answer a moment ago")
+                raise Silent(f"mtierd at {self._path} did not respond a moment ago")
             self._number += 1
             try:
                 reply = self._exchange(self._socket, op, count, behind, kind)
@@ -129,10 +129,10 @@ class Connection:
                 pause = min(PAUSE_S * 2**self._failures, MOST_PAUSE_S)
                 self._failures += 1
                 self._quiet_until = time.monotonic() + pause
-                raise Silent(f"the mtierd at {self._path} did not answer within {DEADLINE_S:g} s") from None
+                raise Silent(f"mtierd at {self._path} did not respond within {DEADLINE_S:g} s") from None
             except OSError as error:
                 self.close()
-                raise Silent(f"the mtierd at {self._path} has hung up ({error.strerror or error})") from None
+                raise Silent(f"mtierd at {self._path} closed the connection ({error.strerror or error})") from None
             self._failures = 0
             return reply
 
@@ -159,7 +159,7 @@ class Connection:
                 if its_op == _REFUSED:
                     raise Refused(code, text.decode(errors="replace"))
                 if number != self._number:
-                    continue  # the late answer to a question that was given up
+                    continue  # the late reply to an abandoned request
                 if code == 0 and (version != _PROTOCOL_VERSION or its_op != op):
                     raise ConnectionError("it speaks another version of mtierd's protocol")
                 if code != 0:
@@ -200,7 +200,7 @@ def bank_info(kind: int, label: str = "") -> BankInfo:
         label: what the engine's pages are called; empty: `available` is what engines of any model there may have.
 
     Raises:
-        Unavailable: none answers.
+        Unavailable: no service responds.
     """
     try:
         connection = Connection(socket_path())
@@ -221,8 +221,8 @@ def label_bytes(label: str) -> bytes:
 def unavailable(error: Exception) -> Unavailable:
     if isinstance(error, Refused):
         full = error.code == _OUT_OF_MEMORY
-        # Pages of one model may have all of a bank though its engines are promised less.
-        share = ", or a lower --share where its engines have several models" if full else ""
+        # Pages of one model may use a whole bank even if its engines are promised less.
+        share = ", or a lower --share if engines serve several models" if full else ""
         fix = f"stop other engines, or give the service a larger --bank host:SIZE{share}"
         lower = [Remedy("lower_size")] if full else []
         return Unavailable(error.words, *lower, Remedy("do", value=fix))

@@ -1,7 +1,7 @@
 """`sglang-xmem mtierd`: a service that shares banks of memory among engines of this user, through X-Mem's interface.
 
-Compiles the service on first use and becomes it. A client finds it by MTIER_LIB_PATH (the library, whose path is
-printed as soon as the service can be reached) and MTIER_SOCKET (where --socket is not the default).
+Compiles the service on first use, then executes it. Clients need MTIER_LIB_PATH (the library, whose path is printed
+once the service is reachable) and, with --socket, MTIER_SOCKET.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "TiB": 1 << 40,
 }
 
-#: Left free on a GPU: for page tables, and for the service's context there, about 0.6 GB, which comes with the bank's
-#: first allocation.
+#: Bytes left free on a GPU: for page tables, and for the service's context there (about 0.6 GB), created with the
+#: bank's first allocation.
 GPU_RESERVE_BYTES = 1 << 30
 
 
@@ -42,26 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="host:SIZE|gpu:ORDINAL[:SIZE]|dax:DEVICE[:SIZE]",
-        help="a bank of shared host memory, such as host:4GB or host:512MiB, or of a GPU's memory, such as gpu:1:40GB "
-        "or gpu:1 for all that is free there less 1 GiB, or a devdax for the page bank, such as dax:/dev/dax9.0 or "
-        "dax:/dev/dax9.0:256GiB for its first bytes; may be given several times; default: one of half of the host "
-        "memory that is available to this process",
+        help="a bank of shared host memory, such as host:4GB or host:512MiB; of a GPU's memory, such as gpu:1:40GB "
+        "or gpu:1 (all free memory less 1 GiB); or of a devdax for the page bank, such as dax:/dev/dax9.0 or "
+        "dax:/dev/dax9.0:256GiB (its first bytes); may be repeated; default: one bank of half of the host "
+        "memory available to this process",
     )
     parser.add_argument(
         "--socket",
         metavar="PATH",
         help="default: $MTIER_SOCKET, else mtierd.sock in $XDG_RUNTIME_DIR, /run/user/UID or /tmp/mtierd-UID, the "
-        "first that is a folder of this user's alone",
+        "first that is a private folder of this user",
     )
     parser.add_argument(
         "--quota",
         type=float,
         default=0,
         metavar="GB",
-        help="limit per process, against mistakes: a user's processes can start others; default: 0, none",
+        help="limit per process, against errors (a process can start others); default: 0 (no limit)",
     )
     parser.add_argument(
-        "--granularity", type=int, default=2, metavar="MiB", help="allocations are whole multiples; default: 2"
+        "--granularity", type=int, default=2, metavar="MiB", help="allocations are multiples of this; default: 2"
     )
     parser.add_argument("--flush", action="store_true", help="make the page bank of a running service forget all pages")
     parser.add_argument(
@@ -69,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=100,
         metavar="PERCENT",
-        help="most of a host bank that pages of one model get where its engines ask for less; lower it where several "
+        help="maximum part of a host bank for pages of one model beyond its engines' requests; lower it if several "
         "models share a bank; default: 100",
     )
     parser.add_argument(
         "--lazy",
         action="store_true",
-        help="make no memory of the page bank present before an engine asks for it; so it is without --bank too",
+        help="populate memory of the page bank only when an engine requests it; the default without --bank",
     )
     parser.add_argument(
         "--rest-after",
@@ -90,18 +90,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-reset",
         action="store_true",
-        help="serve mTierResetAll, which empties the accounts of all clients though they go on using the memory",
+        help="serve mTierResetAll, which clears the accounts of all clients while they still use the memory",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does not return where the service starts: this process becomes it.
+    """Execute the service in this process; returns only on an error.
 
     Raises:
         ConfigError: an argument is wrong.
     """
     if args.json and not args.status:
-        raise ConfigError("--json goes with --status. Give both, or leave it out.")
+        raise ConfigError("--json needs --status. Give both, or leave it out.")
     where = ["--socket", args.socket] if args.socket else []
     arguments = [] if args.status or args.flush else service_arguments(args)
     try:
@@ -125,7 +125,7 @@ def _show_status(command: Sequence[str], *, as_json: bool) -> int:
 
 
 def status_text(status: Mapping[str, Any]) -> str:
-    """A service's report for people: banks and the clients that hold memory, in GB (1e9 bytes)."""
+    """Format a service's report: banks and the clients that hold memory, in GB (1e9 bytes)."""
     quota = f"{status['quota'] / 1e9:.2f} GB" if status["quota"] else "none"
     # What pages of a model that is not there may have, which is more than is free where pages of the past can go.
     opens = {each["bank"]: f"{each['bytes'] / 1e9:.2f}" for each in status.get("open", ())}
@@ -187,7 +187,7 @@ def _session_row(space: Mapping[str, Any], session: Mapping[str, Any]) -> Sequen
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart; numbers to the right."""
+    """Format columns two spaces apart; numbers are right-aligned."""
     columns = []
     for title, *texts in zip(*rows, strict=True):
         width = max(map(len, (title, *texts)))
@@ -198,7 +198,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def service_arguments(args: argparse.Namespace) -> list[str]:
-    """mtierd's own arguments, in bytes.
+    """Return the service's arguments, in bytes.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -249,7 +249,7 @@ def service_arguments(args: argparse.Namespace) -> list[str]:
 
 
 class _Bank(NamedTuple):
-    """A --bank. `gpu` and `device`: None for host memory; `nbytes`: None for all that is free."""
+    """A --bank. `gpu` and `device`: None for host memory; `nbytes`: None for all free memory."""
 
     text: str
     gpu: int | None
@@ -275,7 +275,7 @@ def _parse_bank(text: str) -> _Bank:
 
 
 def _dax_bytes(bank: _Bank, granule: int) -> int:
-    """Bytes of a bank on a device; nothing of it is claimed yet."""
+    """Return the bytes of a bank on a device, without claiming it."""
     assert bank.device is not None
     try:
         return bank_bytes(bank.device, bank.nbytes, granule)
@@ -284,11 +284,12 @@ def _dax_bytes(bank: _Bank, granule: int) -> int:
         fix = error.fix[0].upper() + error.fix[1:]
         raise ConfigError(f"--bank {bank.text}: its {what} {error.problem}. {fix}.") from None
     except Unavailable as error:
-        raise ConfigError(f"--bank {bank.text}: {error.reason}. End that, or give another device.") from None
+        raise ConfigError(f"--bank {bank.text}: {error.reason}. End that process, or give another device.") from None
 
 
 def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:
-    """Bytes of a bank on a GPU: the requested size, or all free memory less the reserve, which is also the maximum.
+    """Return the bytes of a bank on a GPU: the requested size, or all free memory less the reserve, which is also the
+    maximum.
 
     Others may use a named GPU too. Nothing here makes a CUDA context.
     """
@@ -306,7 +307,7 @@ def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:
     nbytes = most if wanted is None else wanted
     if nbytes <= 0 or nbytes > most:
         raise ConfigError(
-            f"--bank {text}: GPU {gpu} has {free / 1e9:.2f} GB free, of which {GPU_RESERVE_BYTES / 1e9:.2f} GB stay so "
-            "for the service's CUDA context. Give less, or free memory there."
+            f"--bank {text}: GPU {gpu} has {free / 1e9:.2f} GB free, of which {GPU_RESERVE_BYTES / 1e9:.2f} GB are "
+            "reserved for the service's CUDA context. Give less, or free memory there."
         )
     return nbytes

@@ -1,4 +1,4 @@
-"""A slab of GPU memory that mtierd handed out as a descriptor, mapped for this process. Imports no CUDA bindings."""
+"""A slab of GPU memory from mtierd, passed as a descriptor and mapped for this process. Imports no CUDA bindings."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from sglang_xmem.errors import Unavailable
 
 
 class GpuMapping:
-    """GPU memory at addresses of this process, which the CPU cannot use.
+    """GPU memory mapped at addresses of this process that the CPU cannot access.
 
     Args:
         library: libpages.so.
-        fd: the slab's descriptor; stays the caller's.
-        nbytes: all of the slab.
-        granularity: bytes that its address is a multiple of.
+        fd: the slab's descriptor; the caller closes it.
+        nbytes: size of the slab.
+        granularity: alignment of its address, in bytes.
 
     Attributes:
-        owner: nothing; no view of the memory keeps it mapped.
+        owner: None; no view of the memory keeps it mapped.
 
     Raises:
-        Unavailable: the calling thread has no CUDA context, or its GPU cannot reach the memory.
+        Unavailable: the calling thread has no CUDA context, or its GPU cannot access the memory.
     """
 
     owner: Any = None
@@ -36,7 +36,7 @@ class GpuMapping:
         self.address = int(library.pages_address(self._mapping))
 
     def close(self) -> None:
-        """Wait for the context that it was mapped in, and unmap; idempotent."""
+        """Wait for the context of the mapping, and unmap; idempotent."""
         mapping, self._mapping = self._mapping, None
         if mapping:
             self._library.pages_unmap_gpu(mapping)

@@ -1,4 +1,4 @@
-"""Memory tiers. A new tier is a new module here; nothing else has to know of it."""
+"""Memory tiers. A new tier is a new module here; no other code changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Extent", "Health", "MemoryTier", "Ranks", "Region", "Traits", "tier_
 
 
 def tier_classes() -> dict[str, type[MemoryTier]]:
-    """All tiers by name, fastest first."""
+    """Return all tiers by name, fastest first."""
     found: list[type[MemoryTier]] = []
     for module_info in pkgutil.iter_modules(__path__):
         if module_info.name == "base":

@@ -1,8 +1,8 @@
-"""Tier `bank`: page frames in memory of mtierd, which all engines of this user on this machine share.
+"""Tier `bank`: page frames in memory of mtierd, shared by all engines of this user on this machine.
 
-Engines whose pages are equal (`share_as`) find each other's pages, and those that an engine before them left. A rank
-maps the slab of its space as a whole, and pins it for its GPU; which frames are its own changes page by page. Of a
-devdax that the service owns, the slab is a range: no memory of the host, and pinned in the same way.
+Engines with equal pages (`share_as`) find each other's pages, and those of earlier engines. A rank maps its space's
+whole slab and pins it for its GPU; the frames that it owns change page by page. On a devdax that the service owns, the
+slab is a range of the device, pinned in the same way.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sglang_xmem.mtier.client import DAX, GPU, HOST, bank_info
 from sglang_xmem.tiers import hostmem
 from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
-#: A frame takes 64 bytes of the ledger too, which on a devdax lies there. No arena asks for smaller ones: a smaller
-#: granule is one of plain bytes.
+#: Smallest frames. Each also uses 64 bytes of the ledger, which is on the devdax if the frames are. Arenas never
+#: request smaller frames; a smaller granule is one of plain bytes.
 LEAST_FRAME_BYTES = 256
 LEAST_DAX_FRAME_BYTES = 4096
 
@@ -33,9 +33,9 @@ class BankSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `bank` in --hicache-xmem-config.
 
     Attributes:
-        tag: engines with different tags do not share pages.
-        memory: of the service's banks; all engines of a model name the same. Default: "host" where the service has such
-            a bank, else "gpu"; a devdax is used only where it is named.
+        tag: engines share pages only with engines of the same tag.
+        memory: kind of the service's banks to use; all engines of a model must agree. Default: "host" if the service
+            has such a bank, else "gpu"; a devdax is used only if named.
     """
 
     tag: str = ""
@@ -43,7 +43,7 @@ class BankSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BankRankPlan(msgspec.Struct, frozen=True):
-    """The bytes that one rank may take, of which memory, and what slabs of it are multiples of."""
+    """The bytes that one rank may use, their kind of memory, and the granule of its slabs."""
 
     share_bytes: int
     memory: Memory = "host"
@@ -61,7 +61,7 @@ _WORDS: dict[Memory, str] = {"host": "host memory", "gpu": "GPU memory", "dax": 
 
 class BankTier(MemoryTier):
     name = "bank"
-    nominal_gbps = 56.0  # dram's memory, and a hit of another engine's page costs no prefill
+    nominal_gbps = 56.0  # dram's memory; a hit on another engine's page saves its prefill
     traits = Traits(cpu_addressable=True, counts_as_host_ram=False, link="pcie", shared=True)
     Settings = BankSettings
 
@@ -70,7 +70,7 @@ class BankTier(MemoryTier):
 
     def __init__(self, settings: Any, rank_plan: Any, gpu: int | None) -> None:
         super().__init__(settings, rank_plan, gpu)
-        #: Of the next allocations; those behind them are shared with nobody.
+        #: Of the next allocations, in order; further allocations are private.
         self._identities: list[bytes] = []
         self._label = ""
         self._pool_bytes = 0
@@ -87,9 +87,9 @@ class BankTier(MemoryTier):
         memory: Memory = settings.memory or ("gpu" if on_gpus and bank_info(HOST).banks == 0 else "host")
         info = bank_info(_KINDS[memory])
         if memory == "gpu" and not on_gpus:
-            raise SettingError("bank.memory", "is gpu, which an engine on the CPU cannot use", "give host")
+            raise SettingError("bank.memory", "is gpu, but the engine runs on the CPU", "give host")
         if info.banks == 0:
-            give = [Remedy("do", value=f"give it --bank {_OPTIONS[memory]}")]
+            give = [Remedy("do", value=f"start it with --bank {_OPTIONS[memory]}")]
             if bank_info(DAX).banks:
                 give.append(Remedy("set_option", "bank.memory", "dax"))
             raise Unavailable(f"the service has no bank of {_WORDS[memory]}", *give)
@@ -117,7 +117,7 @@ class BankTier(MemoryTier):
         return min(self.rank_plan.share_bytes, info.available)
 
     def waste_bytes(self, granule: int) -> int:
-        # A slab's end and, on a devdax, that of its ledger.
+        # The rounding of a slab and, on a devdax, of its ledger.
         return granule + (2 if self.rank_plan.memory == "dax" else 1) * self.rank_plan.granule_bytes
 
     def share_as(self, identities: Sequence[bytes], label: str) -> None:
@@ -130,7 +130,8 @@ class BankTier(MemoryTier):
         from sglang_xmem.bank import BankSession
 
         if nbytes > self.capacity_bytes():
-            raise Unavailable(f"the pool needs {nbytes / 1e9:.2f} GB, which the bank does not have", LOWER_SIZE)
+            needs = f"the pool needs {nbytes / 1e9:.2f} GB, which exceeds the bank's free capacity"
+            raise Unavailable(needs, LOWER_SIZE)
         with ExitStack() as undo:
             least = LEAST_DAX_FRAME_BYTES if self.rank_plan.memory == "dax" else LEAST_FRAME_BYTES
             frame = granule * -(-least // granule)
@@ -162,17 +163,17 @@ class BankTier(MemoryTier):
         )
 
     def _populate(self, address: int, nbytes: int) -> None:
-        """Have all pages of a devdax mapped, so that broken ones are found now.
+        """Map all pages of a devdax, so that broken ones are found now.
 
         Raises:
-            Unavailable: there is one.
+            Unavailable: a page is broken.
         """
         page_bytes = min(self.rank_plan.granule_bytes, 2 << 20)
         try:
             hostmem.populate(address, nbytes, threads=hostmem.touch_threads(), page_bytes=page_bytes)
         except OSError as error:
             why = "is poisoned" if hostmem.is_poisoned(error) else f"cannot be mapped ({error.strerror})"
-            # Pages under another name get another slab, and the service leaves out what it cannot clear.
+            # Another tag gets another slab, and the service excludes what it cannot clear.
             anew = Remedy("set_option", "bank.tag", "a new name")
             raise Unavailable(f"a page of the bank's device {why}", anew) from None
 
@@ -184,7 +185,7 @@ class BankTier(MemoryTier):
 
     @contextmanager
     def _context(self, undo: ExitStack) -> Iterator[None]:
-        """The rank's GPU is current, and its context stays until `undo`: GPU memory is mapped for it."""
+        """Make the rank's GPU current; its context stays until `undo`, because GPU memory is mapped for it."""
         if self.gpu is None or self.rank_plan.memory != "gpu":
             yield
             return

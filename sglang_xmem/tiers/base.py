@@ -1,9 +1,9 @@
-"""What a memory tier is: bytes in, addresses that the GPU can read and write, free capacity, traits, release.
+"""The contract of a memory tier: allocate bytes at addresses that the GPU reads and writes, capacity, traits, release.
 
 A tier is one module of this package with one `MemoryTier` subclass; `sglang_xmem.tiers` finds it by its file.
 Importing a tier's module must not import torch, CUDA or an SDK: the flags' choices come from all of them.
 
-A tier says facts. Who copies follows from them and from the settings in one place, `sglang_xmem.copies.policy`.
+A tier states facts. `sglang_xmem.copies.policy` decides from them and from the settings which GPU copies.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: More than any machine has; arithmetic beyond it leaves what C takes.
+#: More than any machine has; larger values overflow C integers.
 MOST_BYTES = 1 << 56
 
 Link = Literal["nvlink", "pcie", "cxl", "none"]
 
 
 class Traits(msgspec.Struct, frozen=True):
-    """What a tier's memory is, which decides what may touch it and what limits it.
+    """Properties of a tier's memory, which decide how it may be accessed and what limits it.
 
     Attributes:
         cpu_addressable: the CPU reads and writes the bytes at their addresses.
-        counts_as_host_ram: it takes of the host's RAM, so the engine's budget of that limits it.
-        link: what a copy between it and the rank's GPU goes over; chooses the copy's tuning.
+        counts_as_host_ram: it is part of host RAM, so the engine's host budget limits it.
+        link: the link between it and the rank's GPU; selects the copy's tuning.
         persistent: the bytes outlive the process.
         shared: other processes see the same bytes.
     """
@@ -48,11 +48,11 @@ class Traits(msgspec.Struct, frozen=True):
 
 
 class Ranks(msgspec.Struct, frozen=True):
-    """The ranks that one launcher starts on this machine: of tensor, pipeline and data parallelism alike.
+    """The ranks that one launcher starts on this machine, of tensor, pipeline and data parallelism.
 
     Attributes:
-        gpus: CUDA ordinal of each rank's GPU in the order of local ranks; None a rank without a GPU. Any list: a GPU
-            may occur twice.
+        gpus: CUDA ordinal of each rank's GPU in the order of local ranks; None: a rank without a GPU. A GPU may occur
+            twice.
     """
 
     gpus: tuple[int | None, ...]
@@ -70,7 +70,7 @@ class Extent(NamedTuple):
 
 
 class Health(NamedTuple):
-    """Whether a tier can go on serving, and why not."""
+    """Whether a tier can serve, and the reason if not."""
 
     ok: bool
     reason: str | None = None
@@ -80,17 +80,16 @@ class Region:
     """One allocation of a tier. `release` is idempotent, never raises, and frees only this allocation.
 
     Attributes:
-        extents: ranges of addresses that the rank's GPU (or the CPU, on a machine without one) reads and writes. Each
-            holds whole granules from its first byte on; a rest below a granule at its end is not used.
-        granule: bytes that may not be split over two extents.
-        summary: where the bytes are, for the log line.
-        gpus: CUDA ordinals of the GPUs whose memory it is; empty for host memory.
-        reachable_from: CUDA ordinals of other GPUs than the rank's that have access to all extents too.
-        owner: for each extent an object with the buffer protocol over its bytes: whoever views host memory through it
-            keeps it mapped, past `release` if need be. None where nothing could: memory that the CPU does not address,
-            or that goes with `release`.
-        bank: hands the region's granules out one by one, and knows which of them hold pages of other processes. None:
-            all of them are this allocation's alone.
+        extents: ranges of addresses that the rank's GPU (or the CPU, on a machine without one) reads and writes.
+            Granules start at each range's first byte; a partial granule at its end is not used.
+        granule: bytes that must not be split over two extents.
+        summary: location of the bytes, for the log line.
+        gpus: CUDA ordinals of the GPUs that own the memory; empty for host memory.
+        reachable_from: CUDA ordinals of other GPUs that can access all extents.
+        owner: for each extent, an object with the buffer protocol over its bytes; a view through it keeps host memory
+            mapped, even past `release`. None if the CPU does not address the memory, or if `release` always unmaps it.
+        bank: allocates the region's granules one by one, and knows which hold pages of other processes. None: all
+            granules belong to this allocation.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class Region:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all whole granules."""
+        """Total bytes of all whole granules."""
         return sum(extent.nbytes // self.granule for extent in self.extents) * self.granule
 
     def release(self) -> None:
@@ -126,23 +125,23 @@ class Region:
         if release is not None:
             try:
                 release()
-            except Exception:  # whoever gives memory back can do nothing about it
-                logger.exception("sglang_xmem: giving back %s failed", self.summary)
+            except Exception:  # the caller cannot handle it
+                logger.exception("sglang_xmem: releasing %s failed", self.summary)
 
 
 class MemoryTier(ABC):
     """A rank's share of one kind of memory.
 
     Args:
-        settings: this tier's part of the configuration, an instance of `Settings`.
-        rank_plan: what `plan_ranks` planned for this rank; a picklable value of the tier's own.
+        settings: this tier's section of the configuration, an instance of `Settings`.
+        rank_plan: this rank's plan from `plan_ranks`; picklable, of the tier's own type.
         gpu: CUDA ordinal of the rank's GPU, None without one.
     """
 
     name: ClassVar[str]
     #: Order in which `auto` tries tiers, fastest first: nominal GB/s (1e9 bytes) of one direction.
     nominal_gbps: ClassVar[float]
-    #: Of the class, for a rank with a GPU; of an instance where it follows from the machine.
+    #: The class attribute is for a rank with a GPU; an instance overrides it if it depends on the machine.
     traits: Traits
     #: msgspec.Struct with forbid_unknown_fields: the tier's keys in the configuration.
     Settings: ClassVar[type[msgspec.Struct]]
@@ -160,61 +159,61 @@ class MemoryTier(ABC):
     @classmethod
     @abstractmethod
     def plan_ranks(cls, settings: Any, ranks: Ranks) -> tuple[Any, ...]:
-        """Plan this tier for all ranks of a launcher: one plan a rank. Allocates nothing.
+        """Plan this tier for all ranks of a launcher, one plan per rank. Allocates nothing.
 
-        Runs in the launcher, where no CUDA context may be made.
+        Runs in the launcher, which must not create a CUDA context.
 
         Raises:
-            Unavailable: this machine does not have the tier, or all of it is in use.
-            SettingError: `settings` ask for something impossible; also where another tier would do.
+            Unavailable: this machine lacks the tier, or all of it is in use.
+            SettingError: a setting is impossible; raised even if another tier could serve.
         """
 
     @abstractmethod
     def capacity_bytes(self) -> int:
-        """Bytes that `allocate` could give this rank now, in granules as small as need be.
+        """Return the bytes that `allocate` could give this rank now, with arbitrarily small granules.
 
         Raises:
-            Unavailable: another process has used the planned memory since.
+            Unavailable: another process has claimed the planned memory since.
         """
 
     def waste_bytes(self, granule: int) -> int:
-        """Bytes of the capacity that an allocation in pieces of `granule` may leave unused, at most."""
+        """Return the maximum of bytes that an allocation with this `granule` leaves unused."""
         return mmap.PAGESIZE
 
-    def expect(self, nbytes: int) -> None:  # noqa: B027  most tiers have one place alone
-        """Hear that the next allocations will be of so many bytes together; they are to lie side by side if they can.
+    def expect(self, nbytes: int) -> None:  # noqa: B027  most tiers have one location
+        """Announce the total bytes of the next allocations, so that they can be contiguous.
 
         Raises:
-            Unavailable: as `capacity_bytes`.
+            Unavailable: see `capacity_bytes`.
         """
 
     def share_as(self, identities: Sequence[bytes], label: str) -> None:  # noqa: B027  most tiers share nothing
-        """Hear what the next allocations are to hold; for a tier whose memory is shared by those that hold the same.
+        """Announce the contents of the next allocations, for a tier that shares memory between equal contents.
 
         Args:
-            identities: of each of the next allocations, 32 bytes, equal for pages that are equal.
-            label: for people.
+            identities: one per next allocation, 32 bytes; equal if the pages are equal.
+            label: for reports.
         """
 
     def allocate(self, nbytes: int, granule: int = 1) -> Region:
         """Allocate `nbytes`. The contents are undefined.
 
         Args:
-            granule: bytes that have to lie in one range of addresses, such as a frame's; `nbytes` is rounded up to
-                whole ones. A tier whose memory is in several places gives an extent in each.
+            granule: bytes that must be contiguous, such as a frame's; `nbytes` is rounded up to whole granules. A tier
+                with several locations returns an extent in each.
 
         Raises:
-            Unavailable: it does not have them; nothing of a partial allocation stays behind.
+            Unavailable: too little is free; a partial allocation is released.
         """
         if not 1 <= nbytes <= MOST_BYTES or not 1 <= granule <= MOST_BYTES:
             size = f"{nbytes} bytes in pieces of {granule}"
-            raise Unavailable(f"a pool of {size} is not a possible size", *([LOWER_SIZE] if nbytes > 0 else []))
+            raise Unavailable(f"a pool of {size} is not supported", *([LOWER_SIZE] if nbytes > 0 else []))
         return self._allocate(-(-nbytes // granule) * granule, granule)
 
     @abstractmethod
     def _allocate(self, nbytes: int, granule: int) -> Region:
-        """`allocate`, of a positive multiple of `granule`."""
+        """As `allocate`, with `nbytes` a positive multiple of `granule`."""
 
     def health(self) -> Health:
-        """Whether the tier can go on serving; cheap, and waits for nothing."""
+        """Report whether the tier can serve; cheap, does not block."""
         return Health(True)

@@ -1,15 +1,15 @@
-"""Tier `dax`: CXL memory that the kernel hands out as a device (devdax), mapped, pinned, and copied to by the GPU.
+"""Tier `dax`: CXL memory that the kernel provides as a device (devdax), mapped and pinned for the GPU's copies.
 
-The range that the user names is divided among the ranks. A rank claims its part by an OFD lock on exactly its bytes of
-the device, which the kernel drops when the last descriptor and mapping of the claim are gone (also those of a forked
-child), however the process ended: there is nothing to recover. Locks on two nodes of one device, as two containers
-have, do not see each other: there the ranges must be kept apart by configuration.
+The user's range is divided among the ranks. A rank claims its part by an OFD lock on exactly its bytes of the device.
+The kernel drops the lock with the claim's last descriptor and mapping (including those of a forked child), even after a
+crash, so nothing needs recovery. Locks through two nodes of one device, as in two containers, are independent: there
+the configuration must keep the ranges apart.
 
-Memory that cannot be pinned is refused, since copies to pageable memory would be slow and could go astray. The bytes
-are whatever the owner before left; nothing is cleared.
+Memory that cannot be pinned is refused, since copies to pageable memory are slow and unsafe. The bytes are those of the
+previous owner; nothing is cleared.
 
-A poisoned page (an uncorrectable error of the device) that the kernel knows of is found when the range is populated and
-refuses the start. One that turns up later ends the rank: the CPU gets SIGBUS, a GPU's copy an error of its context.
+A poisoned page (an uncorrectable error of the device) that the kernel knows is found when the range is populated, and
+the start fails. A later one ends the rank: the CPU gets SIGBUS, or a GPU's copy fails its context.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ GIB = 1 << 30
 _DEVICE, _OFFSET, _SIZE = "dax.device", "dax.offset_gib", "dax.size_gib"
 #: struct flock of Linux: type, whence, start, length, process; padded to 8 bytes.
 _FLOCK = struct.Struct("@hhqqixxxx")
-#: Where mtierd notes which pages lie on a device that it has: native/dax.h's Superblock, the fields at its beginning.
-_SUPERBLOCK_HEAD = struct.Struct("=QQ")  # magic, bytes of the device that are the service's
+#: The record of mtierd's pages on its device: the first fields of Superblock in native/dax.h.
+_SUPERBLOCK_HEAD = struct.Struct("=QQ")  # magic, bytes of the device that the service owns
 _SUPERBLOCK_MAGIC = 0x314B4E4142584144
 _SUPERBLOCK_BYTES, _SUPERBLOCK_COPIES = 32 << 10, 2
 _NAME_DEVICE = Remedy("set_option", _DEVICE, "a device such as /dev/dax0.0")
@@ -46,9 +46,9 @@ class DaxSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `dax` in --hicache-xmem-config.
 
     Attributes:
-        device: the device's node, such as "/dev/dax9.0". `auto` never takes one that is not named.
-        offset_gib: where this engine's range begins on the device, in GiB (2^30 bytes).
-        size_gib: bytes of the range in GiB, for all ranks together. Default: to the device's end.
+        device: the device's node, such as "/dev/dax9.0". `auto` uses this tier only if a device is named.
+        offset_gib: start of this engine's range on the device, in GiB (2^30 bytes).
+        size_gib: size of the range in GiB, for all ranks together. Default: to the device's end.
     """
 
     device: str | None = None
@@ -60,7 +60,7 @@ class DaxRankPlan(msgspec.Struct, frozen=True):
     """A rank's bytes of the device.
 
     Attributes:
-        identity: what the device is, to see that it still is that one: st_rdev, or (in tests) a file's st_ino.
+        identity: st_rdev of the device, or (in tests) a file's st_ino, to detect a replaced device.
         offset, nbytes: multiples of `align`.
     """
 
@@ -72,7 +72,7 @@ class DaxRankPlan(msgspec.Struct, frozen=True):
 
 
 class StandIn(NamedTuple):
-    """For tests on machines without a device: a file in its place, described in a temporary tree.
+    """For tests on machines without a device: a file instead of it, described in a temporary tree.
 
     Attributes:
         root: directory that holds `sys`.
@@ -85,11 +85,11 @@ class DaxTier(MemoryTier):
     """See the module.
 
     Args:
-        stand_in: for tests alone.
+        stand_in: only for tests.
     """
 
     name = "dax"
-    nominal_gbps = 25.0  # of the devices that are known, until `doctor` measures this one
+    nominal_gbps = 25.0  # typical of known devices
     traits = Traits(cpu_addressable=True, counts_as_host_ram=False, link="cxl")
     Settings = DaxSettings
 
@@ -112,8 +112,8 @@ class DaxTier(MemoryTier):
         cls, settings: DaxSettings, ranks: Ranks, *, stand_in: StandIn | None = None
     ) -> tuple[DaxRankPlan, ...]:
         for setting, gib in ((_OFFSET, settings.offset_gib), (_SIZE, settings.size_gib)):
-            if gib is not None and not 0 <= gib <= 1 << 24:  # nor is NaN
-                raise SettingError(setting, f"is {gib:g}", "give GiB from 0 on")
+            if gib is not None and not 0 <= gib <= 1 << 24:  # excludes NaN too
+                raise SettingError(setting, f"is {gib:g}", "give GiB >= 0")
         if settings.device is None:
             raise Unavailable("no device is named", _NAME_DEVICE)
         fd, identity, device = _open(settings.device, stand_in)
@@ -123,8 +123,8 @@ class DaxTier(MemoryTier):
             if each == 0:
                 raise SettingError(
                     _SIZE,
-                    f"gives {nbytes / GIB:g} GiB of {settings.device} to {len(ranks.gpus)} rank(s), and each needs "
-                    f"{_size(device.align_bytes)} at least",
+                    f"gives {nbytes / GIB:g} GiB of {settings.device} to {len(ranks.gpus)} rank(s), but each needs at "
+                    f"least {_size(device.align_bytes)}",
                     "give more",
                 )
             plans = tuple(
@@ -154,7 +154,7 @@ class DaxTier(MemoryTier):
         fd, identity, _ = _open(self.rank_plan.device, self._stand_in)
         if identity != self.rank_plan.identity:
             os.close(fd)
-            raise Unavailable(f"{self.rank_plan.device} is another device than at the start")
+            raise Unavailable(f"{self.rank_plan.device} was replaced by another device since startup")
         return fd
 
     def _allocate(self, nbytes: int, granule: int) -> Region:
@@ -189,14 +189,14 @@ class DaxTier(MemoryTier):
 
 
 class _Claim:
-    """A rank's lock on its bytes, and what of them is in use. Gives the lock back with the last of these.
+    """A rank's lock on its bytes, and the ranges in use. Releases the lock with the last range.
 
     Args:
-        fd: of the device; owned from here on.
-        forget: called when the lock is given back.
+        fd: of the device; the claim closes it.
+        forget: called when the lock is released.
 
     Raises:
-        Unavailable: another process has some of the bytes.
+        Unavailable: another process uses some of the bytes.
     """
 
     def __init__(self, fd: int, plan: DaxRankPlan, forget: Any) -> None:
@@ -219,7 +219,7 @@ class _Claim:
             raise _map_failure(plan, plan.align, error) from None
 
     def gaps(self) -> list[tuple[int, int]]:
-        """(offset, bytes) of what is not in use."""
+        """Return (offset, bytes) of each free range."""
         at, found = self._plan.offset, []
         for offset, nbytes in sorted(self._used.items()):
             found.append((at, offset - at))
@@ -231,7 +231,7 @@ class _Claim:
         return max((nbytes for _, nbytes in self.gaps()), default=0)
 
     def take(self, nbytes: int) -> int:
-        """The offset of bytes that are in use from now on."""
+        """Allocate a range and return its offset."""
         for offset, free in self.gaps():
             if nbytes <= free:
                 self._used[offset] = nbytes
@@ -239,8 +239,8 @@ class _Claim:
         most = self.largest_gap()
         self._end_if_idle()
         raise Unavailable(
-            f"{nbytes / 1e9:.2f} GB are asked for and {most / 1e9:.2f} GB of {self._plan.device} are this rank's and "
-            "free",
+            f"{nbytes / 1e9:.2f} GB are needed, but this rank's largest free range of {self._plan.device} has "
+            f"{most / 1e9:.2f} GB",
             LOWER_SIZE,
             Remedy("set_option", _SIZE, "more"),
         )
@@ -256,25 +256,25 @@ class _Claim:
 
 
 def _open(path: str, stand_in: StandIn | None) -> tuple[int, int, machine.DaxDevice]:
-    """A descriptor of the device, its identity, and its facts.
+    """Open a device; return its descriptor, identity and facts.
 
     Raises:
-        SettingError: it is no such device, or may not be opened.
+        SettingError: the path is not a devdax, or cannot be opened.
     """
     root = machine.ROOT if stand_in is None else stand_in.root
     try:
         status = os.stat(path)
         facts = _facts(path, status, root, accept_file=stand_in is not None)
-        # Only now: to open some other devices is to start something.
+        # Only now: opening some other devices has side effects.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except SettingError:
         raise
     except FileNotFoundError:
         raise _no_device(path, root) from None
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no path has a zero byte"
+        why = error.strerror if isinstance(error, OSError) else "the path has a zero byte"
         allow = isinstance(error, PermissionError)
-        fix = "give this user (and container) the right to read and write it" if allow else "give another device"
+        fix = "give this user (and container) read and write access" if allow else "give another device"
         raise SettingError(_DEVICE, f"is {path!r}, which cannot be opened ({why})", fix) from None
     return fd, status.st_rdev or status.st_ino, facts
 
@@ -285,9 +285,9 @@ def _facts(path: str, status: os.stat_result, root: Path, *, accept_file: bool) 
         facts = machine.dax_device(status.st_rdev, root)
     if facts is None:
         kinds = ((stat.S_ISREG, "a file"), (stat.S_ISBLK, "a block device"), (stat.S_ISDIR, "a directory"))
-        kind = next((words for test, words in kinds if test(status.st_mode)), "no device of memory")
+        kind = next((words for test, words in kinds if test(status.st_mode)), "another kind of device")
         fix = "give a devdax such as /dev/dax0.0 (daxctl list shows them)"
-        raise SettingError(_DEVICE, f"is {path!r}, which is {kind} and no devdax", fix)
+        raise SettingError(_DEVICE, f"is {path!r}, which is {kind}, not a devdax", fix)
     return facts
 
 
@@ -295,7 +295,7 @@ def _no_device(path: str, root: Path) -> SettingError:
     name = os.path.basename(path)
     node = machine.dax_as_system_ram(name, root)
     if node is None:
-        return SettingError(_DEVICE, f"is {path!r}, and there is none", "give a device such as /dev/dax0.0")
+        return SettingError(_DEVICE, f"is {path!r}, which does not exist", "give a device such as /dev/dax0.0")
     return SettingError(
         _DEVICE,
         f"is {path!r}, which the kernel uses as system memory, NUMA node {node}",
@@ -304,42 +304,42 @@ def _no_device(path: str, root: Path) -> SettingError:
 
 
 def _range(settings: DaxSettings, device: machine.DaxDevice) -> tuple[int, int]:
-    """(offset, bytes) of what the settings name, checked against the device."""
+    """Return (offset, bytes) of the configured range, checked against the device."""
     align, has = device.align_bytes, f"{settings.device} has {device.size_bytes / GIB:g} GiB"
     offset = int(settings.offset_gib * GIB)
     rest = max(0, device.size_bytes - offset)
     nbytes = rest // align * align if settings.size_gib is None else int(settings.size_gib * GIB)
     for setting, gib, value in ((_OFFSET, settings.offset_gib, offset), (_SIZE, settings.size_gib, nbytes)):
         if gib is not None and value % align:
-            raise SettingError(setting, f"is {gib:g}", f"give a multiple of the device's {_size(align)}")
+            raise SettingError(setting, f"is {gib:g}", f"give a multiple of the device's alignment, {_size(align)}")
     if rest == 0:
-        raise SettingError(_OFFSET, f"is {settings.offset_gib:g}, and {has}", "give less")
+        raise SettingError(_OFFSET, f"is {settings.offset_gib:g}, but {has}", "give less")
     if nbytes > rest:
-        problem = f"is {settings.size_gib:g} at offset {settings.offset_gib:g}, and {has}"
+        problem = f"is {settings.size_gib:g} at offset {settings.offset_gib:g}, but {has}"
         raise SettingError(_SIZE, problem, f"give {rest / GIB:g} or less")
     return offset, nbytes
 
 
 def _check_free(fd: int, plan: DaxRankPlan, lock: int = fcntl.F_WRLCK) -> None:
-    """Refuse a range that another process has some of.
+    """Refuse a range that overlaps with another process's.
 
     Raises:
-        Unavailable: it has.
+        Unavailable: it overlaps.
     """
     asked = _FLOCK.pack(lock, 0, plan.offset, plan.nbytes, 0)
     try:
         kind = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
     except OSError as error:
-        raise Unavailable(f"asking for locks of {plan.device} failed: {error.strerror}") from None
+        raise Unavailable(f"querying the locks of {plan.device} failed: {error.strerror}") from None
     if kind != fcntl.F_UNLCK:
         raise _in_use(plan, _holder(fd, plan))
 
 
 def _forget_pages(fd: int, plan: DaxRankPlan) -> None:
-    """Erase what mtierd has noted of pages in a range that is claimed, so that it never finds them overwritten.
+    """Erase mtierd's record of pages in a claimed range, so that mtierd never reads overwritten pages.
 
-    A service whose pages lie in the range does not run, for it would hold a lock there. Another one may run and note
-    something at the same time; then its pages may not outlast it.
+    A service with pages in the range does not run, since it would hold a lock there. Another service may run and write
+    its record at the same time; its pages may then not survive it.
 
     Raises:
         OSError: the device's first page cannot be mapped.
@@ -356,15 +356,15 @@ def _forget_pages(fd: int, plan: DaxRankPlan) -> None:
 
 
 def bank_bytes(path: str, wanted: int | None, granule: int, *, stand_in: StandIn | None = None) -> int:
-    """Bytes of a device, from its beginning, that mtierd can have as a bank.
+    """Return the bytes of a device, from its start, that mtierd can use as a bank.
 
     Args:
-        wanted: None: all.
-        granule: that the service's memory is a multiple of, in bytes.
+        wanted: requested bytes; None: all.
+        granule: granule of the service's memory, in bytes.
 
     Raises:
-        SettingError: it is no such device, or may not be opened, or does not have so much.
-        Unavailable: another process has some of the bytes.
+        SettingError: the path is not a devdax, cannot be opened, or is too small.
+        Unavailable: another process uses some of the bytes.
     """
     fd, identity, device = _open(path, stand_in)
     try:
@@ -373,9 +373,9 @@ def bank_bytes(path: str, wanted: int | None, granule: int, *, stand_in: StandIn
         if wanted is not None and wanted % granule:
             raise SettingError(_SIZE, f"is {wanted} bytes", f"give a multiple of {_size(granule)}")
         if not 3 * granule <= nbytes <= device.size_bytes:
-            problem = f"is {_size(nbytes)}, and {path} has {device.size_bytes / GIB:g} GiB"
-            raise SettingError(_SIZE, problem, f"give {_size(3 * granule)} at least, and no more than it has")
-        # Of the rest engines may have some still, of a service before: what nobody shares is locked for writing.
+            problem = f"is {_size(nbytes)}, but {path} has {device.size_bytes / GIB:g} GiB"
+            raise SettingError(_SIZE, problem, f"give at least {_size(3 * granule)} and at most the device's size")
+        # Engines of an earlier service may still use the rest: private ranges are locked for writing.
         _check_free(fd, DaxRankPlan(path, identity, 0, granule, device.align_bytes))
         _check_free(fd, DaxRankPlan(path, identity, granule, nbytes - granule, device.align_bytes), fcntl.F_RDLCK)
     finally:
@@ -391,12 +391,12 @@ def _in_use(plan: DaxRankPlan, holder: str) -> Unavailable:
 
 
 def _holder(fd: int, plan: DaxRankPlan) -> str:
-    """Who has a lock on some of a plan's bytes: by the locks that the kernel shows of each process's descriptors."""
+    """Name the process with a lock on some of a plan's bytes, from the kernel's list of each process's locks."""
     own = os.fstat(fd)
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
-        with suppress(OSError):  # gone, or another user's
+        with suppress(OSError):  # it exited, or is another user's
             for link in (process / "fd").iterdir():
                 with suppress(OSError):
                     there = link.stat()
@@ -405,7 +405,7 @@ def _holder(fd: int, plan: DaxRankPlan) -> str:
                     if _overlaps((process / "fdinfo" / link.name).read_text(encoding="ascii"), plan):
                         name = (process / "comm").read_text(encoding="utf-8", errors="replace").strip()
                         return f"process {process.name} ({name})"
-    return "a process that cannot be seen from here"
+    return "a process that is not visible from here"
 
 
 def _overlaps(fdinfo: str, plan: DaxRankPlan) -> bool:
@@ -424,7 +424,7 @@ def _map_failure(plan: DaxRankPlan, nbytes: int, error: OSError) -> Unavailable:
 
 
 def _size(nbytes: int) -> str:
-    """Bytes in the largest binary unit that keeps them whole."""
+    """Format bytes in the largest binary unit with a whole value."""
     for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if nbytes % unit == 0:
             return f"{nbytes // unit} {name}"

@@ -1,8 +1,9 @@
-"""Tier `dram`: host memory on a chosen NUMA node, pinned where there is a GPU, plain where there is none.
+"""Tier `dram`: host memory on a chosen NUMA node, pinned if the rank has a GPU.
 
-The range is bound to its node before it is touched, and touched in parallel, which also shortens pinning: that would
-fault every page in on one thread. Binding is a matter of speed. Where the kernel refuses it (containers without
-CAP_SYS_NICE), threads on the node's own CPUs touch the memory first, which places it there while the node has any.
+The range is bound to its node before its first touch. Several threads touch it, which also shortens pinning: pinning
+untouched memory faults every page in on one thread. Binding only affects speed. Where the kernel refuses it (containers
+without CAP_SYS_NICE), threads on the node's CPUs touch the memory first, which places it on the node while that has
+free memory.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class DramSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `dram` in --hicache-xmem-config.
 
     Attributes:
-        numa_node: node for all ranks' memory. Default: the node of each rank's GPU; without a GPU, or where
-            it does not report one, the kernel's choice of the nodes that have CPUs.
-        numa_required: refuse to start where memory cannot be bound to `numa_node`. Default: warn, and have it placed
-            by the CPUs that touch it first.
-        threads: threads that place the memory at start; 0 is SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, else half the
+        numa_node: NUMA node of all ranks' memory. Default: the node of each rank's GPU. Without a GPU, or if its node
+            is unknown, the kernel chooses among the nodes with CPUs.
+        numa_required: refuse to start if memory cannot be bound to `numa_node`. Default: warn, and place it by first
+            touch from the node's CPUs.
+        threads: threads that place the memory at startup; 0: SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, else half the
             CPUs, at most 16.
         relays: CUDA ordinals of GPUs that the engine does not compute on, assigned to ranks round-robin. Each moves a
-            share of every copy through its own PCIe link and passes it to the rank's GPU over NVLink.
+            share of every copy through its own PCIe link and forwards it to the rank's GPU over NVLink.
     """
 
     numa_node: int | None = None
@@ -43,14 +44,14 @@ class DramSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DramRankPlan(msgspec.Struct, frozen=True):
-    """Where a rank's memory goes.
+    """Placement of a rank's memory.
 
     Attributes:
         nodes: NUMA nodes; empty leaves placement to the kernel.
-        bound: the kernel lets memory be bound to them; else first touch places it.
+        bound: the kernel allows binding to the nodes; otherwise first touch places the memory.
         relays: CUDA ordinals.
-        share_bytes: what the rank may take, since ranks that share nodes share their free capacity; None: all.
-        hugepage_bytes: size of reserved hugepages to take the memory from; None: ordinary pages.
+        share_bytes: the rank's limit, since ranks that share nodes share their free capacity; None: no limit.
+        hugepage_bytes: size of the reserved hugepages to use; None: ordinary pages.
     """
 
     nodes: tuple[int, ...] = ()
@@ -73,7 +74,7 @@ class DramTier(MemoryTier):
         super().__init__(settings, rank_plan, gpu)
         self.traits = Traits(
             cpu_addressable=True,
-            # Reserved hugepages are no part of the RAM that the machine has available.
+            # Reserved hugepages are not part of the machine's available RAM.
             counts_as_host_ram=self.rank_plan.hugepage_bytes is None,
             link="none" if gpu is None else "pcie",
         )
@@ -85,12 +86,12 @@ class DramTier(MemoryTier):
         _check_node(settings)
         _check_relays(settings.relays, ranks)
         hugepage = hostmem.hugepage_bytes()
-        hostmem.register_bytes()  # variables are checked before a model is loaded
+        hostmem.register_bytes()  # checks the variable before a model is loaded
         hostmem.touch_threads(settings.threads)
         chosen = [_nodes_for(settings.numa_node, gpu) for gpu in ranks.gpus]
         refused = _refused_nodes(settings, set(chosen))
-        # All ranks ask for their capacity before any has touched its memory, and where memory is bound, whoever finds
-        # none on the node is killed.
+        # All ranks read their capacity before any has touched its memory. With bound memory, the kernel kills a process
+        # that finds its node full.
         shares = {
             nodes: _capacity_bytes(nodes, nodes not in refused, hugepage) // users
             for nodes, users in Counter(chosen).items()
@@ -104,10 +105,10 @@ class DramTier(MemoryTier):
                 assert gpu is not None
                 if not gpus.can_access_peer(relay, gpu):
                     raise Unavailable(
-                        f"GPU {relay}, which dram.relays names, has no peer access to GPU {gpu}",
+                        f"GPU {relay} of dram.relays has no peer access to GPU {gpu}",
                         Remedy("set_option", "dram.relays", "other GPUs"),
                     )
-            # The host's RAM as a whole is shared by the engine's budget.
+            # The engine's host budget divides the host's RAM as a whole.
             share = shares[nodes] if (nodes and nodes not in refused) or hugepage is not None else None
             plans.append(DramRankPlan(nodes, nodes not in refused, relays, share, hugepage))
         return tuple(plans)
@@ -127,10 +128,10 @@ class DramTier(MemoryTier):
             if nbytes > free:
                 if plan.hugepage_bytes is not None:
                     raise _no_hugepages(plan.hugepage_bytes)
-                # Memory that is not there, or beyond a cgroup's limit, is SIGKILL and no error.
+                # Memory beyond the machine's or a cgroup's limit causes SIGKILL and not an error.
                 raise Unavailable(
-                    f"{nbytes / 1e9:.2f} GB are asked for and {free / 1e9:.2f} GB of host memory are free, within the "
-                    "limits of this process's cgroups",
+                    f"{nbytes / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB of host memory are free (within the "
+                    "limits of this process's cgroups)",
                     LOWER_SIZE,
                 )
             mapping = hostmem.map_anonymous(nbytes, hugepage=plan.hugepage_bytes)
@@ -154,12 +155,12 @@ class DramTier(MemoryTier):
         plan, bound = self.rank_plan, self.rank_plan.bound
         if plan.nodes and bound:
             refusal = machine.bind(mapping.address, mapping.nbytes, plan.nodes)
-            if refusal is not None:  # it did not refuse the launcher, but cpusets change
+            if refusal is not None:  # the launcher was allowed to, but cpusets change
                 _check_first_touch(self.settings, plan.nodes, refusal)
                 bound = False
         cpus = set() if bound else set().union(*(machine.node_cpus(node) for node in plan.nodes))
         threads = hostmem.touch_threads(self.settings.threads)
-        if plan.hugepage_bytes is not None:  # a page that is not there would be a signal when it is touched
+        if plan.hugepage_bytes is not None:  # touching a page that the kernel cannot provide raises a signal
             size = plan.hugepage_bytes
             whole = -(-mapping.nbytes // size) * size
             try:
@@ -168,7 +169,7 @@ class DramTier(MemoryTier):
                 raise _no_hugepages(size) from None
         elif self.gpu is not None or plan.nodes:
             hostmem.touch(mapping.address, mapping.nbytes, threads=threads, cpus=cpus)
-        # Else nothing is to be placed or pinned: the kernel hands pages out as they are used.
+        # Otherwise nothing is placed or pinned: the kernel allocates pages on first use.
 
     def _summary(self) -> str:
         plan = self.rank_plan
@@ -183,7 +184,8 @@ class DramTier(MemoryTier):
 
 
 def _nodes_for(named: int | None, gpu: int | None) -> tuple[int, ...]:
-    """NUMA nodes for a rank's memory; empty where there is nothing to choose. Without CPUs only if it is named."""
+    """Return the NUMA nodes for a rank's memory; empty if there is no choice. Nodes without CPUs are used only if
+    named."""
     nodes = machine.memory_nodes()
     if len(nodes) < 2:
         return ()
@@ -198,10 +200,10 @@ def _nodes_for(named: int | None, gpu: int | None) -> tuple[int, ...]:
 
 
 def _refused_nodes(settings: DramSettings, choices: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """Those of `choices` that the kernel does not let memory be bound to; warns of them.
+    """Return those of `choices` that the kernel refuses to bind memory to, and warn about them.
 
     Raises:
-        Unavailable: there is one, and first touch will not do.
+        Unavailable: the kernel refuses one, and first touch is not sufficient.
     """
     refused = set()
     for nodes in sorted(choices):
@@ -213,25 +215,27 @@ def _refused_nodes(settings: DramSettings, choices: set[tuple[int, ...]]) -> set
 
 
 def _check_first_touch(settings: DramSettings, nodes: tuple[int, ...], reason: str) -> None:
-    """Warn that first touch will place memory, since the kernel refuses to bind it.
+    """Warn that first touch places the memory, since the kernel refuses to bind it.
 
     Raises:
-        Unavailable: the user wants no such memory, or the nodes have no CPU that could touch it.
+        Unavailable: the user requires binding, or the nodes have no CPU that could touch the memory.
     """
     problem = f"the kernel does not let this process bind memory to NUMA node {_listed(nodes)} ({reason})"
     allow = Remedy("do", value="give the container CAP_SYS_NICE")
     if settings.numa_required:
         leave = Remedy("leave_out", "dram.numa_required")
-        raise Unavailable(f"{problem}, and dram.numa_required is true", allow, leave)
+        raise Unavailable(f"{problem}, but dram.numa_required is true", allow, leave)
     if not any(machine.node_cpus(node) for node in nodes):
-        raise Unavailable(
-            f"{problem}, and no CPU there could place it by first touch", allow, Remedy("leave_out", "dram.numa_node")
-        )
-    logger.warning("sglang_xmem: %s. Its CPUs place memory by first touch; give CAP_SYS_NICE to be sure.", problem)
+        leave = Remedy("leave_out", "dram.numa_node")
+        raise Unavailable(f"{problem}, and the node has no CPU to place it by first touch", allow, leave)
+    logger.warning(
+        "sglang_xmem: %s. The node's CPUs place it by first touch instead. Give the container CAP_SYS_NICE to bind it.",
+        problem,
+    )
 
 
 def _capacity_bytes(nodes: tuple[int, ...], bound: bool, hugepage: int | None) -> int:
-    """Bytes available now in these nodes (all where there are none), for all ranks that use them."""
+    """Return the bytes available now in these nodes (empty: all nodes), for all ranks that use them."""
     if hugepage is not None:
         return machine.free_hugepage_bytes(hugepage, nodes)
     available = machine.host_available_bytes()
@@ -244,8 +248,8 @@ def _capacity_bytes(nodes: tuple[int, ...], bound: bool, hugepage: int | None) -
 def _no_hugepages(size: int) -> Unavailable:
     free = machine.free_hugepage_bytes(size)
     return Unavailable(
-        f"{hostmem.HUGEPAGE_VARIABLE} asks for hugepages of {size >> 20} MiB, and {free / 1e9:.2f} GB of such are free "
-        "and where they are wanted",
+        f"{hostmem.HUGEPAGE_VARIABLE} requires hugepages of {size >> 20} MiB, but only {free / 1e9:.2f} GB of them are "
+        "free on the chosen NUMA nodes",
         Remedy("do", value=f"reserve more of them (hugepages-{size >> 10}kB/nr_hugepages)"),
         hostmem.UNSET_HUGEPAGES,
         LOWER_SIZE,
@@ -256,27 +260,28 @@ def _check_node(settings: DramSettings) -> None:
     node = settings.numa_node
     if node is None:
         if settings.numa_required:
-            raise SettingError("dram.numa_required", "is true without a node", "add 'dram.numa_node', or leave it out")
+            problem = "is true, but 'dram.numa_node' is not set"
+            raise SettingError("dram.numa_required", problem, "set 'dram.numa_node', or leave this out")
         return
     nodes = machine.memory_nodes()
     if node not in nodes:
         fix = f"give {' or '.join(map(str, nodes))}, or leave it out" if nodes else "leave it out"
-        has = f"has memory on node {_listed(nodes)}" if nodes else "says nothing of its nodes"
-        raise SettingError("dram.numa_node", f"is {node}, and this machine {has}", fix)
+        has = f"has memory on node {_listed(nodes)}" if nodes else "reports no NUMA nodes"
+        raise SettingError("dram.numa_node", f"is {node}, but this machine {has}", fix)
 
 
 def _check_relays(relays: tuple[int, ...], ranks: Ranks) -> None:
     """Refuse GPUs that cannot be relays.
 
     Raises:
-        SettingError: one of them cannot.
+        SettingError: a GPU cannot.
     """
     if not relays:
         return
     if len(set(relays)) != len(relays):
         raise SettingError("dram.relays", f"is {list(relays)}", "name no GPU twice")
     if not ranks.uses_gpu:
-        raise SettingError("dram.relays", f"is {list(relays)}, and the engine runs on the CPU", "leave it out")
+        raise SettingError("dram.relays", f"is {list(relays)}, but the engine runs on the CPU", "leave it out")
     gpus.check_named("dram.relays", relays, ranks.gpus)
 
 

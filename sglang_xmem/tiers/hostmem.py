@@ -1,4 +1,4 @@
-"""Memory that the CPU addresses: mapping it, placing it, pinning it for GPUs. Shared by the tiers made of it."""
+"""Memory that the CPU addresses: mapping, placement and pinning for GPUs. Shared by the tiers in host memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 #: Bytes that one cuMemHostRegister pins; very large registrations fail on some systems.
 REGISTER_BYTES = 64 << 30
-#: Bytes below which a refused registration is not tried again in halves.
+#: Bytes below which a refused registration is not retried with half the size.
 LEAST_REGISTER_BYTES = 64 << 20
-#: Bytes a thread touches at a time.
+#: Bytes that a thread touches at a time.
 TOUCH_BYTES = 256 << 20
 
 # SGLang's variables for the allocation that this one replaces.
@@ -38,14 +38,14 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _EHWPOISON = getattr(errno, "EHWPOISON", 133)
 
 
-# ---- what SGLang's variables ask for ----
+# ---- SGLang's variables ----
 
 
 def hugepage_bytes() -> int | None:
-    """The size of reserved hugepages that SGLANG_HUGEPAGE_SIZE asks for; None where it is not set.
+    """Return the size of reserved hugepages that SGLANG_HUGEPAGE_SIZE sets, in bytes; None if unset.
 
     Raises:
-        ConfigError: another size than 2MB and 1GB.
+        ConfigError: the size is neither 2MB nor 1GB.
     """
     value = os.environ.get(HUGEPAGE_VARIABLE, "").strip().upper()
     if not value:
@@ -56,7 +56,8 @@ def hugepage_bytes() -> int | None:
 
 
 def register_bytes() -> int:
-    """Bytes to pin at a time: SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB (GiB, at least 1, as SGLang has it), or 64 GiB.
+    """Return the bytes to pin at a time: SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB (GiB, at least 1, as in SGLang), or 64
+    GiB.
 
     Raises:
         ConfigError: it is not a whole number.
@@ -66,7 +67,8 @@ def register_bytes() -> int:
 
 
 def touch_threads(setting: int = 0) -> int:
-    """Threads that place memory: the setting, else SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, else half the CPUs.
+    """Return the number of threads that place memory: `setting`, else SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, else
+    half the CPUs.
 
     Raises:
         ConfigError: the variable is not a whole number.
@@ -88,7 +90,7 @@ def _variable(name: str) -> int | None:
 
 
 class Mapping:
-    """Memory that is mapped.
+    """Mapped memory.
 
     Attributes:
         address, nbytes: of the memory.
@@ -102,18 +104,18 @@ class Mapping:
         self.nbytes = nbytes
 
     def close(self) -> None:
-        """Unmap, or leave that to the last view of the memory; never raises."""
+        """Unmap, or leave it to the last view of the memory; never raises."""
         self.owner = None
-        with suppress(BufferError):  # there is one
+        with suppress(BufferError):  # a view exists
             self._mapping.close()
 
 
 def map_anonymous(nbytes: int, *, hugepage: int | None = None) -> Mapping:
-    """Map private memory, nothing of it touched.
+    """Map private memory without touching it.
 
     Args:
-        hugepage: bytes of reserved hugepages to take it from; None: ordinary pages, transparently huge if the kernel
-            will.
+        hugepage: size of the reserved hugepages to use, in bytes; None: ordinary pages, transparent hugepages if the
+            kernel provides them.
 
     Raises:
         Unavailable: the kernel refuses.
@@ -129,7 +131,7 @@ def map_anonymous(nbytes: int, *, hugepage: int | None = None) -> Mapping:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         remedies = [LOWER_SIZE]
         if hugepage is not None:
-            remedies += [Remedy("do", value="reserve more of them (vm.nr_hugepages)"), UNSET_HUGEPAGES]
+            remedies += [Remedy("do", value="reserve more hugepages (vm.nr_hugepages)"), UNSET_HUGEPAGES]
         raise Unavailable(f"mapping {nbytes / 1e9:.2f} GB of {what} failed: {reason}", *remedies) from None
     if hugepage is None:
         with suppress(AttributeError, OSError):
@@ -141,7 +143,7 @@ UNSET_HUGEPAGES = Remedy("set_variable", HUGEPAGE_VARIABLE)
 
 
 def map_file(fd: int, offset: int, nbytes: int) -> Mapping:
-    """Map a range of a file or device, shared. The mapping keeps a duplicate of `fd` open, and locks made with it.
+    """Map a range of a file or device, shared. The mapping keeps a duplicate of `fd` open, and thereby its locks.
 
     Raises:
         OSError: the kernel refuses.
@@ -150,7 +152,7 @@ def map_file(fd: int, offset: int, nbytes: int) -> Mapping:
 
 
 def keep_from_children(address: int, nbytes: int) -> None:
-    """Leave memory that a GPU writes to out of forked children: their copy-on-write would give this process others."""
+    """Exclude memory that a GPU writes to from forked children: copy-on-write would give this process other pages."""
     _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), mmap.MADV_DONTFORK)  # a precaution
 
 
@@ -158,24 +160,24 @@ def keep_from_children(address: int, nbytes: int) -> None:
 
 
 def touch(address: int, nbytes: int, *, threads: int, cpus: Collection[int] = ()) -> None:
-    """Write zeros to memory on several threads, so that its pages are there before anyone pins or uses them.
+    """Write zeros to memory on several threads, so that its pages exist before they are pinned or used.
 
     Args:
-        cpus: where the threads are to run: pages that no policy binds lie on the node of the CPU that touches them
-            first. Empty: anywhere.
+        cpus: CPUs to run the threads on: without a binding, a page is on the node of the CPU that touches it first.
+            Empty: any.
     """
     # ctypes releases the GIL, so the kernel zeroes pages on all threads at once.
     _on_threads(lambda at, size: ctypes.memset(address + at, 0, size), nbytes, threads, cpus)
 
 
 def populate(address: int, nbytes: int, *, threads: int, page_bytes: int) -> None:
-    """Have the kernel map all pages of a range for writing, without changing their bytes.
+    """Make the kernel map all pages of a range for writing, without changing their bytes.
 
     Args:
-        page_bytes: of the pages, for kernels before 5.14: these are touched one by one.
+        page_bytes: page size, for kernels before 5.14, where each page is touched.
 
     Raises:
-        OSError: a page is not to be had: EHWPOISON where its memory is broken.
+        OSError: a page is unavailable; EHWPOISON if its memory is broken.
     """
     old_kernel: list[int] = []
 
@@ -202,7 +204,7 @@ def is_poisoned(error: OSError) -> bool:
 def _on_threads(do: Callable[[int, int], object], nbytes: int, threads: int, cpus: Collection[int]) -> None:
     def settle() -> None:
         if cpus:
-            with suppress(OSError):  # a matter of speed
+            with suppress(OSError):  # affects only speed
                 os.sched_setaffinity(0, cpus)  # of this thread alone
 
     with ThreadPoolExecutor(threads, initializer=settle) as pool:
@@ -218,16 +220,16 @@ def _libc() -> ctypes.CDLL:
 
 
 def pin(address: int, nbytes: int, gpu: int, undo: ExitStack, others: Collection[int] = ()) -> None:
-    """Pin memory for a GPU at the addresses that the CPU has for it, until `undo`.
+    """Pin memory for a GPU at its CPU addresses, until `undo`.
 
-    In pieces; one that the driver refuses is tried again in halves, down to LEAST_REGISTER_BYTES, since the largest
-    that it takes differs by system and moment.
+    Pins in pieces. A piece that the driver refuses is retried with half the size, down to LEAST_REGISTER_BYTES, since
+    the largest size that the driver accepts differs by system and over time.
 
     Args:
-        others: CUDA ordinals of GPUs that are to reach it too: memory is pinned for contexts that there are.
+        others: CUDA ordinals of further GPUs that access it: memory is pinned only for existing contexts.
 
     Raises:
-        Unavailable: the driver refuses even small pieces, or GPUs see other addresses; nothing stays pinned.
+        Unavailable: the driver refuses even small pieces, or GPUs see other addresses; nothing remains pinned.
     """
     d = gpus.driver()
     with ExitStack() as pinned:
@@ -250,7 +252,8 @@ def _register(d: Any, address: int, nbytes: int, undo: ExitStack) -> None:
         (status,) = d.cuMemHostRegister(address + at, size, flags)
         if int(status) != 0 and size > LEAST_REGISTER_BYTES:
             piece = max(LEAST_REGISTER_BYTES, _whole_pages(size // 2))
-            logger.warning("sglang_xmem: pinning %.2f GB failed with CUDA error %d; trying less", size / 1e9, status)
+            words = "sglang_xmem: pinning %.2f GB failed with CUDA error %d; retrying with less"
+            logger.warning(words, size / 1e9, status)
             continue
         try:
             gpus.checked((status,), f"pinning {size / 1e9:.2f} of {nbytes / 1e9:.2f} GB")
@@ -267,7 +270,7 @@ def _whole_pages(nbytes: int) -> int:
     return max(1, nbytes // (2 << 20)) * (2 << 20)
 
 
-#: Errors that a limit of locked memory shows itself by: out of memory, operating system call failed, unknown.
+#: Errors that a locked-memory limit causes: out of memory, operating system call failed, unknown.
 _LIMIT_ERRORS = (2, 304, 999)
 
 

@@ -1,12 +1,12 @@
 """Tier `mtier`: banks of X-Mem memory, or of a service with its interface such as mtierd, through X-Mem's own SDK.
 
-Only the SDK's thin calls are used: malloc, free and status. The SDK gives a range of addresses an allocation, in one
-bank, with no way to put two side by side; so a region over several banks is an extent in each, of as many granules as
-in the others where they have them. Banks are assigned to ranks round-robin.
-`mTierResetAll`, which frees every process's memory, is never called.
+Uses only the SDK's malloc, free and status. An allocation of the SDK is one range of addresses in one bank, and two
+cannot be made contiguous. So a region over several banks has one extent per bank, of equal sizes as far as the banks'
+free capacity allows. Banks are assigned to ranks round-robin. `mTierResetAll`, which frees every process's memory, is
+never called.
 
-Importing the SDK opens its library and connects to the service, and its failures are of many kinds, so it is imported
-where it is used and each failure becomes a sentence.
+Importing the SDK loads its library and connects to the service, which fails in many ways. So it is imported where it is
+used, and each failure becomes one sentence.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
 LIBRARY_VARIABLE = "MTIER_LIB_PATH"
 DEFAULT_LIBRARY = "/usr/local/lib/libmtier.so"
-#: What allocations are whole multiples of, in mtierd as it starts and on GPUs.
+#: Allocations are multiples of this, in mtierd by default and on GPUs.
 GRANULE_BYTES = 2 << 20
 _START = (Remedy("start_service", value="X-Mem's service or `sglang-xmem mtierd`"),)
-_LARGER = (LOWER_SIZE, Remedy("do", value="give the service larger banks"))
-_LOG = (Remedy("do", value="look into the service's log"),)
-#: What to do about an error, by the name of the SDK's class.
+_LARGER = (LOWER_SIZE, Remedy("do", value="start the service with larger banks"))
+_LOG = (Remedy("do", value="see the service's log"),)
+#: Remedies of an error, by the name of the SDK's class.
 _FIXES: dict[str, tuple[Remedy, ...]] = {
     "MTierNotInitializedError": _START,
     "MTierOutOfMemoryError": _LARGER,
-    "MTierInvalidArgumentError": (Remedy("set_option", "mtier.banks", "banks that the service has"),),
+    "MTierInvalidArgumentError": (Remedy("set_option", "mtier.banks", "existing banks"),),
     "MTierServiceUnavailableError": _START,
     "MTierEmptyCudaContextError": (Remedy("do", value="run the engine on a GPU, which this service's banks need"),),
-    "MTierServerError": (Remedy("do", value="look into the service's log, and start it again"),),
-    "MTierMallocError": (LOWER_SIZE, Remedy("do", value="free memory where the bank is")),
+    "MTierServerError": (Remedy("do", value="see the service's log, and restart it"),),
+    "MTierMallocError": (LOWER_SIZE, Remedy("do", value="free memory in the bank's device")),
 }
 
-#: The SDK's malloc and free are not thread-safe, so all of its calls in this process take turns.
+#: The SDK's malloc and free are not thread-safe, so this process serializes all SDK calls.
 _lock = threading.Lock()
 _Value = TypeVar("_Value")
 
@@ -53,15 +53,15 @@ class MTierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `mtier` in --hicache-xmem-config.
 
     Attributes:
-        banks: the SDK's bank numbers to use; assigned to ranks round-robin, and each rank's pool is striped over all of
-            its banks. Default: all.
+        banks: the SDK's bank numbers to use, assigned to ranks round-robin; a rank's pool is striped over all of its
+            banks. Default: all.
     """
 
     banks: tuple[int, ...] | None = None
 
 
 class MTierRankPlan(msgspec.Struct, frozen=True):
-    """One rank's banks, and the bytes that it may take of each: ranks that share a bank share its free capacity."""
+    """One rank's banks, and the bytes that it may use in each: ranks that share a bank share its free capacity."""
 
     banks: tuple[int, ...]
     shares: tuple[int, ...]
@@ -69,7 +69,7 @@ class MTierRankPlan(msgspec.Struct, frozen=True):
 
 class MTierTier(MemoryTier):
     name = "mtier"
-    # Above tier peer, whose link it is where banks are other GPUs' memory: who runs the service wants it used.
+    # Above tier peer, which has the same link if banks are GPU memory: a user who runs the service wants it used.
     nominal_gbps = 400.0
     traits = Traits(cpu_addressable=False, counts_as_host_ram=False, link="nvlink")
     Settings = MTierSettings
@@ -90,16 +90,16 @@ class MTierTier(MemoryTier):
         count = int(_call(lambda sdk: sdk.get_status().num_banks, "asking the service for its banks"))
         for bank in named or ():
             if not 0 <= bank < count:
-                problem = f"names bank {bank}, and the service has {count}, counted from 0"
+                problem = f"names bank {bank}, but the service has {count}, counted from 0"
                 raise SettingError("mtier.banks", problem, "name one of these")
         banks = named if named is not None else tuple(range(count))
         if not banks:
-            raise Unavailable("the service has no bank", Remedy("do", value="give it one"))
+            raise Unavailable("the service has no bank", Remedy("do", value="start it with --bank"))
         n_ranks = len(ranks.gpus)
         free = {bank: _available_bytes(bank) for bank in banks}
         parts = [banks[rank::n_ranks] or (banks[rank % len(banks)],) for rank in range(n_ranks)]
         users = {bank: sum(bank in mine for mine in parts) for bank in banks}
-        # Whole granules, so that what each rank takes of its share fits next to the others'.
+        # Whole granules, so that all ranks' shares fit into the bank.
         shares = {bank: free[bank] // users[bank] // GRANULE_BYTES * GRANULE_BYTES for bank in banks}
         return tuple(MTierRankPlan(mine, tuple(shares[bank] for bank in mine)) for mine in parts)
 
@@ -107,11 +107,11 @@ class MTierTier(MemoryTier):
         return sum(self._free().values())
 
     def waste_bytes(self, granule: int) -> int:
-        # A granule that does not fit and what the service rounds up to, in each bank.
+        # Per bank: a granule that does not fit, and the service's rounding.
         return (granule + GRANULE_BYTES) * len(self.rank_plan.banks)
 
     def _free(self) -> dict[int, int]:
-        """Bytes that the rank may take of each of its banks now."""
+        """Return the bytes that the rank may use in each of its banks now."""
         return {
             bank: min(_available_bytes(bank), share)
             for bank, share in zip(self.rank_plan.banks, self.rank_plan.shares, strict=True)
@@ -148,13 +148,13 @@ class MTierTier(MemoryTier):
         import torch
 
         with torch.cuda.device(self.gpu):
-            torch.cuda.synchronize(self.gpu)  # makes the context where nothing has; nothing is freed under a copy
+            torch.cuda.synchronize(self.gpu)  # creates the context if there is none; waits for copies before a free
             yield
 
     def _check_kind(self, bank: int) -> None:
-        """Refuse a bank of the wrong kind of memory, which would end in a crash at the first copy.
+        """Refuse a bank of the wrong kind of memory, which would crash at the first copy.
 
-        By a little of it: the whole of a host bank would be filled before it turned out that GPUs cannot use it.
+        Tries a small allocation: a full one would fill a host bank before the check fails.
         """
         address = self._malloc(bank, GRANULE_BYTES)
         release = _releaser(address, self._context)
@@ -166,14 +166,14 @@ class MTierTier(MemoryTier):
     def _check_address(self, bank: int, address: int) -> None:
         if self.gpu is None:
             if not _is_mapped(address, GRANULE_BYTES):
-                raise Unavailable(f"bank {bank} is GPU memory, which an engine on the CPU cannot use")
+                raise Unavailable(f"bank {bank} is GPU memory, but the engine runs on the CPU")
             return
         d = gpus.driver()
         attribute = d.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
         try:
             kind = gpus.checked(d.cuPointerGetAttribute(attribute, address), "asking for the memory's kind")
         except Unavailable:
-            kind = None  # nothing that the driver knows
+            kind = None  # unknown to the driver
         if kind is None or int(kind) != int(d.CUmemorytype.CU_MEMORYTYPE_DEVICE):
             raise Unavailable(
                 f"bank {bank} is host memory that GPUs cannot address",
@@ -183,22 +183,22 @@ class MTierTier(MemoryTier):
 
 
 def _deal(free: dict[int, int], granules: int, size: int) -> dict[int, int]:
-    """How many of so many granules of `size` bytes each bank gets: as equal numbers as their free bytes allow.
+    """Divide `granules` of `size` bytes among the banks, as equally as their free bytes allow.
 
     Raises:
-        Unavailable: they do not all fit.
+        Unavailable: the granules do not fit.
     """
     most = {bank: nbytes // size for bank, nbytes in free.items()}
     if sum(most.values()) < granules:
         there = ", ".join(f"{nbytes / 1e9:.2f} GB in bank {bank}" for bank, nbytes in free.items())
         raise Unavailable(
-            f"the service has {there} free, which holds {sum(most.values())} of the pool's {granules} piece(s) of "
-            f"{size / 1e9:.2f} GB",
+            f"the pool needs {granules} piece(s) of {size / 1e9:.2f} GB, but the service has {there} free, which holds "
+            f"{sum(most.values())}",
             *_LARGER,
         )
     parts: dict[int, int] = {}
     left = granules
-    # The fullest first: what it cannot take of an equal share the others do.
+    # The bank with the least free memory first: the others get what exceeds its capacity.
     for index, bank in enumerate(sorted(most, key=lambda bank: most[bank])):
         parts[bank] = min(most[bank], left // (len(most) - index))
         left -= parts[bank]
@@ -206,7 +206,7 @@ def _deal(free: dict[int, int], granules: int, size: int) -> dict[int, int]:
 
 
 def _releaser(address: int, context: Callable[[], contextlib.AbstractContextManager[None]]) -> Callable[[], None]:
-    """What frees an allocation: once, quietly, and only in the process that made it."""
+    """Return a function that frees an allocation: once, without errors, and only in the process that made it."""
     owner = os.getpid()
     done = threading.Lock()
 
@@ -215,7 +215,7 @@ def _releaser(address: int, context: Callable[[], contextlib.AbstractContextMana
             return
         atexit.unregister(release)
         if os.getpid() == owner:
-            # A service that is gone has its memory back already.
+            # A service that is gone has already reclaimed its memory.
             with contextlib.suppress(Exception), context():
                 _call(lambda sdk: sdk.free(address), "freeing")
 
@@ -223,7 +223,7 @@ def _releaser(address: int, context: Callable[[], contextlib.AbstractContextMana
 
 
 def bank_rooms() -> list[tuple[int, int]]:
-    """(total, available) bytes of each of the service's banks, for people; planning asks for what it needs itself.
+    """Return (total, available) bytes of each bank of the service, for reports; planning makes its own queries.
 
     Raises:
         Unavailable: the SDK, its library or the service is missing or fails.
@@ -245,7 +245,7 @@ def _available_bytes(bank: int) -> int:
 
 
 def _call(function: Callable[[Any], _Value], doing: str) -> _Value:
-    """The value of `function(SDK module)`, as the only SDK call of this process at a time.
+    """Return `function(SDK module)`, serialized with this process's other SDK calls.
 
     Raises:
         Unavailable: the SDK, its library or the service is missing, or the call failed.
@@ -259,7 +259,7 @@ def _call(function: Callable[[Any], _Value], doing: str) -> _Value:
 
 
 def _sdk() -> Any:
-    """Module `xmem.mtier_sdk`, its library loaded and connected.
+    """Return module `xmem.mtier_sdk`, with its library loaded and connected.
 
     Raises:
         Unavailable: one of these failed.
@@ -269,14 +269,14 @@ def _sdk() -> Any:
         return loaded
     with _quiet():
         failure = _import_failure()
-        gc.collect()  # what a failed import leaves half made says so when it is collected; not after _quiet
+        gc.collect()  # half-made objects of a failed import print when collected; do that within _quiet
     if failure is not None:
         raise failure
     return sys.modules["xmem.mtier_sdk"]
 
 
 def _import_failure() -> Unavailable | None:
-    """Import the SDK; returns what is wrong with it."""
+    """Import the SDK; return the reason if that fails."""
     library = Remedy("set_variable", LIBRARY_VARIABLE, "the path of libmtier.so")
     try:
         import xmem.mtier_sdk  # noqa: F401
@@ -285,13 +285,13 @@ def _import_failure() -> Unavailable | None:
             command = Remedy("install", value="pip install --no-deps xmem-mtier==0.1.2")
             return Unavailable("X-Mem's SDK is not installed", command)
         return Unavailable(
-            f"X-Mem's SDK cannot be imported ({_one_line(error)})", Remedy("do", value="install what it needs")
+            f"X-Mem's SDK cannot be imported ({_one_line(error)})", Remedy("do", value="install its dependencies")
         )
     except OSError as error:
         path = os.environ.get(LIBRARY_VARIABLE, DEFAULT_LIBRARY)
         if not os.path.exists(path):
-            build = "make it with `python -m sglang_xmem.mtier.build DIRECTORY` on machines without X-Mem"
-            return Unavailable(f"X-Mem's library is not at {path}", library, Remedy("do", value=build))
+            build = "on a machine without X-Mem, build it with `python -m sglang_xmem.mtier.build DIRECTORY`"
+            return Unavailable(f"X-Mem's library {path} does not exist", library, Remedy("do", value=build))
         return Unavailable(f"X-Mem's library {path} cannot be loaded ({_one_line(error)})", library)
     except AttributeError as error:
         return Unavailable(f"the library at {LIBRARY_VARIABLE} is not X-Mem's ({_one_line(error)})", library)
@@ -304,7 +304,7 @@ def _failed(error: Exception, doing: str) -> Unavailable:
     words = _one_line(error)
     remedies = _FIXES.get(type(error).__name__, _LOG)
     if remedies is _START and "sglang-xmem mtierd" in words:
-        remedies = ()  # our own library says where to start one
+        remedies = ()  # mtierd's own library already names the command
     return Unavailable(f"{doing} failed: {words}", *remedies)
 
 
@@ -314,7 +314,7 @@ def _one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The SDK prints to stdout, and its half-made objects complain as they are collected."""
+    """Redirect the SDK's output to stderr, and silence errors of its half-made objects when they are collected."""
     before = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:
@@ -325,7 +325,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_mapped(address: int, nbytes: int) -> bool:
-    """Whether this process's CPU can read and write all of a range."""
+    """Whether the CPU can read and write a whole range."""
     with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
         for line in maps:  # in ascending order: "7f00-7f01 rw-s ..."
             bounds, access = line.split()[:2]

@@ -1,8 +1,9 @@
-"""Tier `peer`: HBM of other GPUs of this host, over NVLink where there is one.
+"""Tier `peer`: HBM of other GPUs of this host, over NVLink if they have it.
 
-Memory comes from CUDA's virtual memory management: physical memory created on the peer and mapped into this process.
-The driver gives it back when the process ends, however it ends. A CUDA context on the peer (about 0.6 GB) keeps it
-at full clocks, since a GPU with idle clocks serves its memory more slowly, and lets an idle peer run the copies.
+Memory comes from CUDA's virtual memory management: physical memory is created on the peer and mapped into this process.
+The driver releases it when the process exits or crashes. A CUDA context on the peer (about 0.6 GB) keeps it at full
+clocks, since a GPU with idle clocks serves its memory more slowly. The context also lets an idle peer execute the
+copies.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from sglang_xmem import gpus
 from sglang_xmem.errors import LOWER_SIZE, Remedy, SettingError, Unavailable
 from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
-#: Left free on each peer: for this process's context there and the driver's page tables.
+#: Bytes left free on each peer: for this process's context there and the driver's page tables.
 RESERVE_BYTES = 1 << 30
-#: What the context uses of it; already deducted from the free memory once a region exists.
+#: The context's part of the reserve; already deducted from the free memory once a region exists.
 CONTEXT_BYTES = 600 << 20
 
 
@@ -28,12 +29,12 @@ class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of `peer` in --hicache-xmem-config.
 
     Attributes:
-        gpus: CUDA ordinals whose memory to use; assigned to ranks round-robin, and each rank's pool is striped over all
-            of its GPUs. Naming a GPU allows it to be in use by others. Default: the fewest idle GPUs that can hold the
-            pool.
-        stripe_mib: where a rank has several peers, bytes (in MiB, 2^20) on one before the next one's turn.
-        copy_on: which GPU runs the copies: the rank's own, or `peer`, a rank's first peer, which has to be idle. That
-            spares the rank's GPU the multiprocessors. `auto` is `peer` where that can be.
+        gpus: CUDA ordinals of the peers, assigned to ranks round-robin; a rank's pool is striped over all of its peers.
+            A named GPU may be in use by others. Default: the smallest number of idle GPUs that can hold the pool.
+        stripe_mib: stripe size in MiB (2^20 bytes), if a rank has several peers.
+        copy_on: which GPU executes the copies: `rank`, the rank's own, or `peer`, the rank's first peer, which must be
+            idle. Copies by the peer occupy no multiprocessor of the rank's GPU. `auto` is `peer` where that is
+            possible.
     """
 
     gpus: tuple[int, ...] | None = None
@@ -42,7 +43,7 @@ class PeerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PeerRankPlan(msgspec.Struct, frozen=True):
-    """The peers of one rank. `named`: the user named them, so others may use them too."""
+    """The peers of one rank. `named`: the user named them, so they may be in use by others."""
 
     gpus: tuple[int, ...]
     named: bool
@@ -66,7 +67,7 @@ class PeerTier(MemoryTier):
             raise SettingError("peer.gpus", f"is {list(named)}", "name at least one GPU, and none twice")
         engine = [gpu for gpu in ranks.gpus if gpu is not None]
         if len(engine) < len(ranks.gpus) or not engine:
-            raise Unavailable("it needs GPUs and the engine runs on the CPU", Remedy("use_tier", value="dram"))
+            raise Unavailable("it needs GPUs, but the engine runs on the CPU", Remedy("use_tier", value="dram"))
         reasons: list[str] = []
         if named is not None:
             gpus.check_named("peer.gpus", named, engine)
@@ -82,7 +83,7 @@ class PeerTier(MemoryTier):
                 else:
                     reasons.append(reason)
         if len(peers) < len(engine):
-            found = f"{len(peers)} other GPU(s) can be used for {len(engine)} rank(s), and each rank needs its own"
+            found = f"{len(engine)} rank(s) need a peer each, but only {len(peers)} other GPU(s) are usable"
             remedies = [] if named is None else [Remedy("set_option", "peer.gpus", "more GPUs")]
             raise Unavailable("; ".join([found, *reasons]), *remedies)
         plans = []
@@ -92,11 +93,11 @@ class PeerTier(MemoryTier):
                 reason = _unreachable([gpu], peer)
                 if reason is not None:
                     raise Unavailable(reason, Remedy("set_option", "peer.gpus", "other GPUs"))
-            # Other GPUs than named ones are idle.
+            # GPUs that the user did not name are idle.
             use = gpus.foreign_use(mine[0]) if settings.copy_on == "peer" and named is not None else None
             if use is not None:
                 raise Unavailable(
-                    f"{use}, and peer.copy_on wants it idle",
+                    f"{use}, but peer.copy_on needs it idle",
                     Remedy("set_option", "peer.gpus", "other GPUs"),
                     Remedy("leave_out", "peer.copy_on"),
                 )
@@ -107,7 +108,7 @@ class PeerTier(MemoryTier):
         super().__init__(settings, rank_plan, gpu)
         #: Regions on each peer.
         self._awake: Counter[int] = Counter()
-        #: Peers that hold all of what is expected.
+        #: Peers that can hold all expected bytes.
         self._expected: tuple[int, ...] | None = None
 
     def capacity_bytes(self) -> int:
@@ -115,7 +116,8 @@ class PeerTier(MemoryTier):
         return max(self._pool_bytes(peers, free) for peers in self._choices(free))
 
     def waste_bytes(self, granule: int) -> int:
-        # On one GPU its granularity; over several up to a stripe that is begun and one that others are ahead, on each.
+        # One GPU wastes up to its granularity. Several waste up to two stripes each: a partial one, and one of
+        # imbalance.
         count = len(self.rank_plan.gpus)
         return 2 << 20 if count == 1 else 2 * self._stripe_bytes * count
 
@@ -124,7 +126,7 @@ class PeerTier(MemoryTier):
         self._expected = next((p for p in self._choices(free) if self._pool_bytes(p, free) >= nbytes), None)
 
     def _usable(self) -> tuple[int, ...]:
-        """The rank's peers, less those that others have come to use since; a GPU that the user named stays."""
+        """Return the rank's peers without those that others use by now; a GPU that the user named stays."""
         if self.rank_plan.named:
             return self.rank_plan.gpus
         uses = {gpu: gpus.foreign_use(gpu) for gpu in self.rank_plan.gpus}
@@ -134,7 +136,7 @@ class PeerTier(MemoryTier):
         return usable
 
     def _free(self) -> dict[int, int]:
-        """Bytes that pools could take of each usable peer."""
+        """Return the bytes that pools can use on each usable peer."""
         free = {}
         for gpu in self._usable():
             reserve = RESERVE_BYTES - CONTEXT_BYTES * (self._awake[gpu] > 0)
@@ -164,10 +166,10 @@ class PeerTier(MemoryTier):
         return [usable[:count] for count in counts] + [tuple(emptiest[:count]) for count in counts]
 
     def _chosen(self, nbytes: int) -> tuple[int, ...]:
-        """The peers for a pool of `nbytes`.
+        """Choose the peers for a pool of `nbytes`.
 
         Raises:
-            Unavailable: none have so much.
+            Unavailable: no choice of peers has enough free memory.
         """
         free = self._free()
         choices = self._choices(free)
@@ -179,7 +181,7 @@ class PeerTier(MemoryTier):
         most = max(choices, key=lambda peers: self._pool_bytes(peers, free))
         have = self._pool_bytes(most, free)
         raise Unavailable(
-            f"{nbytes / 1e9:.2f} GB are needed on GPU {_listed(most)} and {have / 1e9:.2f} GB are free", LOWER_SIZE
+            f"{nbytes / 1e9:.2f} GB are needed on GPU {_listed(most)}, but {have / 1e9:.2f} GB are free", LOWER_SIZE
         )
 
     def _allocate(self, nbytes: int, granule: int) -> Region:
@@ -203,7 +205,7 @@ class PeerTier(MemoryTier):
         what = f"allocating {nbytes / 1e9:.2f} GB on GPU {_listed(peers)}"
         with ExitStack() as undo:
             for gpu in peers:
-                gpus.hold_context(gpu, undo)  # without one, a peer's clocks are idle
+                gpus.hold_context(gpu, undo)  # without a context, a peer runs at idle clocks
                 self._awake[gpu] += 1
                 undo.callback(self._awake.subtract, [gpu])
             base = int(gpus.checked(d.cuMemAddressReserve(total, granularity, 0, 0), "reserving addresses"))
@@ -214,7 +216,7 @@ class PeerTier(MemoryTier):
                 try:
                     gpus.checked(d.cuMemMap(base + offset, size, 0, handle, 0), what)
                 finally:
-                    d.cuMemRelease(handle)  # the mapping alone keeps the memory from here on
+                    d.cuMemRelease(handle)  # from here on the mapping keeps the memory
                 undo.callback(d.cuMemUnmap, base + offset, size)
             access = [_access(d, gpu) for gpu in (self.gpu, *reaching)]
             gpus.checked(
@@ -231,13 +233,13 @@ class PeerTier(MemoryTier):
         )
 
     def _reaching(self, peers: tuple[int, ...]) -> tuple[int, ...]:
-        """The first peer, if it can be given access to the others and to the rank's GPU; else none."""
+        """Return the first peer if it can access the others and the rank's GPU, else nothing."""
         first, others = peers[0], (self.gpu, *peers[1:])
         return (first,) if all(g is not None and gpus.can_access_peer(first, g) for g in others) else ()
 
 
 def _unreachable(engine: list[int], peer: int) -> str | None:
-    """A clause that says which of the engine's GPUs cannot reach a peer, or None where all can."""
+    """Return a clause that names an engine GPU that cannot reach a peer, or None if all can."""
     for gpu in engine:
         if not gpus.can_access_peer(gpu, peer):
             return f"GPU {gpu} has no peer access to GPU {peer}"

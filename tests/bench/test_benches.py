@@ -342,9 +342,9 @@ def test_links(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     args.xmem_config = '{"dram": {"relays": [1]}}'
     assert measured(args)["dram"] == 55.0 + 99.0, "a relay brings its own link"
     assert measured(args)["stock"] == 55.0
-    monkeypatch.setattr(bandwidth, "run", lambda: ([], "it did not answer within 9.5 s"))
+    monkeypatch.setattr(bandwidth, "run", lambda: ([], "it did not respond within 9.5 s"))
     assert measured(args) == {}
-    assert "not known (it did not answer within 9.5 s). Give them as --link-gbps." in capsys.readouterr().err
+    assert "not known (it did not respond within 9.5 s). Give them as --link-gbps." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("backend", "ms"), [("dram", 3.0), ("stock", 3.0), ("peer", 6.0)])

@@ -86,7 +86,7 @@ def hang(model: str, deadline_s: float, scratch: Path) -> tuple[Row, str, float]
         log = run(Spec("engine", model, OPTIONS, plan, environment, forked=True), timeout_s=240).log
     except AssertionError as error:  # the engine is gone, as it has to be
         log = str(error)
-    hung, met = int("has not ended within" not in log), faults_in(log)["hang"]
+    hung, met = int("did not end within" not in log), faults_in(log)["hang"]
     return Row("hang", "tier hit", 1, 0, hung, 1, met), log, time.monotonic() - begun
 
 

@@ -43,7 +43,7 @@ def make_model(kind: Kind, directory: Path) -> Path:
 
 
 #: What the log says where nothing answered in time, which is a miss and no fault on a machine that is busy enough.
-LATE = ("did not answer within", "reason=deadline")
+LATE = ("did not respond within", "reason=deadline")
 
 
 def find_in_bank(engine: Engine, name: str, hit: int = CACHEABLE, n_tokens: int = PROMPT_TOKENS) -> Answer:
@@ -146,11 +146,11 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
         assert again.output_ids == alone.output_ids
         # Another service, without the memory: the engine keeps its pages for itself, and says so once.
         service.start()
-        until(lambda: second.ask("D") is not None and "keeps them to itself" in second.server.log())
+        until(lambda: second.ask("D") is not None and "so they are private now" in second.server.log())
         until(second.client.flush_cache)
         assert places(second.ask("C")) == {}
         assert second.ask("C").output_ids == alone.output_ids
-        assert second.server.log().count("keeps them to itself") == 1
+        assert second.server.log().count("so they are private now") == 1
         assert service.status()["spaces"] == []
 
 

@@ -50,7 +50,7 @@ def test_a_copy_that_never_ends_ends_the_rank(tiny_model: Path, tmp_path: Path) 
     row, log, _ = fault_matrix.hang(str(tiny_model), 3, tmp_path)
     assert row.hung == 0
     # The store of the last answer may be under way yet, and meet the fault before the load does.
-    assert re.search("A (load|store) of tier dram has not ended within 3 s", log)
+    assert re.search("A (load|store) of tier dram did not end within 3 s", log)
 
 
 def test_a_tier_without_memory_ends_the_start_in_a_sentence(tiny_model: Path) -> None:

@@ -88,7 +88,7 @@ def test_tier_hit_equals_device_hit(outcome: Outcome) -> None:
     assert outcome.result.survivors == []
     assert outcome.result.statuses == [0]
     assert outcome.result.tier == (None if outcome.engine == "stock" else "dram")
-    assert "came back from the tier with other bytes" not in outcome.result.log
+    assert "came back from the tier with wrong bytes" not in outcome.result.log
     assert "are damaged" not in outcome.result.log
 
 

@@ -308,7 +308,7 @@ def test_a_service_that_is_killed_or_stopped_is_a_miss_in_time(daemon: Daemon, m
     session.release(addresses)
     assert session.claim(5).size == 5
     session.close()
-    with pytest.raises(Unavailable, match="no mtierd answers"):
+    with pytest.raises(Unavailable, match="no mtierd responds"):
         BankSession(MODEL, FRAME, 8)
 
 

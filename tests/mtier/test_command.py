@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sglang_xmem import gpus, machine
-from sglang_xmem.errors import ConfigError, TierUnavailable
+from sglang_xmem.errors import ConfigError, Unavailable
 from sglang_xmem.mtier import build as builder
 from sglang_xmem.mtier import daemon
 from tests.mtier.service import MIB, Daemon
@@ -51,10 +51,10 @@ def test_banks_of_hosts_and_gpus() -> None:
     ("banks", "words"),
     [
         (["gpu:4"], "--bank gpu:4: GPU 4 does not exist; this process sees 4"),
-        (["gpu:1"], "--bank gpu:1: GPU 1 has 1.07 GB free, of which 1.07 GB stay so"),
+        (["gpu:1"], "--bank gpu:1: GPU 1 has 1.07 GB free, of which 1.07 GB are reserved"),
         (["gpu:0:1GB"], "--bank gpu:0:1GB: GPU 0 has 0.00 GB free"),
         (["gpu:3:4GiB"], "Give less, or free memory there"),
-        (["gpu:3:2049MiB"], "GPU 3 has 3.22 GB free, of which 1.07 GB stay so for the service's CUDA context"),
+        (["gpu:3:2049MiB"], "GPU 3 has 3.22 GB free, of which 1.07 GB are reserved for the service's CUDA context"),
         (["gpu:3:1MiB"], "--bank gpu:3:1MiB is smaller than the --granularity of 2 MiB. Give more"),
         (["host:1MiB"], "--bank host:1MiB is smaller than the --granularity of 2 MiB. Give more"),
         (["gpu:2", "gpu:2:1GB"], "--bank names GPU 2 twice. Give one bank per GPU"),
@@ -74,7 +74,7 @@ def test_refusals(banks: list[str], words: str) -> None:
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> range:
-        raise TierUnavailable("this machine has no NVIDIA driver")
+        raise Unavailable("this machine has no NVIDIA driver")
 
     monkeypatch.setattr(gpus, "visible_gpus", missing)
     with pytest.raises(ValueError, match="--bank gpu:0: this machine has no NVIDIA driver. Give host:SIZE"):
@@ -163,7 +163,7 @@ def test_what_is_damaged_is_compiled_again(quick_compiler: list[Path]) -> None:
     directory = builder.built(announce=said.append)
     assert builder.built(announce=said.append) == directory
     assert len(quick_compiler) == len(said) == 1
-    assert "takes half a minute" in said[0]
+    assert "takes about 30 s" in said[0]
     program = directory / builder.DAEMON
 
     def cut() -> None:
@@ -193,7 +193,7 @@ def test_what_another_user_put_there_is_not_run(quick_compiler: list[Path]) -> N
     assert (builder.built() / builder.DAEMON).read_text() == "compiled"
     os.chown(directory.parent, 65534, 65534)
     with pytest.raises(
-        builder.BuildError, match=r"^mtierd cannot be kept: others can write to .*SGLANG_XMEM_CACHE_DIR"
+        builder.BuildError, match=r"^mtierd cannot be cached: others can write to .*SGLANG_XMEM_CACHE_DIR"
     ):
         builder.built()
 

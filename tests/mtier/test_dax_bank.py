@@ -416,7 +416,7 @@ def tier_of(settings: BankSettings, gpu: int | None) -> BankTier:
 def test_an_engine_pins_all_of_its_slab_or_refuses(bank: Bank) -> None:
     daemon = bank.start()
     with pinning(8 * MIB) as pins:
-        with pytest.raises(Unavailable, match=r"no bank of GPU memory; give it --bank gpu:ORDINAL, or .*dax"):
+        with pytest.raises(Unavailable, match=r"no bank of GPU memory; start it with --bank gpu:ORDINAL, or .*dax"):
             tier_of(BankSettings(), 0)  # it is for those who name it
         tier = tier_of(BankSettings(memory="dax"), 0)
         assert (tier.traits.link, tier.traits.counts_as_host_ram, tier.traits.cpu_addressable) == ("cxl", False, True)
@@ -452,7 +452,7 @@ def test_a_page_that_breaks_later_is_a_refusal(bank: Bank, monkeypatch: pytest.M
 
 def test_a_service_without_a_device_says_what_to_give_it(start_daemon: StartDaemon, monkeypatch: Any) -> None:
     monkeypatch.setenv("MTIER_SOCKET", str(start_daemon().socket_path))
-    with pytest.raises(Unavailable, match="has no bank of a devdax; give it --bank dax:DEVICE"):
+    with pytest.raises(Unavailable, match="has no bank of a devdax; start it with --bank dax:DEVICE"):
         BankTier.plan_ranks(BankSettings(memory="dax"), Ranks((None,)))
 
 
@@ -471,9 +471,9 @@ def test_wrong_banks_are_one_sentence_each(bank: Bank, monkeypatch: pytest.Monke
         return text
 
     path = bank.device.path
-    assert f"its device is '{path}', which is a file and no devdax. Give a devdax" in refusal(f"dax:{path}")
-    assert "its device is '/dev/dax77.7', and there is none. Give a device" in refusal("dax:/dev/dax77.7:4GiB")
-    assert "which is no device of memory and no devdax" in refusal("dax:/dev/null")
+    assert f"its device is '{path}', which is a file, not a devdax. Give a devdax" in refusal(f"dax:{path}")
+    assert "its device is '/dev/dax77.7', which does not exist. Give a device" in refusal("dax:/dev/dax77.7:4GiB")
+    assert "which is another kind of device, not a devdax" in refusal("dax:/dev/null")
     for text in ("dax", "dax:", "dax:relative", "dax:/dev/dax0.0:", "dax:/dev/dax0.0:0", "dax:/dev/dax0.0:4XB"):
         assert f"--bank is '{text}'. Give" in refusal(text)
     monkeypatch.setattr(command, "bank_bytes", lambda *_: 64 * MIB)

@@ -50,7 +50,7 @@ def test_a_folder_where_others_can_write_is_refused(tmp_path: Path, monkeypatch:
     folder.mkdir()
     folder.chmod(mode)
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
-    with pytest.raises(CacheError, match="others can write to .*; name a folder of your own"):
+    with pytest.raises(CacheError, match="others can write to .*; run chmod go-w on it"):
         cache_dir()
     folder.chmod(0o755)
     assert cache_dir() == folder

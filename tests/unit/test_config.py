@@ -103,7 +103,7 @@ def test_files_without_an_end_are_refused_at_once(tmp_path: Path) -> None:
         ("/dev/tty", "cannot be read|not a regular file"),
         (str(tmp_path), "cannot be read"),
         (str(tmp_path / "large"), "more than 1 MiB"),
-        (str(tmp_path / "bytes"), "no UTF-8 text"),
+        (str(tmp_path / "bytes"), "not UTF-8 text"),
         (str(tmp_path / "a\0b"), "zero byte"),
         ("", "cannot be read"),
     ):
@@ -230,9 +230,9 @@ def test_other_gpus_copy_with_cuda_alone(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("copy", "on_gpu", "words"),
     [
-        ({"kernel": "cuda"}, False, "'copy.kernel' is cuda, and the engine runs on the CPU. Leave it out."),
-        ({"kernel": "triton"}, False, "'copy.kernel' is triton, and the engine runs on the CPU. Leave it out."),
-        ({"kernel": "torch"}, True, "'copy.kernel' is torch, and the engine runs on a GPU. Give cuda or triton."),
+        ({"kernel": "cuda"}, False, "'copy.kernel' is cuda, but the engine runs on the CPU. Leave it out."),
+        ({"kernel": "triton"}, False, "'copy.kernel' is triton, but the engine runs on the CPU. Leave it out."),
+        ({"kernel": "torch"}, True, "'copy.kernel' is torch, but the engine runs on a GPU. Give cuda or triton."),
         ({"load": {"ctas": 3}}, False, "'copy.load.ctas' is 3 and the engine runs on the CPU. Leave it out."),
     ],
 )

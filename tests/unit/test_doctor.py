@@ -259,7 +259,7 @@ def test_nothing_is_begun_when_the_time_is_up(two: GpuMachine) -> None:
 
 def test_a_link_that_spoils_bytes_gives_no_rate(two: GpuMachine) -> None:
     two.cuda.corrupt = True
-    assert all("not those that were sent" in row["not_measured"] for row in rows().values())
+    assert all("a copy changed bytes" in row["not_measured"] for row in rows().values())
     two.check_untouched()
 
 
@@ -476,7 +476,7 @@ def test_ranks_follow_the_servers_flags(two: GpuMachine, capsys: pytest.CaptureF
     assert found["tiers"]["gpus"] == [1]
     _, found = doctor(capsys, "--tp-size", "2", "--no-bandwidth")
     assert found["tiers"]["gpus"] == [0, 1]
-    assert "each rank needs its own" in found["tiers"]["found"][1]["reason"]
+    assert "need a peer each" in found["tiers"]["found"][1]["reason"]
 
 
 @pytest.mark.parametrize(
@@ -484,8 +484,8 @@ def test_ranks_follow_the_servers_flags(two: GpuMachine, capsys: pytest.CaptureF
     [
         (["--base-gpu-id", "1", "--tp-size", "2"], "needs GPUs 1 to 2"),
         (["--tp-size", "0"], "--tp-size is 0"),
-        (["--hicache-size", "-1"], "--hicache-size is -1"),
-        (["--hicache-size", "nan"], "--hicache-size is nan"),
+        (["--hicache-size", "-1"], "GB per rank; 0 = any size), got -1"),
+        (["--hicache-size", "nan"], "GB per rank; 0 = any size), got nan"),
         (["--hicache-xmem-tier", "nvme"], "is 'nvme'. Give one of auto, mtier, peer, bank, dram, dax"),
         (["--hicache-xmem-config", "{"], "is not JSON"),
         (["--hicache-xmem-config", '{"peer": {"gpus": [5]}}'], "names GPU 5"),
@@ -552,12 +552,12 @@ def test_an_sdk_that_hangs_is_a_line(cpu_machine: None, monkeypatch: pytest.Monk
     fake_sdk_that(monkeypatch, tmp_path, "import time\ntime.sleep(600)")
     monkeypatch.setattr(tiers, "LIMIT_S", 6.0)
     verdict, banks = tiers.verdict("auto", None, [None], 1)
-    assert banks == {"banks": None, "reason": "it did not answer within 6 s"}
+    assert banks == {"banks": None, "reason": "it did not respond within 6 s"}
     assert verdict["stuck"] == ["mtier"]
-    assert verdict["found"][0]["reason"] == "it did not answer within 6 s"
+    assert verdict["found"][0]["reason"] == "it did not respond within 6 s"
     assert "needs GPUs" in verdict["found"][1]["reason"]
     assert [line["tier"] for line in verdict["found"][2:]] == ["bank", "dram"]
-    assert "A server asks mtier too" in str(screen.verdict(verdict))
+    assert "A server queries mtier too" in str(screen.verdict(verdict))
 
 
 def test_an_sdk_that_prints_and_crashes_is_a_line(
@@ -610,7 +610,7 @@ def test_a_slow_start_is_not_taken_for_a_tier_that_hangs(monkeypatch: pytest.Mon
     outcome = child.run_task("tiers", arguments, 2.0)
     assert outcome.problem is None
     assert [line["tier"] for line in outcome.lines] == ["peer", "dram"]
-    assert child.run_task("tiers", arguments, 2.0, total=True).problem == "it did not answer within 2 s"
+    assert child.run_task("tiers", arguments, 2.0, total=True).problem == "it did not respond within 2 s"
 
 
 def test_wrong_settings_are_told_by_the_child() -> None:
@@ -621,14 +621,14 @@ def test_wrong_settings_are_told_by_the_child() -> None:
 
 def test_a_measurement_that_is_stopped_keeps_what_it_has(two: GpuMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     done = [{"gpu": 0, "peer": None, "read_gbps": 55.0, "write_gbps": 54.0}]
-    monkeypatch.setattr(bandwidth, "run_task", lambda *_, **__: Outcome(done, "it did not answer within 9.5 s"))
+    monkeypatch.setattr(bandwidth, "run_task", lambda *_, **__: Outcome(done, "it did not respond within 9.5 s"))
     arguments = cli.parser().parse_args(["doctor"])
     from sglang_xmem.doctor import examine
 
     found = examine(arguments)
     first, second = found["gpus"]["list"]
     assert (first["read_gbps"], first["not_measured"]) == (55.0, None)
-    assert (second["read_gbps"], second["not_measured"]) == (None, "it did not answer within 9.5 s")
+    assert (second["read_gbps"], second["not_measured"]) == (None, "it did not respond within 9.5 s")
 
 
 # ---- all of it ----
@@ -682,7 +682,7 @@ def test_json_has_the_documented_keys(full: GpuMachine, capsys: pytest.CaptureFi
     assert found["gpus"]["list"][1]["not_measured"] == full.busy[1]
     access = {(row["gpu"], row["peer"]): row for row in found["peers"]}
     assert access[(2, 0)]["access"] is False
-    assert access[(2, 0)]["not_measured"] == "there is no peer access"
+    assert access[(2, 0)]["not_measured"] == "no peer access"
     assert access[(0, 2)]["read_gbps"] == 102.0
     assert found["numa_nodes"][0]["gpus"] == [0, 1, 2]
     full.check_untouched()
@@ -697,7 +697,7 @@ def test_screen(full: GpuMachine, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["GPU 0"][2:] == ["-", "?", "102.0"]
     assert lines["GPU 2"][2:] == ["no", "?", "-"]
     for words in (
-        "Peer access (GB/s that a row's GPU reads of a column's memory)\n",
+        "Peer access (GB/s at which the row's GPU reads the column's memory)\n",
         "NVIDIA driver 580.65.06 (CUDA 13.0)",
         "?: GPU 1 not measured: GPU 1 is in use by process 7",
         "6 of 8 x 2 MiB",

@@ -19,11 +19,11 @@ STRANGER = 2**22 + 1
     ("processes", "used", "words"),
     [
         ({}, 5_000_000, None),
-        ({}, 2 * GB, "2.00 GB in use by processes that cannot be seen"),
+        ({}, 2 * GB, "2.00 GB in use by processes that are not visible"),
         ({STRANGER: GB}, GB, f"in use by process {STRANGER}"),
         ({STRANGER: None}, GB, f"in use by process {STRANGER}"),
         ({ME: 3 * GB}, 3 * GB, None),
-        ({ME: GB}, 3 * GB, "2.00 GB in use by processes that cannot be seen"),
+        ({ME: GB}, 3 * GB, "2.00 GB in use by processes that are not visible"),
         ({ME: None}, 3 * GB, None),  # nothing says that it is not all ours
     ],
 )

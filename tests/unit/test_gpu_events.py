@@ -146,7 +146,7 @@ def test_an_error_that_lasts(rank: Rank, nvml: FakeNvml, xid: int, caplog: pytes
     rank.session.take_again()
     assert rank.look() == said
     assert not rank.session._may_be_well()
-    assert "tier peer is set aside until the server is started again: GPU 1: " in caplog.text
+    assert "tier peer is set aside until the server is restarted: GPU 1: " in caplog.text
 
 
 def test_a_double_bit_error(rank: Rank, nvml: FakeNvml) -> None:

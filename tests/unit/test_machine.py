@@ -233,7 +233,7 @@ def test_memory_beyond_the_limit_is_an_error_with_both_numbers(limited: Callable
         except Unavailable as error:
             print(error.reason)
     """)
-    assert re.match(r"2\.15 GB are asked for and (0\.\d\d|1\.0\d) GB of host memory are free", said), said
+    assert re.match(r"2\.15 GB are needed, but (0\.\d\d|1\.0\d) GB of host memory are free", said), said
 
 
 # ---- devices ----

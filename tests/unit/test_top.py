@@ -154,7 +154,7 @@ def test_a_server_without_metrics_is_one_sentence(
 
 def test_nothing_answers_is_one_sentence() -> None:
     for url in ("http://127.0.0.1:1", "nonsense", "http://127.0.0.1:99999", "http://:::"):
-        with pytest.raises(ConfigError, match=r"Nothing answers at .* Start SGLang"):
+        with pytest.raises(ConfigError, match=r"No server responds at .* Start SGLang"):
             scrape.fetch(url)
 
 

@@ -1,6 +1,6 @@
 """SGLang: its flags, and HiCache's pools in a tier.
 
-`install` runs in every process, with or without the flag. Everything else is placed in processes of engines that have
+`install` runs in every process, with or without the flag. All other hooks are placed only in processes of engines with
 the flag on (`launcher`, `scheduler`), by the table of the installed version (`versions`).
 """
 
@@ -16,14 +16,14 @@ from sglang_xmem.engines.sglang.hooks import register
 
 
 def install() -> None:
-    """Patch what carries the options.
+    """Place the hooks that carry the options.
 
     Raises:
-        UnsupportedSGLang: this SGLang has no table, or is not as its table says.
+        UnsupportedSGLang: this SGLang has no table, or differs from its table.
     """
     register(versions.current().flag_hooks)
     engine = "sglang.srt.entrypoints.engine"
-    if engine in sys.modules or multiprocessing.parent_process() is None:  # else an engine's child: keep it light
+    if engine in sys.modules or multiprocessing.parent_process() is None:  # an engine's child otherwise: keep it light
         engine_class = importlib.import_module(engine).Engine
         if not isinstance(engine_class.server_args_class, ServerArgsFactory):
             engine_class.server_args_class = ServerArgsFactory(engine_class.server_args_class)

@@ -1,7 +1,7 @@
-"""SGLang's storage interface over the page bank: a hit is a changed entry of the page table, and moves no byte.
+"""SGLang's storage interface over the page bank: a hit changes an entry of the page table, and moves no byte.
 
-SGLang asks it before a request is computed, and gives it pages as soon as they are in the tier. Whatever goes wrong is
-a miss: an exception here would be a traceback per request.
+SGLang queries it before it computes a request, and publishes pages as soon as they are in the tier. Every failure is a
+miss: an exception here would print a traceback per request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from sglang_xmem.engines.sglang import sharing
 from sglang_xmem.engines.sglang.geometry import KV, pages_of, space_of
 from sglang_xmem.errors import refuse
 
-#: What --hicache-storage-backend-extra-config would be; SGLang's default of 256 tokens leaves short prompts out.
+#: The value for --hicache-storage-backend-extra-config; SGLang's default threshold of 256 tokens excludes short
+#: prompts.
 EXTRA_CONFIG = {
     "backend_name": "xmem_bank",
     "module_path": __name__,
@@ -31,14 +32,14 @@ EXTRA_CONFIG = {
 
 
 class BankStorage(HiCacheStorage):
-    """Pages of this rank's spaces in the bank; nothing where its pools are in another tier.
+    """Pages of this rank's spaces in the bank; inactive if its pools are in another tier.
 
-    A page of the anchor's space is of use with those of all other spaces alone: with each page's (an indexer's), with
-    those of the last few tokens (a window's), or with the state at its end (Mamba's). What rides on a space's numbers
-    lies in that space's frames.
+    A page of the anchor's space is usable only with the matching pages of all other spaces: with each page's (an
+    indexer), with those of the last tokens (a sliding window), or with the state at its end (Mamba). A rider is in the
+    frames of the space whose numbers it uses.
 
     Args:
-        storage_config, kwargs: as SGLang gives them.
+        storage_config, kwargs: as SGLang passes them.
     """
 
     def __init__(self, storage_config: Any, kwargs: dict[str, Any]) -> None:
@@ -46,8 +47,8 @@ class BankStorage(HiCacheStorage):
         for space in self._spaces.values():
             space.bank.counts = session.current().counts
             space.copies_in_flight = session.current().watch.in_flight
-        # SGLang would have one rank alone publish pages that all ranks have, and the others would keep theirs. Here all
-        # do: the bank keeps the first, and the others' give way to it.
+        # SGLang would let one rank publish pages that all ranks have, and the others would keep theirs. Here all ranks
+        # publish: the bank keeps the first copy, which replaces the others'.
         if self._spaces and storage_config.is_mla_model:
             storage_config.is_mla_model = False
             self._spaces[KV].gives_way = storage_config.tp_size > 1
@@ -62,7 +63,7 @@ class BankStorage(HiCacheStorage):
         return [number < got for number in range(len(keys))]
 
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: Any = None) -> list[bool]:
-        """Publish pages. True for each: after a False SGLang would give up those behind it."""
+        """Publish pages. Returns True for each: after a False SGLang would drop the following pages."""
         if self._spaces:
             self._spaces[KV].publish(_names(keys), self._pages(host_indices, self.mem_pool_host))
         return [True] * len(keys)
@@ -71,7 +72,7 @@ class BankStorage(HiCacheStorage):
         names = _names(keys)
         found = self._spaces[KV].find(names) if self._spaces else 0
         hits = {PoolName.KV: found}
-        #: Which prefixes, by their pages less one, can be restored.
+        #: Report which prefixes, indexed by their page count less one, can be restored.
         whole = np.ones(found, np.bool_)
         for transfer in pool_transfers or ():
             space = self._own_space(transfer)
@@ -107,7 +108,7 @@ class BankStorage(HiCacheStorage):
         return {transfer.name: [True] * len(transfer.keys or ()) for transfer in transfers}
 
     def _own_space(self, transfer: Any) -> BankSpace | None:
-        """The space whose pages a transfer names by numbers of its own; None for one that rides on another's."""
+        """Return the space whose pages a transfer numbers; None for a rider on another space's numbers."""
         name = space_of(str(getattr(transfer.name, "value", transfer.name)))
         return self._spaces.get(name) if name != KV and transfer.indices_from_pool is None else None
 
@@ -118,7 +119,7 @@ class BankStorage(HiCacheStorage):
     def _pages(host_indices: torch.Tensor, pool: Any) -> torch.Tensor:
         return pages_of(host_indices.cpu(), pool.page_size)
 
-    # What SGLang's base class wants and does not call with this interface.
+    # SGLang's base class requires these, but does not call them with this interface.
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
@@ -139,10 +140,11 @@ class BankStorage(HiCacheStorage):
 
 
 def _with_trailing(there: npt.NDArray[np.bool_], needed: int) -> npt.NDArray[np.bool_]:
-    """For each number of pages less one, whether the last `needed` of so many, or all where they are fewer, are there.
+    """Report for each prefix, indexed by its page count less one, whether its last `needed` pages (or all, if fewer)
+    exist.
 
     Args:
-        there: which pages are.
+        there: whether each page exists.
     """
     run = np.arange(len(there)) - np.maximum.accumulate(np.where(there, -1, np.arange(len(there))))
     return np.asarray(run >= np.minimum(needed, np.arange(len(there)) + 1), np.bool_)
@@ -153,13 +155,13 @@ def _names(keys: Sequence[str]) -> list[bytes]:
 
 
 def _load_hash() -> None:
-    """Compile SGLang's hash of pages now: at the first look-up it would keep requests waiting for seconds."""
+    """Compile SGLang's page hash now: at the first look-up it would delay requests for seconds."""
     from sglang.srt.mem_cache.cpp_utils.native_hash import _load_native_hash_module
 
     try:
         _load_native_hash_module()
-    except Exception:  # whatever a compiler says
+    except Exception:  # a compiler fails in many ways
         refuse(
-            "SGLang cannot compile its hash of pages, which tier bank needs. Run apt-get install g++ libssl-dev "
+            "SGLang cannot compile its page hash, which tier bank needs. Run apt-get install g++ libssl-dev "
             "ninja-build, or use --hicache-xmem-tier dram."
         )

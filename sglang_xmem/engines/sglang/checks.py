@@ -1,6 +1,6 @@
-"""Sums of the pages that SGLang's loads and stores move: written behind a store, compared behind a load.
+"""Checksums of the pages that SGLang's loads and stores move: written after a store, compared after a load.
 
-A load's comparison is enqueued behind its copies, so its result comes after SGLang has planned the forward pass.
+A load's comparison is enqueued after its copies, so its result arrives after SGLang has planned the forward pass.
 `recovery.py` reads it before that pass's results are used.
 """
 
@@ -34,7 +34,7 @@ class Vectors(NamedTuple):
         pages: of each vector.
         addresses: frames of each, on the CPU.
         chosen: the pages of each of the move's groups that have sums.
-        lists: what the summer wants of these on the device; empty where no page has a sum.
+        lists: the summer's index lists for the device; empty if no page has a sum.
     """
 
     pages: list[Pages]
@@ -48,7 +48,7 @@ class Checked(NamedTuple):
 
     Attributes:
         pools: of each group.
-        vectors: of each group; all of a group are of the same pages.
+        vectors: of each group; all vectors of a group have the same pages.
     """
 
     pools: tuple[AdoptedPool, ...]
@@ -57,7 +57,7 @@ class Checked(NamedTuple):
 
     @classmethod
     def of(cls, arena: Any, views: Sequence[AdoptedPool], steps: Sequence[Step]) -> Checked | None:
-        """The pools of which a move has all planes; None where there are none, or no page has a sum.
+        """Select the pools with all planes in a move; None if there are none, or no page has a sum.
 
         Args:
             views: the pool of each vector.
@@ -76,10 +76,10 @@ class Checked(NamedTuple):
         return cls(pools, vectors, arena.summer.prepare(made))
 
     def chosen(self, numbers: Sequence[torch.Tensor]) -> list[Chosen]:
-        """The pages of each group that have sums; none of a group whose vectors are of several sets of pages.
+        """Select each group's pages with sums; none if the group's vectors have different pages.
 
         Args:
-            numbers: of each vector's pages in their index space, on the CPU. One tensor may serve several vectors.
+            numbers: page numbers of each vector in its index space, on the CPU. Several vectors may share one tensor.
         """
         found = []
         for view, mine in zip(self.pools, self.vectors, strict=True):
@@ -95,9 +95,9 @@ class Check:
     """A load's comparison.
 
     Args:
-        pools: of the groups that were compared.
+        pools: of the compared groups.
         frames: of each of them, the addresses of its pages' frames, on the CPU.
-        report: what was found, once the load is done.
+        report: the result, once the load is done.
         wait: returns when the load is done.
     """
 
@@ -114,9 +114,9 @@ class Check:
         self._wait = wait
 
     def settle(self) -> str:
-        """Wait for the comparison; returns what is wrong, and counts it. Empty where all is well.
+        """Wait for the comparison; count and return the mismatches as a clause, empty if there are none.
 
-        Where something is wrong, nobody finds any page of the load in a page bank from then on: not all were compared.
+        After a mismatch, no page of the load is found in a page bank any more: not all pages were compared.
         """
         self._wait()
         count, which = self._report.wrong()
@@ -126,20 +126,20 @@ class Check:
         for view, frames in zip(self._pools, self._frames, strict=True):
             sharing.report_damaged(view, frames)
         names = ", ".join(type(view.pool).__name__ for view in self._pools)
-        return f"{count} pages of {names} came back from the tier with other bytes ({which})"
+        return f"{count} pages of {names} came back from the tier with wrong bytes ({which})"
 
 
 def write(arena: Any, checked: Checked | None, vectors: Vectors) -> None:
-    """Sum what a store has read; on the stream that it is on."""
+    """Sum the pages that a store has read, on the store's stream."""
     if checked is not None and any(len(these.rows) for these in vectors.chosen):
         try:
             arena.summer.write(checked.prepared, vectors.pages, vectors.chosen, vectors.lists)
-        except CopyError as error:  # nothing is known of these pages then
+        except CopyError as error:  # these pages then have no sums
             _skipped(error)
 
 
 def compare(arena: Any, checked: Checked | None, vectors: Vectors, wait: Callable[[], None]) -> Check | None:
-    """Compare what a load has brought; on the stream that it is on. None where no page of it has a sum."""
+    """Compare the pages of a load, on the load's stream. None if no page of it has a sum."""
     if checked is None:
         return None
     pages = sum(len(these.rows) for these in vectors.chosen)
@@ -161,12 +161,12 @@ def _skipped(error: CopyError) -> None:
 
 
 def damaged(view: AdoptedPool, host_indices: torch.Tensor) -> torch.Tensor:
-    """Pages in the tier that do not have their sums, where the CPU that asks is the one that copies; else none.
+    """Count the pages in the tier with wrong sums, if the CPU executes the copies; otherwise 0.
 
-    Nobody finds them in a page bank from then on.
+    They are not found in a page bank any more.
 
     Args:
-        host_indices: of SGLang, into the pool.
+        host_indices: SGLang's indices into the pool.
     """
     arena = view.arena
     if view.sums is None or arena.device.type != "cpu" or not arena.cpu_addressable:

@@ -1,6 +1,6 @@
-"""The flags and keywords of this package on SGLang's command line and `sgl.Engine`; all processes.
+"""The flags and keywords of this package for SGLang's command line and `sgl.Engine`; in all processes.
 
-SGLang itself is imported inside functions: plugins load early in every process, before SGLang has set up its own.
+SGLang is imported inside functions: plugins load early in every process, before SGLang's own setup.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from sglang_xmem.config import AUTO
 from sglang_xmem.errors import ConfigError, refuse
 from sglang_xmem.tiers import tier_classes
 
-#: Attribute of a ServerArgs record: a Request, and once the launcher has planned, a Plan. A bookkeeping name: SGLang
-#: seals the others, and pickles these along to every process.
+#: Attribute of a ServerArgs record: a Request, and a Plan once the launcher has planned. The underscore matters: SGLang
+#: seals other names, and pickles these to every process.
 ATTRIBUTE = "_sglang_xmem"
 
 #: SGLang's environment variable for machines without a GPU.
 CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
-#: Why ranks under Ray have no tier.
-WITHOUT_PLUGINS = "Ray's actors start schedulers without loading plugins, so the tier would be left out without a word"
+#: Reason why ranks under Ray cannot use a tier.
+WITHOUT_PLUGINS = "Ray's actors start schedulers without loading plugins, so they would silently serve without the tier"
 
 
 class Request(msgspec.Struct, frozen=True):
-    """The user's raw values, on a ServerArgs record. `from_cli`: a mistake ends the command, else it raises."""
+    """The user's raw values, on a ServerArgs record. `from_cli`: an error ends the command instead of raising."""
 
     tier: str | None
     config: Any
@@ -34,7 +34,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 def _switch(on: bool) -> Any:
-    """A parser of `true` or `false` for an option that says so by itself; a --config file spells the value out."""
+    """Parse `true` or `false` of an option with an optional value; a --config file always has the value."""
 
     def parse(text: str) -> bool | None:
         value = {"true": True, "false": False}.get(text.lower())
@@ -48,7 +48,7 @@ def _switch(on: bool) -> Any:
 def add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
     """Add the options to SGLang's parser (hook)."""
     group = parser.add_argument_group("sglang_xmem: HiCache's L2 pool in faster or larger memory")
-    # Plain store actions: SGLang's --config files know no BooleanOptionalAction, and drop a false store_true.
+    # Plain store actions: SGLang's --config files do not support BooleanOptionalAction, and drop a false store_true.
     group.add_argument(
         "--hicache-use-xmem",
         nargs="?",
@@ -72,10 +72,9 @@ def add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
         "--hicache-xmem-tier",
         default=None,
         metavar="{" + ",".join([AUTO, *tier_classes()]) + "}",
-        help="Which memory: mtier is X-Mem's banks, peer is HBM of other GPUs, bank is host memory that engines share, "
-        "dram is NUMA-placed pinned host memory, "
-        "dax is a CXL device; auto (default) uses the fastest that this machine has and that can hold the pool. "
-        "Environment: SGLANG_XMEM_TIER.",
+        help="Memory tier: mtier (X-Mem's banks), peer (HBM of other GPUs), bank (host memory that engines share), "
+        "dram (NUMA-placed pinned host memory), dax (CXL device), or auto (default: the fastest available tier that "
+        "can hold the pool). Environment: SGLANG_XMEM_TIER.",
     )
     group.add_argument(
         "--hicache-xmem-config",
@@ -87,12 +86,12 @@ def add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
 
 
 def from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
-    """Keep the options' values on the record that SGLang makes of its own (hook)."""
+    """Attach the options' values to SGLang's record (hook)."""
     on = getattr(args, "hicache_use_xmem", None)
     if on and (problem := _no_device(getattr(args, "device", None))):
         refuse(problem)
     record = original(cls, args)
-    if on is None:  # neither on nor off; who says where the pool goes expects it there
+    if on is None:  # neither on nor off; a user who names a tier expects it to be used
         for option, value in (
             ("--hicache-xmem-tier", args.hicache_xmem_tier),
             ("--hicache-xmem-config", args.hicache_xmem_config),
@@ -105,18 +104,18 @@ def from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
 
 
 def _no_device(device: str | None) -> str:
-    """A sentence where SGLang has nothing to compute on, which it would say by a traceback; empty where it has.
+    """Return an error sentence if SGLang has no device, for which SGLang prints a traceback; otherwise empty.
 
     Args:
-        device: SGLang's option, None where it chooses by itself.
+        device: SGLang's option; None: automatic.
     """
-    import torch  # SGLang has it by now
+    import torch  # SGLang has imported it by now
 
     if device not in (None, "cuda") or os.environ.get(CPU_ENGINE) == "1" or torch.cuda.is_available():
         return ""
     return (
-        f"This machine has no GPU that CUDA can use, and SGLang is not set to its CPU engine. Set {CPU_ENGINE}=1, or "
-        "start it where there is a GPU."
+        f"CUDA finds no usable GPU, and SGLang's CPU engine is not enabled. Set {CPU_ENGINE}=1, or "
+        "start it on a machine with a GPU."
     )
 
 
@@ -131,7 +130,7 @@ class ServerArgsFactory:
         self.by_ray = by_ray
 
     def __get__(self, engine: Any, owner: type) -> ServerArgsFactory:
-        """The factory as an engine class has it: one that starts ranks as Ray's actors says so nowhere else."""
+        """Bind the factory to an engine class, the only way to recognize one that starts ranks as Ray actors."""
         by_ray = any(base.__module__.startswith("sglang.srt.ray.") for base in owner.__mro__)
         return ServerArgsFactory(self.original, by_ray=True) if by_ray else self
 
@@ -163,5 +162,5 @@ def attach(record: Any, request: Any) -> None:
 
 
 def attached(record: Any) -> Any:
-    """The Request or Plan on a ServerArgs record; None with the flag off."""
+    """Return the Request or Plan on a ServerArgs record; None with the flag off."""
     return getattr(record, ATTRIBUTE, None)

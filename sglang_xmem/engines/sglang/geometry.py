@@ -1,7 +1,7 @@
-"""What SGLang's host pools hold, as data: the arrays on the device of which each page has a contiguous unit.
+"""SGLang's host pools as data: the device arrays in which each page has a contiguous unit.
 
-One function per pool class (`DESCRIBERS`), each of which reads SGLang's own device tensors and maps. To add a pool
-kind, add its function. Nothing else in the package knows a model.
+One function per pool class (`DESCRIBERS`) reads SGLang's device tensors and maps. To add a pool kind, add its function.
+No other module depends on the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from sglang_xmem.arena import aligned
 from sglang_xmem.copies.geometry import Plane
 
-#: Index spaces, by the names of SGLang's pools. A pool that is not named here rides on the anchor's numbers.
+#: Index spaces, by the names of SGLang's pools. A pool that is not listed here rides on the anchor's numbers.
 KV, SWA, MAMBA = "KV", "SWA", "MAMBA"
 _SPACES = {
     "swa": SWA,
@@ -27,11 +27,11 @@ _SPACES = {
 
 
 class Unsupported(ValueError):
-    """A pool that this package cannot describe; the message is a clause that says why."""
+    """A pool that this package cannot describe; the message is a clause with the reason."""
 
 
 class Unit(NamedTuple):
-    """A plane before its place in a frame is known; fields as `Plane`'s."""
+    """A plane before its offset in a frame is known; fields as in `Plane`."""
 
     device_address: int
     device_stride: int
@@ -44,10 +44,10 @@ class Description(NamedTuple):
     """A host pool.
 
     Attributes:
-        components: arrays of a page in the order of SGLang's storage keys; units of one lie side by side in a frame.
-            Each is a list of (host layer, unit).
+        components: arrays of a page in the order of SGLang's storage keys; units of one component are adjacent in a
+            frame. Each is a list of (host layer, unit).
         slots: index numbers (tokens, or states) of a page.
-        host_layer: the host layer that a controller's layer number means, None where there is nothing to move.
+        host_layer: the host layer for a controller's layer number; None if there is nothing to move.
         device: of the arrays.
     """
 
@@ -58,7 +58,7 @@ class Description(NamedTuple):
 
     @property
     def section_bytes(self) -> int:
-        """Bytes of a page, all components."""
+        """Return the bytes of a page, all components."""
         return sum(unit.unit_bytes for component in self.components for _, unit in component)
 
 
@@ -77,15 +77,15 @@ class Section(NamedTuple):
 
 
 def space_of(name: str) -> str:
-    """Index space of a pool, by SGLang's name of it."""
+    """Return the index space of a pool, by SGLang's name."""
     return _SPACES.get(name.lower(), KV)
 
 
 def pages_of(indices: torch.Tensor, slots: int) -> torch.Tensor:
-    """Numbers of pages: int64 (n / slots,), on the CPU.
+    """Convert slot indices to page numbers: int64 (n / slots,), on the CPU.
 
     Args:
-        indices: of all slots of each page, in order; on the CPU.
+        indices: all slots of each page, in order; on the CPU.
         slots: of a page.
     """
     if slots == 1:
@@ -114,7 +114,7 @@ def lay_out(
 
 
 def planes_by_layer(description: Description, section: Section) -> dict[int, list[Plane]]:
-    """Planes of each host layer, with their places in the section."""
+    """Return the planes of each host layer, with their offsets in the section."""
     layers: dict[int, list[Plane]] = {}
     offset = section.offset
     for component in description.components:
@@ -132,20 +132,20 @@ def describe(pool: Any) -> Description | None:
     """Describe a host pool; None for one that holds no bytes.
 
     Raises:
-        Unsupported: no description for this class, or for this pool.
+        Unsupported: this class or this pool has no description.
     """
     for cls in type(pool).__mro__:
         describer = DESCRIBERS.get(cls.__name__)
         if describer is not None:
             return describer(pool)
-    raise Unsupported(f"{type(pool).__name__} is a pool class that it does not know")
+    raise Unsupported(f"pool class {type(pool).__name__} is unknown")
 
 
 # ----------------------------------------------------------------------------------------------------------- arrays
 
 
 def token_rows(buffers: Sequence[torch.Tensor], page_size: int) -> list[Unit]:
-    """Units of arrays of shape (tokens, ...): the rows of a page's tokens, which lie side by side."""
+    """Describe arrays of shape (tokens, ...): a unit is the adjacent rows of a page's tokens."""
     units = []
     for buffer in buffers:
         row_bytes = _packed_row_bytes(buffer)
@@ -159,7 +159,7 @@ def token_rows(buffers: Sequence[torch.Tensor], page_size: int) -> list[Unit]:
 
 
 def indexed_rows(buffers: Sequence[torch.Tensor], divisor: int) -> list[Unit]:
-    """Units of arrays of shape (n, ...), one row a unit: page rows (divisor: slots per page), or states (1)."""
+    """Describe arrays of shape (n, ...), one row per unit: page rows (divisor: slots per page), or states (1)."""
     return [
         Unit(
             buffer.data_ptr(),
@@ -225,7 +225,7 @@ def _mla(pool: Any) -> Description | None:
     if getattr(pool, "_is_dummy", False):
         return None
     if getattr(pool, "_native_buffers", None) is not None:
-        raise Unsupported("the GPU's MLA cache keeps its parts in arrays of their own")
+        raise Unsupported("the GPU's MLA cache keeps its parts in separate arrays")
     host_layer: Callable[[int, bool], int | None]
     if hasattr(pool, "_host_layer_by_controller"):
         buffers = pool.device_kv_buffers
@@ -253,7 +253,7 @@ def _dsa_indexer(pool: Any) -> Description | None:
     buffers = pool.packed_device_index_buffers
 
     def host_layer(layer: int, is_draft: bool) -> int | None:
-        if not hasattr(pool, "_device_to_host_layer"):  # SGLang 0.5.21: a host layer per layer, drafts too
+        if not hasattr(pool, "_device_to_host_layer"):  # SGLang 0.5.21: one host layer per layer, including drafts
             return layer
         if is_draft:
             return int(pool._draft_host_layer(layer))
@@ -276,7 +276,7 @@ def _mamba(pool: Any) -> Description:
     if pool.temporal_state_elem_size:
         components.append(_numbered(indexed_rows(pool.temporal_device_layers, 1)))
     components += [_numbered(indexed_rows(layers, 1)) for layers in pool.conv_device_layers]
-    # Side states belong to a slot and not to a layer; SGLang moves them with the first one.
+    # Side states belong to a slot, not to a layer; SGLang moves them with the first layer.
     components += [((0, unit),) for unit in indexed_rows(pool.slot_state_device_tensors, 1)]
     return Description(tuple(components), 1, _same_layer, pool.temporal_device_layers[0].device)
 
@@ -315,8 +315,8 @@ def _refuse(why: str) -> Callable[[Any], Description | None]:
     return describer
 
 
-#: By class name, since a SGLang version may lack a class. Subclasses are found through their bases, so a class with
-#: another meaning than its base's needs an entry of its own.
+#: By class name, since a SGLang version may lack a class. Subclasses are found through their bases, so a class that
+#: differs from its base needs its own entry.
 DESCRIBERS: dict[str, Callable[[Any], Description | None]] = {
     "MHATokenToKVPoolHost": _mha,
     "AsymmetricMHATokenToKVPoolHost": _mha,

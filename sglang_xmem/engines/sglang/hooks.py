@@ -1,7 +1,7 @@
-"""Placing hooks in SGLang so that a hook that cannot be placed is an error, which SGLang by itself only logs.
+"""Place hooks in SGLang. A hook that cannot be placed is an error here; SGLang itself only logs it.
 
-Other plugins' hooks on the same targets stay alive: hooks that come with the plugins are registered with SGLang's
-registry and applied by SGLang behind all plugins; those that come later are put around whatever is there by then.
+Other plugins' hooks on the same targets stay active: early hooks are registered with SGLang's registry, which applies
+them after all plugins have loaded; later hooks wrap the function that is current then.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Hook(NamedTuple):
 
     Attributes:
         target: dotted path.
-        parameters: names of the parameters that the hook was written for, in order.
+        parameters: names of the expected parameters, in order.
         kind: "after" (result, *args) or "around" (original, *args), as in SGLang's HookType.
         function: the hook, as `module:function`, so that tables of hooks are plain data.
-        why: what the patch is for; shown where it cannot be placed.
+        why: the hook's purpose; shown if it cannot be placed.
     """
 
     target: str
@@ -35,7 +35,7 @@ class Hook(NamedTuple):
 
 
 def hooks_in(text: str) -> tuple[Hook, ...]:
-    """Read a table of hooks: for each `target(parameters)`, and below it `kind module:function: why`.
+    """Parse a table of hooks: `target(parameters)` lines, each followed by a line `kind module:function: why`.
 
     The module is one of this package's.
     """
@@ -46,18 +46,18 @@ def hooks_in(text: str) -> tuple[Hook, ...]:
 
 
 _HOOK = re.compile(r"(\S+)\(([^)]*)\)\s+(after|around) (\S+): (.+)")
-#: Where the functions of the hooks are.
+#: Package of the hooks' functions.
 _PACKAGE = __name__.rpartition(".")[0]
 
-#: Module that a SGLang with one of `patches/` has: functions in it call this package by themselves.
+#: Module of a SGLang with one of `patches/`, whose functions call this package themselves.
 SEAM = "sglang.srt.tier_seam"
 
-#: Targets that this package has patched, or that SGLang will patch for it.
+#: Targets that this package has patched, or that SGLang's registry will patch.
 _placed: set[str] = set()
 
 
 def verify(hooks: Iterable[Hook]) -> None:
-    """Raise UnsupportedSGLang unless every target is there with the expected parameters."""
+    """Raise UnsupportedSGLang unless every target exists with the expected parameters."""
     for hook in hooks:
         try:
             target = pkgutil.resolve_name(hook.target)
@@ -66,7 +66,7 @@ def verify(hooks: Iterable[Hook]) -> None:
         found = tuple(inspect.signature(target).parameters)
         if found != hook.parameters:
             raise UnsupportedSGLang(
-                f"{hook.target} takes ({', '.join(found)}) and not ({', '.join(hook.parameters)}), "
+                f"{hook.target} takes ({', '.join(found)}) instead of ({', '.join(hook.parameters)}), "
                 f"so sglang_xmem cannot {hook.why}"
             )
 
@@ -81,12 +81,12 @@ def verify_members(members: Iterable[str]) -> None:
 
 
 def register(hooks: Iterable[Hook]) -> None:
-    """Verify, then hand hooks to SGLang's registry, which places them when all plugins are loaded.
+    """Verify hooks, then register them with SGLang, which places them when all plugins are loaded.
 
-    A target that somebody has patched already, which the registry would skip silently, is patched at once.
+    The registry silently skips a target that is already patched, so such a target is patched at once.
 
     Raises:
-        UnsupportedSGLang: a target is not as expected.
+        UnsupportedSGLang: a target differs from the table.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -101,10 +101,10 @@ def register(hooks: Iterable[Hook]) -> None:
 
 
 def place(hooks: Iterable[Hook]) -> None:
-    """Verify, then patch at once, around whatever other plugins have put there. Placed hooks stay as they are.
+    """Verify hooks, then patch at once, around other plugins' hooks. Hooks that are already placed do not change.
 
     Raises:
-        UnsupportedSGLang: a target is not as expected.
+        UnsupportedSGLang: a target differs from the table.
     """
     hooks = [hook for hook in hooks if hook.target not in _placed]
     verify(hooks)
@@ -114,7 +114,7 @@ def place(hooks: Iterable[Hook]) -> None:
 
 
 def seam() -> Any:
-    """The module through which functions of a SGLang with one of `patches/` call this package; None in others."""
+    """Return the module through which a SGLang with one of `patches/` calls this package; None for others."""
     try:
         return importlib.import_module(SEAM)
     except ImportError:

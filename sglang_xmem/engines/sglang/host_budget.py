@@ -1,7 +1,7 @@
-"""Host RAM that a launcher of SGLang 0.5.23 gives its ranks' pools, without importing SGLang.
+"""The host RAM that a launcher of SGLang 0.5.23 gives its ranks' pools, without importing SGLang.
 
-SGLang's rule (memory limits of the process's cgroups, then what the machine has) is in one file that needs psutil
-alone, but its package imports torch and much more, ten seconds of it, for which `sglang-xmem doctor` has no time.
+SGLang's rule (the process's cgroup limits, then the machine's memory) is in one file that needs only psutil. Its
+package imports torch and more, which takes 10 s, too long for `sglang-xmem doctor`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _NAME = "available_host_memory_bytes"
 
 
 def launcher_host_budget(n_ranks: int) -> HostBudget:
-    """What each of a launcher's `n_ranks` on this machine may claim of the host's RAM."""
+    """Return the host RAM that each of a launcher's `n_ranks` on this machine may claim."""
     return _budget(_available_host_memory_bytes(), n_ranks)
 
 
 def fallback_host_budget(n_ranks: int) -> HostBudget:
-    """As `launcher_host_budget` where SGLang is not installed, so limits of cgroups are not seen."""
+    """As `launcher_host_budget` without SGLang, and without cgroup limits."""
     return _budget(lambda: int(psutil.virtual_memory().available), n_ranks)
 
 
@@ -38,16 +38,16 @@ def _budget(available_bytes: Callable[[], int], n_ranks: int) -> HostBudget:
 
 
 def _available_host_memory_bytes() -> Callable[[], int]:
-    """SGLang's function, of the module where it is imported, else of its file alone."""
+    """Return SGLang's function, from its module if that is imported, otherwise from its file."""
     loaded = sys.modules.get(_MODULE)
     found: Callable[..., int] = getattr(loaded, _NAME) if loaded is not None else _from_file()
-    # Asked only for sizes that were given, for which SGLang too goes on where it finds no cgroup of this process.
+    # Used only for explicit sizes, for which SGLang too continues if it finds no cgroup of this process.
     return functools.partial(found, allow_cgroup_fallback=True)
 
 
 @functools.cache
 def _from_file() -> Callable[..., int]:
-    package = importlib.util.find_spec("sglang")  # finds it; imports nothing
+    package = importlib.util.find_spec("sglang")  # imports nothing
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("SGLang is not installed", name="sglang")
     path = Path(package.submodule_search_locations[0], *_MODULE.split(".")[1:]).with_suffix(".py")

@@ -1,8 +1,8 @@
-"""What the bytes of a page depend on: names that are equal for two ranks exactly where their pages are.
+"""What the bytes of a page depend on: identities that are equal for two ranks if and only if their pages are equal.
 
-SGLang's own keys of pages name tokens alone. Everything else that a page's bytes depend on goes into the identity of
-the space that an engine joins in the page bank; whoever differs in any of it finds nothing. Where the weights cannot be
-identified, the engine shares with nobody.
+SGLang's page keys depend only on tokens. Everything else that determines a page's bytes is part of the identity of the
+space that an engine joins in the page bank; engines that differ in any of it share nothing. An engine whose weights
+cannot be identified does not share.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Counts changes of what an identity is made of.
+#: Version of the identity's composition.
 SCHEMA = 4
-#: Files that weights are in.
+#: Suffixes of weight files.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-#: Of --load-format, where the weights are not those of the model's files.
+#: Values of --load-format whose weights are not those of the model's files.
 _FROM_ELSEWHERE = {"remote", "remote_instance", "rdma", "ipc_cache", "private"}
-#: Names a package whose models SGLang takes instead of its own.
+#: Names a package whose models SGLang uses instead of its own.
 _MODEL_PACKAGE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
-#: Models that are no paths are then not those of the same names on Hugging Face.
+#: If set, a model that is not a path is not the one of that name on Hugging Face.
 _MODELSCOPE = "SGLANG_USE_MODELSCOPE"
-#: Host pools of latents and of their indexer, which are not split over attention heads.
+#: Host pools of latents and their indexer, which are not split over attention heads.
 _REPLICATED = {"MLATokenToKVPoolHost", "DSAIndexerPoolHost"}
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
-#: ServerArgs that a page's bytes depend on, next to the model's own files.
+#: ServerArgs that determine a page's bytes, in addition to the model's files.
 _SETTINGS = (
     "revision",
     "load_format",
@@ -70,25 +70,25 @@ _SETTINGS = (
     "kt_method",
     "kt_num_gpu_experts",
     "mamba_ssm_dtype",
-    # Whoever asks for equal bits from run to run must not find pages of engines that do not.
+    # An engine with deterministic output must not find pages of engines without it.
     "enable_deterministic_inference",
     "rl_on_policy_target",
 )
-#: ServerArgs that name a file, or weights that are used next to the model's.
+#: ServerArgs that name a file, or additional weights.
 _FILES = ("quantization_param_path", "decrypted_config_file", "decrypted_draft_config_file")
 _OTHER_WEIGHTS = ("kt_weight_path", "uno_lora_path", "modelopt_checkpoint_restore_path")
 
 
 class Unidentified(Exception):
-    """Weights or code that may be others than they look; the message is a clause."""
+    """Weights or code cannot be identified; the message is a clause."""
 
 
 def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
-    """What the pages of a model depend on, before its pools are known; None where that cannot be said.
+    """Collect what a model's pages depend on, before its pools are known; None if that is unknown.
 
     Args:
         server_args: SGLang's record.
-        tag: the user's.
+        tag: the user's `bank.tag`.
     """
     dummy = server_args.load_format == "dummy"  # weights are made from the configuration and the seed
     settings = {name: str(getattr(server_args, name, None)) for name in _SETTINGS}
@@ -111,7 +111,7 @@ def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
         for name in _OTHER_WEIGHTS:
             if path := getattr(server_args, name, None):
                 settings[f"{name}'s content"] = weights_digest(path)
-        # SGLang's keys of an adapter's pages know its name and path, which stay when it is trained again.
+        # SGLang's keys of an adapter's pages contain its name and path, which do not change when it is retrained.
         for path in sorted(set(_adapters(getattr(server_args, "lora_paths", None)))):
             settings[f"adapter {path}"] = weights_digest(path)
     except (Unidentified, OSError, ValueError) as error:
@@ -122,17 +122,17 @@ def facts(server_args: Any, tag: str) -> dict[str, Any] | None:
 
 
 def _refuse_what_is_not_in_files(server_args: Any) -> None:
-    """Raise Unidentified where files of this machine do not say what the model computes."""
+    """Raise Unidentified if this machine's files do not determine what the model computes."""
     if server_args.load_format in _FROM_ELSEWHERE:
         raise Unidentified(f"weights of --load-format {server_args.load_format} come from elsewhere")
     if getattr(server_args, "weight_cache_mode", None) not in (None, "off"):
-        raise Unidentified("weights of a cache may be older than their files")
+        raise Unidentified("cached weights may be older than their files")
     if getattr(server_args, "forward_hooks", None):
         raise Unidentified("--forward-hooks may change what the model computes")
 
 
 def _code_elsewhere(folder: Path) -> dict[str, str]:
-    """Digests of the code in other repositories that a model's configuration names, as `OWNER/NAME--MODULE.CLASS`."""
+    """Digest the code in other repositories that a model's configuration names, as `OWNER/NAME--MODULE.CLASS`."""
     config = folder / "config.json"
     named = json.loads(config.read_text()).get("auto_map") if config.is_file() else None
     repositories = sorted(set(re.findall(r'"([\w.-]+/[\w.-]+?)--', json.dumps(named))))
@@ -148,12 +148,12 @@ def _model_package() -> dict[str, str]:
     except ImportError:
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise Unidentified(f"{_MODEL_PACKAGE}={name} names no package")
+        raise Unidentified(f"{_MODEL_PACKAGE}={name} is not a package")
     return {"model package": " ".join([name, *(code_digest(Path(path)) for path in spec.submodule_search_locations)])}
 
 
 def _adapters(given: Any) -> list[str]:
-    """Paths of what --lora-paths names: `PATH`, `NAME=PATH`, {"lora_path": PATH} or {NAME: PATH}."""
+    """Return the paths in --lora-paths: `PATH`, `NAME=PATH`, {"lora_path": PATH} or {NAME: PATH}."""
     if isinstance(given, Mapping):
         return [str(path) for path in given.values()]
     return [
@@ -163,9 +163,11 @@ def _adapters(given: Any) -> list[str]:
 
 
 def is_settled(active: Session) -> bool:
-    """Whether pages can be shared: what they depend on is known, and did not change while the weights were loaded."""
+    """Whether pages can be shared: their dependencies are known, and did not change while the weights were loaded."""
     if active.facts is not None and active.look_up_facts() != active.facts:
-        logger.warning("sglang_xmem: pages are not shared: files of the model changed while it was loaded. Restart.")
+        logger.warning(
+            "sglang_xmem: pages are not shared: the model's files changed during loading. Restart the engine."
+        )
         active.facts = None
     return active.facts is not None
 
@@ -173,23 +175,23 @@ def is_settled(active: Session) -> bool:
 def weights_digest(
     model: str, revision: str | None = None, *, has_weights: bool = True, download_dir: str | None = None
 ) -> str:
-    """A digest of a model's files: names, sizes, times, samples of the weights, and the whole of what is small.
+    """Digest a model's files: names, sizes, times, samples of the weights, and small files entirely.
 
-    Its code counts: SGLang runs that of a model's folder with --trust-remote-code.
+    Includes the model's code, which SGLang runs with --trust-remote-code.
 
     Args:
-        has_weights: False: none of the files needs to be of weights.
-        download_dir: where SGLang keeps weights that it downloads; their configuration stays in the usual cache.
+        has_weights: False: weight files may be missing.
+        download_dir: SGLang's folder for downloaded weights; their configuration is in the default cache.
 
     Raises:
-        Unidentified: they are not on this machine.
+        Unidentified: the files are not on this machine.
     """
     path = _folder_of(model, revision)
     folders = [path]
     if download_dir and not Path(model).exists():
         folders.append(_downloaded(model, revision, download_dir))
     if has_weights and not any(file.suffix in _WEIGHTS for file in _files(folders[-1])):
-        raise Unidentified(f"{folders[-1]} has no files of weights")
+        raise Unidentified(f"{folders[-1]} has no weight files")
     digest = hashlib.sha256()
     for folder in folders:
         for file in _files(folder):
@@ -208,7 +210,7 @@ def weights_digest(
 
 
 def _files(path: Path) -> list[Path]:
-    """Those of weights and of configuration, whose suffixes differ."""
+    """Return the weight files and the configuration files, by suffix."""
     return [path] if path.is_file() else sorted(file for file in path.iterdir() if _counts(file))
 
 
@@ -217,7 +219,7 @@ def _counts(file: Path) -> bool:
 
 
 def code_digest(folder: Path) -> str:
-    """A digest of all Python files in a folder and below it; of none where it is a file."""
+    """Digest all Python files below a folder; a file has none."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         content = file.read_bytes()
@@ -237,7 +239,7 @@ def _downloaded(model: str, revision: str | None, cache_dir: str | None = None) 
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
-    except Exception as error:  # of many kinds, also where it names no repository
+    except Exception as error:  # of many classes, also for a name that is not a repository
         raise Unidentified(f"the files of {model} are not found ({type(error).__name__})") from None
 
 
@@ -251,12 +253,12 @@ def of_space(
     described: Sequence[tuple[str, Any, Description | None]],
     space: str,
 ) -> bytes:
-    """32 bytes that are equal for two ranks exactly where a page of one is a page of the other.
+    """Return 32 bytes that are equal for two ranks if and only if their pages are interchangeable.
 
     Args:
         known: `facts`.
-        placed, described: pools of the rank and their places in a frame.
-        space: whose pages.
+        placed, described: pools of the rank and their sections in a frame.
+        space: the index space.
     """
     from sglang.srt.runtime_context import get_parallel
 
@@ -283,5 +285,5 @@ def of_space(
 
 
 def is_replicated(pools: Iterable[Any]) -> bool:
-    """Whether all ranks of tensor parallelism have the same bytes in these pools of one space."""
+    """Whether all ranks of tensor parallelism have equal bytes in these pools of one space."""
     return all(any(cls.__name__ in _REPLICATED for cls in type(pool).__mro__) for pool in pools)

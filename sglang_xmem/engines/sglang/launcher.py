@@ -1,4 +1,4 @@
-"""The launcher's part: refuse what cannot work, plan tiers for the ranks, and check that each rank serves from one."""
+"""The launcher's part: refuse unsupported settings, plan tiers for the ranks, check that each rank uses its tier."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from sglang_xmem.watch import deadline_s
 if TYPE_CHECKING:
     from sglang_xmem.plan import Plan
 
-#: Key of a scheduler's init info by which the launcher knows that the patches are in.
+#: Key of a scheduler's init info; its presence shows that the hooks are placed.
 INFO_KEY = "hicache_xmem_tier"
 #: Key of a data-parallel controller's init info.
 CONTROLLER_KEY = "scheduler_pids"
-#: Storage backends that take pages as bytes, so that they work over every tier.
+#: Storage backends that transfer pages as bytes, and work with every tier.
 FLAT_BACKENDS = ("file",)
-#: Storage backends that take addresses of host memory.
+#: Storage backends that use addresses of host memory.
 ADDRESS_BACKENDS = ("mooncake", "nixl", "hf3fs")
 BACKENDS = (*FLAT_BACKENDS, "dynamic", *ADDRESS_BACKENDS)
 
-#: More GB per rank than any machine has; what is far above it would not even be a float.
+#: More GB per rank than any machine has, and small enough for a float.
 _MOST_GB = 1e9
-#: The tier that is a storage backend too.
+#: The tier that is also a storage backend.
 BANK = "bank"
 
-#: Whether the engine that this process is starting has the flag on.
+#: Whether the engine that this process starts has the flag on.
 _launching_with_tier = False
 
 
 def check_server_args(result: Any, self: Any) -> None:
-    """Plan, after SGLang's own checks: everything that can be refused before a process starts (hook)."""
+    """Plan after SGLang's own checks, and refuse errors before any process starts (hook)."""
     global _launching_with_tier
     request = flags.attached(self)
     _launching_with_tier = request is not None
@@ -62,7 +62,7 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
     """Check SGLang's settings and plan tiers for this machine's ranks.
 
     Raises:
-        ConfigError: one sentence that says what does not work and what to set.
+        ConfigError: one message with the unsupported setting and its fix.
     """
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.environ import envs
@@ -76,16 +76,17 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
         raise ConfigError(
             f"--hicache-size must be >= 0 and < 1e9 (GB per rank; 0 = use --hicache-ratio), got {cfg.hicache_size}."
         )
-    ratio = cfg.hicache_ratio  # None for a decode server, which gets SGLang's default later
+    ratio = cfg.hicache_ratio  # None for a decode server, for which SGLang sets its default later
     if ratio is not None and (not ratio > 0 or math.isinf(ratio)):
-        raise ConfigError(f"--hicache-ratio must be > 0 (size of the host pool over that of the GPU's), got {ratio}.")
+        raise ConfigError(f"--hicache-ratio must be > 0 (host pool size / GPU pool size), got {ratio}.")
     for option, value, supported, why in _unsupported(cfg):
         if value not in supported:
             fix = " or ".join("leave it out" if s is None or s is False else f"use {option} {s}" for s in supported)
             raise ConfigError(f"{option} {value} does not work with --hicache-use-xmem: {why}. Instead, {fix}.")
     if envs.SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS.get():
         raise ConfigError(
-            "--hicache-use-xmem needs ranks that see all GPUs. Unset SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS."
+            "--hicache-use-xmem does not work with SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS: ranks must see all GPUs. "
+            "Unset the variable."
         )
     deadline_s()
     gpus = local_gpus(cfg)
@@ -99,10 +100,10 @@ def plan_for(record: Any, request: flags.Request) -> Plan:
 
 
 def _with_addresses(plan: Plan, option: str) -> Plan:
-    """A plan without tiers that the CPU does not address, which `option` needs.
+    """Remove the tiers that the CPU does not address from a plan, because of `option`.
 
     Raises:
-        ConfigError: none is left.
+        ConfigError: no tier is left.
     """
     classes = tier_classes()
     names = ", ".join(candidate.tier for candidate in plan.candidates)
@@ -116,7 +117,7 @@ def _with_addresses(plan: Plan, option: str) -> Plan:
 
 
 def fit_bank(plan: Plan, cfg: Any) -> Plan:
-    """A plan without tier bank, where SGLang's settings do not go with it.
+    """Remove tier bank from a plan if SGLang's settings conflict with it.
 
     Raises:
         ConfigError: no other tier is left.
@@ -127,7 +128,7 @@ def fit_bank(plan: Plan, cfg: Any) -> Plan:
 
 
 def _unfit_for_bank(cfg: Any) -> Iterator[tuple[str, str]]:
-    """(a clause, what to do) for each setting of SGLang that tier bank does not work with."""
+    """Yield (problem clause, fix) for each of SGLang's settings that conflicts with tier bank."""
     other = "use --hicache-xmem-tier dram"
     if cfg.hicache_storage_backend is not None:
         yield (
@@ -138,19 +139,19 @@ def _unfit_for_bank(cfg: Any) -> Iterator[tuple[str, str]]:
         yield "nothing is cached without --enable-hierarchical-cache", f"Add that flag, or {other}"
     if not versions.current().bank_hooks:
         newest = next(iter(versions.known()))
-        yield f"it was made for SGLang {newest}", f"Run pip install sglang=={newest}, or {other}"
+        yield f"it needs SGLang {newest}", f"Run pip install sglang=={newest}, or {other}"
 
 
 def _without(plan: Plan, unfit: Callable[[str], bool], problem: str, reason: str) -> Plan:
-    """A plan without tiers that do not fit SGLang's settings.
+    """Remove the tiers that conflict with SGLang's settings from a plan.
 
     Args:
-        unfit: whether a tier of that name is left out.
-        problem: the error where no tier is left.
-        reason: a clause, for each that is left out.
+        unfit: whether to remove the tier of that name.
+        problem: the error if no tier is left.
+        reason: a clause, for each removed tier.
 
     Raises:
-        ConfigError: none is left.
+        ConfigError: no tier is left.
     """
     kept = tuple(c for c in plan.candidates if not unfit(c.tier))
     if not kept:
@@ -173,44 +174,44 @@ def _interface_v1(extra: Any) -> bool:
         try:
             extra = json.loads(extra)
         except ValueError:
-            return True  # a file; SGLang reads it later, so expect what needs more
+            return True  # a file that SGLang reads later; assume that it needs addresses
     return bool(extra.get("interface_v1")) if isinstance(extra, dict) else False
 
 
 def _unsupported(cfg: Any) -> list[tuple[str, Any, tuple[Any, ...], str]]:
-    """(option, value, values that work, why others do not)."""
+    """List (option, value, supported values, reason against others)."""
     backends = (None, *BACKENDS)
     return [
         (
             "--hicache-host-memory-mode",
             cfg.hicache_host_memory_mode,
             ("cache",),
-            "its host pool is a buffer for storage and holds no cache",
+            "its host pool is a storage buffer and not a cache",
         ),
         (
             "--hicache-storage-backend",
             cfg.hicache_storage_backend,
             backends,
-            "it brings its own host memory or reads SGLang's order of bytes",
+            "it has its own host memory or reads SGLang's page layout",
         ),
         (
             "--enable-unified-memory",
             bool(cfg.enable_unified_memory),
             (False,),
-            "its pages hold several pools in one envelope that SGLang moves itself",
+            "its pages combine several pools, and SGLang moves them itself",
         ),
         (
             "--enable-kv-cache-sharding",
             bool(getattr(cfg, "enable_kv_cache_sharding", False)),
             (False,),
-            "its pages are spread over ranks",
+            "its pages are sharded over ranks",
         ),
         ("--enable-hisparse", bool(getattr(cfg, "enable_hisparse", False)), (False,), "its kernels read host memory"),
         (
             "--enable-unified-cache-external-linker",
             bool(getattr(cfg, "enable_unified_cache_external_linker", False)),
             (False,),
-            "it takes HiCache's place",
+            "it replaces HiCache",
         ),
         (
             "--use-ray",
@@ -222,14 +223,14 @@ def _unsupported(cfg: Any) -> list[tuple[str, Any, tuple[Any, ...], str]]:
             "--disaggregation-decode-enable-offload-kvcache",
             bool(getattr(cfg, "disaggregation_decode_enable_offload_kvcache", False)),
             (False,),
-            "the decode worker offloads through pools of its own",
+            "the decode worker offloads through its own pools",
         ),
-        ("--device", cfg.device, ("cuda", "cpu"), "tiers are for NVIDIA GPUs"),
+        ("--device", cfg.device, ("cuda", "cpu"), "tiers support only NVIDIA GPUs"),
     ]
 
 
 def local_gpus(cfg: Any) -> tuple[int | None, ...]:
-    """CUDA ordinals of the ranks that this launcher starts on this machine, in SGLang's order of starting them.
+    """Return the CUDA ordinals of the ranks that this launcher starts on this machine, in SGLang's start order.
 
     The arithmetic is SGLang's: `entrypoints/engine.py:_launch_scheduler_processes` and
     `managers/data_parallel_controller.py:launch_tensor_parallel_group`.
@@ -251,7 +252,7 @@ def local_gpus(cfg: Any) -> tuple[int | None, ...]:
 
 
 def wait_for_scheduler_ready(original: Any, scheduler_pipe_readers: Any, scheduler_procs: Any) -> Any:
-    """End the start where a rank refused, which has said why, or came up without the patches (hook)."""
+    """End the start if a rank refused (it has logged the reason), or started without the hooks (hook)."""
     if not _launching_with_tier:
         return original(scheduler_pipe_readers, scheduler_procs)
     try:
@@ -265,8 +266,8 @@ def wait_for_scheduler_ready(original: Any, scheduler_pipe_readers: Any, schedul
         if INFO_KEY not in info and not any(key in info for key in silent):
             _end(
                 scheduler_procs,
-                f"Rank {rank} started without the patches for --hicache-use-xmem, so it would serve from stock "
-                "HiCache. Look for sglang_xmem in its log, and check SGLANG_PLUGINS.",
+                f"Rank {rank} started without the hooks of --hicache-use-xmem, so it would serve from stock "
+                "HiCache. See sglang_xmem in its log, and check SGLANG_PLUGINS.",
             )
     return infos
 
@@ -279,7 +280,7 @@ def _end(processes: Any, message: str) -> None:
 
 
 def controller_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
-    """Pass on through a data-parallel controller what its ranks say of the tier (hook)."""
+    """Forward the ranks' report on the tier through a data-parallel controller (hook)."""
     infos = getattr(self, "_scheduler_init_infos", None)
     if infos and all(INFO_KEY in info for info in infos):
         result[INFO_KEY] = ",".join(sorted({info[INFO_KEY] for info in infos}))

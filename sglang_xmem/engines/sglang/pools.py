@@ -1,10 +1,9 @@
-"""Adoption: SGLang builds its host pools as it always does, without memory; their pages live in an arena.
+"""Adoption: SGLang builds its host pools as usual, but without memory; their pages are in an arena.
 
-SGLang's classes stay. Inside `tier_memory` their tensors are made on the `meta` device, so that all dimensions are
-known and no byte is allocated. When SGLang puts the pools into a `HostPoolGroup`, the group is *adopted*: its pools are
-described, an arena with frames for all of them is allocated, and each instance gets the arena's functions for storage
-pages. Transfers never ask the pools for memory (transfer.py), so a kernel of SGLang cannot run on tensors that are not
-there.
+SGLang's classes stay. Inside `tier_memory` their tensors are on the `meta` device, so all dimensions are known and no
+byte is allocated. When SGLang puts the pools into a `HostPoolGroup`, the group is *adopted*: its pools are described,
+an arena with frames for all of them is allocated, and each instance gets the arena's functions for storage pages.
+Transfers never use the pools' tensors (transfer.py), so SGLang's kernels cannot run on tensors without memory.
 """
 
 from __future__ import annotations
@@ -41,22 +40,22 @@ if TYPE_CHECKING:
     from sglang_xmem.session import Session
     from sglang_xmem.sums import SectionSums
 
-#: Attribute of a HostPoolGroup: sections that are reserved in its arena's frames for pools that come later.
+#: Attribute of a HostPoolGroup: sections of its arena's frames that are reserved for later pools.
 _RESERVED = "_sglang_xmem_reserved"
 
 
 class AdoptedPool:
-    """A host pool of SGLang whose pages are in an arena.
+    """A host pool of SGLang with its pages in an arena.
 
     Attributes:
         pool: SGLang's pool.
-        number: of this pool in its session.
-        arena: where its pages are.
+        number: number of this pool in its session.
+        arena: arena of its pages.
         section: its part of a frame.
-        slots: index numbers of a page.
-        layers: planes by host layer; empty for a pool that holds no bytes.
+        slots: slots per page.
+        layers: planes by host layer; empty for a pool without bytes.
         component_bytes: bytes of each component of a page, in the order of SGLang's storage keys.
-        sums: of its pages; None where no page has one.
+        sums: sums of its pages; None if no page has one.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class AdoptedPool:
         return self._arena
 
     def narrow(self, host: torch.Tensor, device: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of this rank's share, where decode context parallelism spreads tokens over ranks."""
+        """Select this rank's indices, if decode context parallelism spreads tokens over ranks."""
         if getattr(self.pool, "dcp_size", 1) == 1:
             return host, device
         from sglang.srt.mem_cache.pool_host.mla import maybe_dcp_kernel_indices
@@ -97,12 +96,12 @@ class AdoptedPool:
 
 @contextmanager
 def tier_memory() -> Iterator[None]:
-    """Let SGLang's host pools be built without memory."""
+    """Build SGLang's host pools without memory inside this context."""
     from sglang.srt.mem_cache.pool_host import common
 
     functions = common.ALLOC_MEMORY_FUNCS
     saved, factory = dict(functions), functions.default_factory
-    functions.clear()  # a defaultdict: a look-up in here leaves its key behind
+    functions.clear()  # a defaultdict: a look-up adds its key
     functions.default_factory = lambda: _without_memory
     quiet = [(module, name, getattr(module, name)) for module, name in _kernel_questions()]
     for module, name, _ in quiet:
@@ -122,8 +121,8 @@ def _without_memory(dims: Any, dtype: torch.dtype, device: Any = None, *args: An
 
 
 def _kernel_questions() -> list[tuple[types.ModuleType, str]]:
-    """Functions by which pools prepare SGLang's own copy kernels: they compile, for tens of seconds, what never runs
-    here, reserve GPU memory for it, or ask the driver about tensors that have no memory."""
+    """List the functions by which pools prepare SGLang's own copy kernels, which never run here: they compile for tens
+    of seconds, reserve GPU memory, or query the driver about tensors without memory."""
     import importlib
 
     found = []
@@ -158,10 +157,10 @@ def _none() -> None:
 def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]] = ()) -> None:
     """Put all pools of a HostPoolGroup into a new arena.
 
-    Ends the process with one sentence where a pool cannot be described, or no tier can hold them.
+    Ends the process with one sentence if a pool cannot be described, or no tier can hold the pools.
 
     Args:
-        sidecars: (name, pool) that will join the group later; frames have space for them.
+        sidecars: (name, pool) that will join the group later; frames include their sections.
     """
     try:
         described = [(_name(entry.name), entry.host_pool, describe(entry.host_pool)) for entry in group.entries]
@@ -182,7 +181,7 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
         if described[0][2] is None:
             active.placement.skip_shared(
                 Unavailable(
-                    "it has no place for models whose first pool has no bytes", Remedy("use_tier", value="dram")
+                    "it does not support models whose first pool has no bytes", Remedy("use_tier", value="dram")
                 )
             )
         elif identity.is_settled(active):
@@ -210,7 +209,7 @@ def adopt_group(active: Session, group: Any, sidecars: Sequence[tuple[str, Any]]
 
 
 def adopt_another(active: Session, entry: Any) -> None:
-    """Put a pool with an index space of its own, which joins an adopted group, into the group's arena."""
+    """Put a pool with its own index space that joins an adopted group into the group's arena."""
     if getattr(entry.host_pool, ADOPTED, None) is not None:
         return
     arena = active.arenas[-1]
@@ -224,7 +223,7 @@ def adopt_another(active: Session, entry: Any) -> None:
             if section.space in arena.spaces:
                 raise Unsupported(f"pool {name} joins the index space {section.space} after its frames were made")
             if arena.tier.traits.shared:
-                raise Unsupported(f"pool {name} comes after the others, for which tier bank has no place")
+                raise Unsupported(f"pool {name} is added after the others, which tier bank does not support")
             pages = -(-int(entry.host_pool.size) // description.slots)
             arena.extend(SpaceSpec(section.space, pages, frames[section.space]))
         _attach(active, arena, name, entry.host_pool, description, section)
@@ -239,7 +238,7 @@ def _all_planes(active: Session, arena: Arena) -> list[Step]:
 
 
 def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
-    """Put a pool that joins an adopted group into the frames that have space for it."""
+    """Put a pool that joins an adopted group into its reserved sections."""
     try:
         description = describe(pool)
     except Unsupported as error:
@@ -247,8 +246,8 @@ def adopt_sidecar(active: Session, group: Any, name: str, pool: Any) -> None:
     section = getattr(group, _RESERVED).get(name)
     if description is not None and (section is None or section.nbytes != description.section_bytes):
         refuse(
-            f"pool {name} joined HiCache without having been announced. Leave out --hicache-use-xmem for this draft "
-            "model, and report it."
+            f"pool {name} joined HiCache unexpectedly. Leave out --hicache-use-xmem for this draft "
+            "model, and report this error."
         )
     _attach(active, active.arenas[-1], name, pool, description, section)
 
@@ -268,7 +267,7 @@ def _attach(
     active.pools.append(view)
     setattr(pool, ADOPTED, view)
     pool.can_use_write_back_jit = False
-    # Some classes turn indices into page numbers here, or wait for the GPU to bring them to the CPU.
+    # Some classes convert indices to page numbers here, or wait for a copy from the GPU.
     pool.prepare_transfer_indices = _as_they_are
     if description is not None:
         storage.attach(view)
@@ -279,7 +278,7 @@ def _attach(
 
 
 def _forget_what_is_allocated(active: Session, view: AdoptedPool) -> None:
-    """Have no sums of pages that SGLang allocates: who fills them need not write any."""
+    """Clear the sums of pages that SGLang allocates: not every writer of a page writes its sum."""
     alloc = view.pool.alloc
     space = view.section.space or KV
     size = _allocated_at_once(view)
@@ -296,12 +295,12 @@ def _forget_what_is_allocated(active: Session, view: AdoptedPool) -> None:
 
 
 def keep_pages(active: Session) -> list[Perch]:
-    """Take the first pages from SGLang's allocators, now and whenever they are emptied, for canaries.
+    """Reserve the first pages of SGLang's allocators for canaries, now and after every flush.
 
-    Before anything is served. A pool that rides on another's numbers has an allocator that nobody asks; that it gives
-    a page away does no harm. One without bytes of its own may give numbers to any of the others.
+    Runs before anything is served. The allocator of a rider is unused, so a reservation there is harmless. A pool
+    without bytes may provide the numbers of any other pool.
 
-    Returns: a page of every pool that has bytes, or none where an allocator has no page to spare.
+    Returns: a page of every pool with bytes, or nothing if an allocator has no free page.
     """
     views = [view for view in active.pools if view.layers]
     indices = max((view.slots for view in views), default=0)
@@ -333,7 +332,7 @@ def keep_pages(active: Session) -> list[Perch]:
 
 
 def _allocated_at_once(view: AdoptedPool) -> int:
-    """Indices of which a pool's allocator gives whole multiples."""
+    """Return the indices per unit of a pool's allocator."""
     return int(getattr(view.pool, "logical_page_size", 0) or getattr(view.pool, "page_size", view.slots))
 
 
@@ -352,22 +351,23 @@ def _as_they_are(host_indices: Any, device_indices: Any, io_backend: str) -> tup
 
 
 def used_fraction(active: Session, arena: Arena, space: str) -> float:
-    """How much of an arena's space holds KV cache: riders allocate nothing, so it is the fullest pool's part."""
+    """Return the fraction of an arena's space that holds KV cache. Riders allocate nothing, so it is the fullest
+    pool's."""
     fullest = 0.0
     for view in active.pools:
         if view.arena is arena and view.section.space == space:
-            with suppress(NotImplementedError):  # a rider that says so
+            with suppress(NotImplementedError):  # a rider without an allocator
                 fullest = max(fullest, 1 - view.pool.available_size() / view.pool.logical_size)
     return fullest
 
 
 def self_test(active: Session) -> None:
-    """Send a page of random bytes through every pool and back, before anything is served.
+    """Copy a page of random bytes through every pool and back, before anything is served.
 
-    The GPU's page is as before afterwards. Waits for the GPU.
+    Restores the GPU's page. Waits for the GPU.
 
     Raises:
-        CopyError: bytes came back wrong, or a copy was refused.
+        CopyError: wrong bytes came back, or a copy was refused.
     """
     for view in active.pools:
         if not view.layers:
@@ -395,7 +395,7 @@ def self_test(active: Session) -> None:
         if wrong:
             raise CopyError(
                 f"{wrong} of {len(planes)} arrays of {type(view.pool).__name__} came back from tier {arena.tier.name} "
-                "with other bytes. Leave out --hicache-use-xmem, and report it."
+                "with wrong bytes. Leave out --hicache-use-xmem, and report this error."
             )
 
 
@@ -410,7 +410,7 @@ def _sentence(error: Exception) -> str:
 
 
 def draft_sidecars(group: Any, device_pools: Sequence[Any], build: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """Build a draft model's host pools for their sizes alone, before SGLang does.
+    """Build a draft model's host pools before SGLang does, only to get their sizes.
 
     Args:
         group: the target's HostPoolGroup.

@@ -1,12 +1,12 @@
-"""What a scheduler does about a tier that fails: no wrong page is served, and no server dies for one.
+"""A scheduler's reaction to a failing tier: no wrong page is served, and no server ends because of one.
 
-A page that is found wrong before its load is planned is a miss (`load`). One that is found wrong afterwards has been
-read by a forward pass, maybe by the next one too, and the tree has it: so before that pass's results are used
-(`settle`), all requests end with an error, and as soon as nothing runs both caches are emptied (`plan_prefill`). The
-server goes on. While the tier is set aside, nothing is stored in it or loaded from it.
+A page that is found damaged before its load is planned is a miss (`load`). A page that is found damaged later has been
+read by a forward pass, possibly also by the next one, and is in the tree. So before that pass's results are used
+(`settle`), all requests end with an error, and as soon as nothing runs both caches are flushed (`plan_prefill`). The
+server continues. While the tier is set aside, nothing is stored in it or loaded from it.
 
-Schedulers of tensor and pipeline parallelism decide alike without asking each other, so there a rank that found
-something must not decide for itself: it ends, and its supervisor starts the engine again.
+With tensor and pipeline parallelism all schedulers must make the same decisions without communication. So a rank that
+finds damage cannot decide alone: it ends, and its supervisor restarts the engine.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from sglang_xmem.watch import end_rank
 
 logger = logging.getLogger(__name__)
 
-#: Error of a request that ended.
-_APOLOGY = "KV cache pages came back damaged from tier {tiers}; send the request again."
-#: Seconds within which an engine is idle once all its requests were ended.
+#: Error message of the ended requests.
+_APOLOGY = "KV cache pages from tier {tiers} are damaged. Send the request again."
+#: Seconds until an engine must be idle after all its requests were ended.
 _IDLE_WITHIN_S = 60.0
 
-#: Since when (time.monotonic()) the caches wait to be emptied; None while they are sound.
+#: When (time.monotonic()) the caches started to wait for a flush; None while they are valid.
 _doubted_since: float | None = None
 
 
 def alone() -> bool:
-    """Whether this scheduler decides for itself what is in its caches."""
+    """Whether this scheduler alone decides on the contents of its caches."""
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
@@ -43,13 +43,13 @@ def alone() -> bool:
 
 
 def copy_batch(result: Any, self: Any) -> Any:
-    """Keep the number of a batch's load in the copy that waits for results (hook): SGLang leaves it out."""
+    """Keep the number of a batch's load in the copy that waits for results (hook); SGLang drops it."""
     result.hicache_consumer_index = self.hicache_consumer_index
     return result
 
 
 def settle(original: Any, self: Any, batch: Any, result: Any) -> Any:
-    """Read what the comparisons of a batch's load found, before the batch's results are used (hook)."""
+    """Read the comparisons of a batch's load before the batch's results are used (hook)."""
     active = session.current()
     due, active.checks = active.checks, []
     index = getattr(batch, "hicache_consumer_index", -1)
@@ -60,7 +60,7 @@ def settle(original: Any, self: Any, batch: Any, result: Any) -> Any:
             setattr(event, CHECK, None)
             due.append(check)
     if due:
-        # SGLang waits for this too, a moment later; the load, which the pass has waited for, is done by then.
+        # SGLang waits for this too, a moment later; the pass has waited for the load, so it is done by then.
         if getattr(result, "copy_done", None) is not None:
             result.copy_done.synchronize()
         wrong = "; ".join(filter(None, (check.settle() for check in due)))
@@ -70,7 +70,7 @@ def settle(original: Any, self: Any, batch: Any, result: Any) -> Any:
 
 
 def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
-    """End everything that may have read wrong pages: all that runs, and all that a running batch may have met."""
+    """End all requests that may have read wrong pages: all running ones, and all that share a batch with them."""
     global _doubted_since
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -79,14 +79,14 @@ def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
     if not alone():
         sharing.finish_reports()
         end_rank(f"{wrong}, so this rank ends and its supervisor can start it again. Test the memory of the tier.")
-    logger.error("sglang_xmem: %s; all requests end with an error and the caches are emptied", wrong)
+    logger.error("sglang_xmem: %s; all requests end with an error and the caches are flushed", wrong)
     active.set_aside(wrong)
     _share_nothing_old()
     message = _APOLOGY.format(tiers=", ".join(active.tier_names()))
     reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE)
-    # Those that wait end as well, for the caches are emptied under what they have fetched from storage.
+    # Waiting requests end too, since the flush invalidates the pages that they fetched from storage.
     scheduler.abort_request(AbortReq(rid="", abort_all=True, abort_message=message, finished_reason=reason.to_json()))
-    # That knows of batches that were launched before this one; the next one may be under way.
+    # SGLang tracks batches launched before this one; the next one may be running.
     batches = [batch, *(one for one, _ in getattr(scheduler, "result_queue", ()))]
     for req in {*scheduler.collect_inflight_reqs(), *(req for one in batches for req in one.reqs)}:
         if not req.finished():
@@ -97,16 +97,16 @@ def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
 
 
 def _share_nothing_old() -> None:
-    """Find nothing in a page bank that lay there until now: a page that was found wrong may lie there too."""
+    """Forget all pages that a page bank has now: a page that was found wrong may be among them."""
     for space in sharing.bank_spaces():
         space.weights_changed(os.urandom(32))
 
 
 def plan_prefill(original: Any, self: Any, running_batch: Any) -> Any:
-    """Admit no request to doubtful caches, and empty them once nothing runs; count what was looked up (hook)."""
+    """Admit no request to invalid caches, and flush them once nothing runs; count look-ups (hook)."""
     global _doubted_since
     if _doubted_since is not None:
-        paused, self._engine_paused = self._engine_paused, True  # as for a flush with requests waiting
+        paused, self._engine_paused = self._engine_paused, True  # as for a flush with waiting requests
         try:
             if self.is_fully_idle(ignore_waiting=True) and self.flush_cache(empty_cache=False):
                 _doubted_since = None
@@ -127,12 +127,12 @@ def plan_prefill(original: Any, self: Any, running_batch: Any) -> Any:
 
 
 def back_up(original: Any, self: Any, node_id: Any) -> Any:
-    """Let no page of doubtful caches reach storage (hook)."""
+    """Keep pages of invalid caches out of storage (hook)."""
     return original(self, node_id) if _doubted_since is None else None
 
 
 def load(original: Any, self: Any, host_indices: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load nothing from a tier that is set aside, and no page that is known to be wrong (hook): both are misses."""
+    """Load nothing from a tier that is set aside, and no page that is known to be damaged (hook): both are misses."""
     active = session.current()
     if not active.healthy and alone():
         active.counts["set_aside:load"] += 1
@@ -150,7 +150,7 @@ def load(original: Any, self: Any, host_indices: Any, *args: Any, **kwargs: Any)
 
 
 def _damaged(group: Any, host_indices: Any, extra_pools: Any) -> int:
-    """How many of a load's pages are wrong in the tier already, as far as the CPU sees."""
+    """Count a load's pages that the CPU finds damaged in the tier."""
     indices = {group.anchor_entry.name: host_indices}
     for transfer in extra_pools or ():
         source = transfer.indices_from_pool
@@ -166,7 +166,7 @@ def _damaged(group: Any, host_indices: Any, extra_pools: Any) -> int:
 
 
 def write(original: Any, self: Any, device_indices: Any, *args: Any, **kwargs: Any) -> Any:
-    """Store nothing in a tier that is set aside (hook), as where host memory has no place left."""
+    """Store nothing in a tier that is set aside (hook), as if host memory were full."""
     active = session.current()
     if not active.healthy and alone():
         active.counts["set_aside:store"] += 1

@@ -1,4 +1,4 @@
-"""A scheduler's part: HiCache's pools in a tier. Placed in schedulers of engines with the flag on, nowhere else."""
+"""A scheduler's part: HiCache's pools in a tier. Placed only in schedulers of engines with the flag on."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from sglang_xmem.watch import deadline_s
 
 logger = logging.getLogger(__name__)
 
-#: The pair that all of SGLang's pool classes accept. The flags say how SGLang lays bytes out and copies them; in a tier
-#: neither matters.
+#: A pair that all of SGLang's pool classes accept. The flags select SGLang's layout and copies, which a tier does not
+#: use.
 LAYOUT, IO_BACKEND = "page_first", "kernel"
 
-#: A draft model's pools whose sizes are asked for before they are built.
+#: A draft model's pools, whose sizes are needed before SGLang builds them.
 _announced: tuple[Any, ...] = ()
-#: Whether pools are being built for their sizes alone.
+#: Whether pools are being built only to get their sizes.
 _measuring = False
 
 
 def publish(result: Any, server_args: Any, *, role: str, hf_config: Any = None, ranks: Any = None) -> None:
-    """Begin a session: a process publishes its configuration once, and a scheduler before it builds anything (hook)."""
+    """Begin a session (hook): every process publishes its configuration once, a scheduler before it builds anything."""
     plan = flags.attached(server_args)
     if plan is None or role not in ("scheduler", "dp_controller"):
         return
-    if not isinstance(plan, Plan):  # a launcher that does not call check_server_args
+    if not isinstance(plan, Plan):  # the launcher did not call check_server_args
         refuse("--hicache-use-xmem does not work with this way of starting SGLang. Use sglang serve or sgl.Engine.")
     table = versions.current()
     try:
@@ -52,8 +52,8 @@ def _begin(plan: Plan, ranks: Any) -> None:
     if plan.ranks.uses_gpu:
         if gpu not in local:
             refuse(
-                f"This rank computes on GPU {gpu}, and tiers were planned for GPUs {', '.join(map(str, local))}. "
-                "Leave out --hicache-use-xmem, and report how this engine was started."
+                f"This rank computes on GPU {gpu}, but tiers were planned for GPUs {', '.join(map(str, local))}. "
+                "Leave out --hicache-use-xmem, and report this engine's command."
             )
         index = local.index(gpu)
         gpus.mark_as_rank()
@@ -63,8 +63,8 @@ def _begin(plan: Plan, ranks: Any) -> None:
     version = versions.installed()
     if not versions.proven(version):
         session.current().notes.append(
-            f"SGLang {version} is newer than what this package was tested with ({', '.join(versions.known())}); its "
-            "functions were verified, and the tier is tried out before it serves"
+            f"SGLang {version} is newer than the tested versions ({', '.join(versions.known())}); its functions were "
+            "verified, and a self-test runs before the tier serves"
         )
 
 
@@ -75,15 +75,15 @@ def _settle_layout() -> None:
     given = (memory.hicache_mem_layout, memory.hicache_io_backend)
     if given != (LAYOUT, IO_BACKEND):
         get_context().override("sglang_xmem", hicache_mem_layout=LAYOUT, hicache_io_backend=IO_BACKEND)
-        # Logging is set up after this.
+        # SGLang sets up logging after this.
         session.current().notes.append(
-            f"--hicache-mem-layout {given[0]} and --hicache-io-backend {given[1]} have no effect: the tier keeps a "
-            "page's bytes side by side and copies them itself"
+            f"--hicache-mem-layout {given[0]} and --hicache-io-backend {given[1]} have no effect: the tier has its own "
+            "page layout and copies"
         )
 
 
 def _settle_sharing(table: versions.VersionTable, server_args: Any, plan: Plan) -> None:
-    """Let SGLang ask the page bank as its storage backend; the launcher has seen that there is no other."""
+    """Make the page bank SGLang's storage backend; the launcher has checked that there is no other."""
     import json
 
     from sglang.srt.runtime_context import get_context
@@ -108,14 +108,14 @@ def _settle_sharing(table: versions.VersionTable, server_args: Any, plan: Plan) 
 
 
 def prepare_staging(original: Any, **kwargs: Any) -> None:
-    """Reserve no GPU memory for SGLang's own stores, which never run here (hook)."""
+    """Reserve no GPU memory for SGLang's own stores, which never run with a tier (hook)."""
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
 def _host_budget(nbytes: int) -> int:
-    """Host RAM for a pool of so many bytes by SGLang's rule."""
+    """Return the host RAM for a pool of `nbytes` by SGLang's rule."""
     from sglang.srt.mem_cache.pool_host import base
 
     budget = base.host_memory_budget_bytes
@@ -123,10 +123,10 @@ def _host_budget(nbytes: int) -> int:
 
 
 def host_memory_budget_bytes(original: Any, requested_bytes: int = 0, **auto_size: bool) -> int:
-    """Size an automatic pool by its tier's capacity (hook): SGLang knows host RAM alone.
+    """Size an automatic pool by its tier's capacity (hook); SGLang knows only host RAM.
 
     Args:
-        auto_size: SGLang's flag of that name, which 0.5.21 does not have: its automatic sizes ask for 0 bytes.
+        auto_size: SGLang's flag of that name; 0.5.21 lacks it, and requests 0 bytes for automatic sizes.
     """
     active = session.current()
     if _measuring:
@@ -147,13 +147,13 @@ def host_memory_budget_bytes(original: Any, requested_bytes: int = 0, **auto_siz
 
 
 def attach_pools(original: Any, cache: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build HiCache's pools without memory; they are adopted when SGLang groups them (hook)."""
+    """Build HiCache's pools without memory (hook); they are adopted when SGLang groups them."""
     with pools.tier_memory():
         return original(cache, params, *args, **kwargs)
 
 
 def note_draft(original: Any, params: Any, draft_plan: Any, *, enabled: bool) -> Any:
-    """Remember a draft model's pools, which SGLang builds behind the target's (hook)."""
+    """Remember a draft model's pools, which SGLang builds after the target's (hook)."""
     global _announced
     sidecar = draft_plan is not None and draft_plan.mode.value == "sidecar"
     _announced = tuple(draft_plan.device_pools) if sidecar else ()
@@ -182,7 +182,7 @@ def group_pools(result: Any, self: Any, entries: Any) -> None:
 
 
 def group_another(result: Any, self: Any, entry: Any) -> None:
-    """Adopt a pool that joins a HostPoolGroup, unless it is a draft's, which is adopted by then (hook)."""
+    """Adopt a pool that joins a HostPoolGroup, unless it is a draft's, which is already adopted (hook)."""
     if not _measuring:
         pools.adopt_another(session.current(), entry)
         self._refresh_transfer_capabilities()
@@ -199,14 +199,14 @@ def build_draft_sidecars(original: Any, *, draft_device_pools: Any, tree_cache: 
 
 
 def move_indices(original: Any, self: Any, host_indices: Any, device_indices: Any) -> Any:
-    """Leave indices where they are (hook): the load looks up frames on the CPU, and SGLang would copy one number per
-    token from pageable memory, which waits for the GPU."""
+    """Do not move indices (hook): a load looks up frames on the CPU. SGLang would copy one number per token from
+    pageable memory, which waits for the GPU."""
     return host_indices, device_indices
 
 
 def transfer_streams(result: Any, self: Any, io_backend: str) -> None:
-    """Give loads a stream of high priority (hook): the forward pass waits for them, and theirs are a handful of thread
-    blocks, which would queue behind those of whatever kernel came first."""
+    """Give loads a stream of high priority (hook): the forward pass waits for them, and their few thread blocks would
+    otherwise queue behind those of earlier kernels."""
     import torch
 
     if isinstance(self.host_to_device_stream, torch.cuda.Stream):
@@ -230,7 +230,7 @@ def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
 
 
 def _labels() -> dict[str, str]:
-    """Labels of this rank's metrics."""
+    """Return the labels of this rank's metrics."""
     from sglang.srt.runtime_context import get_parallel, get_serving
 
     parallel = get_parallel()
@@ -243,7 +243,7 @@ def _labels() -> dict[str, str]:
 
 
 def internal_state(result: Any, self: Any, recv_req: Any) -> None:
-    """Add the tier to what `/server_info` shows of a rank (hook)."""
+    """Add the tier to a rank's part of `/server_info` (hook)."""
     result.internal_state["sglang_xmem"] = session.current().describe()
 
 
@@ -255,7 +255,7 @@ def attach_storage(
     model_name: str | None = None,
     storage_backend_extra_config: Any = None,
 ) -> Any:
-    """Refuse a storage backend that cannot work over the tier, also one that is attached at run time (hook)."""
+    """Refuse a storage backend that does not work over the tier, also one attached at run time (hook)."""
     arenas = session.current().arenas
     needs = launcher.needs_addresses(storage_backend, storage_backend_extra_config)
     if storage_backend not in launcher.BACKENDS:

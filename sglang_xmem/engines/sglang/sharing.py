@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 
 def bank_spaces() -> list[BankSpace]:
-    """Spaces of this rank that lie in the page bank."""
+    """Return this rank's spaces in the page bank."""
     arenas = session.current().arenas
     return [space for arena in arenas for space in arena.spaces.values() if isinstance(space, BankSpace)]
 
 
 def report_damaged(view: AdoptedPool, addresses: npt.NDArray[np.int64]) -> None:
-    """Have nobody find pages of a pool any more, whose frames are these; nothing to do where nobody can."""
+    """Remove a pool's pages with these frames from the page bank; does nothing for other tiers."""
     space = view.arena.spaces[view.section.space]
     if isinstance(space, BankSpace):
         space.damaged(addresses)
 
 
 def finish_reports(timeout_s: float = 2.0) -> None:
-    """Wait until a page bank has heard of damaged pages, for a rank that ends."""
+    """Wait until damaged pages are reported to the page bank, before a rank ends."""
     for space in bank_spaces():
         space.bank.reported(timeout_s)
 
 
 def attach(view: AdoptedPool) -> None:
-    """Have a pool that hands out a bank space's pages say which of them it frees."""
+    """Report the pages that a pool with a bank space frees."""
     space = view.arena.spaces[view.section.space]
     if not isinstance(space, BankSpace):
         return
@@ -57,13 +57,13 @@ def attach(view: AdoptedPool) -> None:
 
 
 def weights_from_disk(original: Any, self: Any, recv_req: Any) -> Any:
-    """Share with engines that have the new weights, from the flush on that follows (hook)."""
+    """Share with engines of the new weights, from the following flush on (hook)."""
     known = session.current().facts
     try:
         weights, load_format = weights_digest(recv_req.model_path), str(recv_req.load_format)
     except (Unidentified, OSError):
         return weights_from_elsewhere(original, self, recv_req)
-    # Dummy weights are made up, whatever the files hold.
+    # Dummy weights do not depend on the files.
     same = known is not None and (known["weights"], known["load_format"]) == (weights, load_format)
     same = same and load_format != "dummy"
     _change(b"" if same else f"{weights} {load_format}".encode())
@@ -71,7 +71,7 @@ def weights_from_disk(original: Any, self: Any, recv_req: Any) -> Any:
     try:
         answer = original(self, recv_req)
     finally:
-        # A failure leaves other weights than these, or some of them; files may have changed under it too.
+        # A failure leaves other or partial weights; files may have changed during it too.
         if not getattr(answer, "success", False) or not _still(recv_req.model_path, weights):
             _change(os.urandom(32))
     return answer
@@ -85,7 +85,7 @@ def _still(model: str, digest: str) -> bool:
 
 
 def weights_from_elsewhere(original: Any, self: Any, recv_req: Any) -> Any:
-    """Share with nobody who has other weights than these, which nothing names (hook)."""
+    """Share with no other engine: nothing identifies these weights (hook)."""
     _change(os.urandom(32))
     return original(self, recv_req)
 

@@ -1,8 +1,8 @@
-"""Storage backends (HiCache's L3) over an arena: pages as flat bytes for all tiers, addresses where the CPU has them.
+"""Storage backends (HiCache's L3) over an arena: pages as flat bytes for all tiers, addresses for CPU-addressable ones.
 
-A pool's part of a frame is one range, component after component in the order of SGLang's storage keys, so a page is
-one copy. SGLang's own pools order a page's bytes in other ways under the same key and size; `FORMAT` keeps the two
-apart.
+A pool's section of a frame is one range, component after component in the order of SGLang's storage keys, so a page is
+one copy. SGLang's own pools store the same bytes in another order under the same key and size; `FORMAT` distinguishes
+the two.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Name of this order of a page's bytes, in storage keys. Another order needs another name.
+#: Name of this byte order of a page, in storage keys. Another order needs another name.
 FORMAT = "xmem2"
-#: Bytes behind a page of backends that take bytes: its sum, which is of its key too.
+#: Bytes after a page in backends that transfer bytes: the sum of its bytes and its key.
 SUM_BYTES = 8
 
 
 def attach(view: AdoptedPool) -> None:
-    """Give an adopted pool the arena's functions for storage pages, and disable SGLang's."""
+    """Replace an adopted pool's functions for storage pages with the arena's."""
     pool, arena, section = view.pool, view.arena, view.section
-    # Backends refuse to register memory twice, and a frame holds the pages of all pools of its space.
+    # Backends refuse to register memory twice, and a frame holds pages of all pools of its space.
     buffers = arena.host_buffers(section.space) if section.offset == 0 else []
     dtype = pool.dtype if section.nbytes % pool.dtype.itemsize == 0 else torch.uint8
 
     def get_data_page(index: Any, flat: bool = True) -> torch.Tensor:
-        """Copy a page to the CPU, flat; RuntimeError if it is not what was stored there."""
+        """Copy a page to the CPU, flat; RuntimeError if it is damaged."""
         page = int(index) // view.slots
         data = arena.read(section.space, page, section.offset, section.nbytes)
         if view.sums is not None and page % view.sums.every == 0:
@@ -46,7 +46,7 @@ def attach(view: AdoptedPool) -> None:
         return data.view(dtype)
 
     def set_from_flat_data_page(index: Any, data_page: torch.Tensor) -> None:
-        """Put a page that `get_data_page` gave back."""
+        """Write a page from `get_data_page`."""
         data = data_page.contiguous().view(torch.uint8).flatten()
         if data.numel() != section.nbytes:
             raise ValueError(f"a page has {section.nbytes} bytes, got {data.numel()}")
@@ -56,11 +56,11 @@ def attach(view: AdoptedPool) -> None:
             view.sums.put(page, data.numpy(), section.offset)
 
     def get_dummy_flat_data_page() -> torch.Tensor:
-        """Allocate a page on the CPU that a backend will fill."""
+        """Allocate a page on the CPU for a backend to fill."""
         return torch.zeros(section.nbytes, dtype=torch.uint8, pin_memory=arena.device.type == "cuda").view(dtype)
 
     def get_page_buffer_meta(indices: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Addresses and sizes of the components of each page, page by page."""
+        """Return addresses and sizes of each page's components, page by page."""
         _addressable(arena)
         pages = pages_of(indices.cpu(), view.slots)
         starts = (arena.spaces[section.space].table[pages] + section.offset).tolist()
@@ -71,7 +71,7 @@ def attach(view: AdoptedPool) -> None:
         return [start + offset for start in starts for offset in offsets], list(view.component_bytes) * len(starts)
 
     def get_hybrid_pool_buffer() -> list[torch.Tensor]:
-        """The memory that a backend may register: none for a pool that shares its frames with an earlier one."""
+        """Return the memory for a backend to register: none for a pool that shares its frames with an earlier one."""
         _addressable(arena)
         return buffers
 
@@ -83,12 +83,12 @@ def attach(view: AdoptedPool) -> None:
         )
 
     def destroy() -> None:
-        """Give the arena's memory back, with that of the other pools."""
+        """Release the arena's memory, including that of the other pools."""
         pool.kv_buffer = None
         arena.close()
 
     def not_here(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("sglang_xmem: a copy function of SGLang was called for a pool in the tier; report this")
+        raise RuntimeError("sglang_xmem: SGLang called its own copy function for a pool in the tier; report this error")
 
     for function in (
         get_data_page,
@@ -108,19 +108,19 @@ def attach(view: AdoptedPool) -> None:
     ):
         setattr(pool, name, not_here)
     pool.storage_format_tag = FORMAT
-    # What backends register, where the CPU has the bytes; a tensor without memory elsewhere, which nobody can read.
+    # The memory that backends register if the CPU addresses it; otherwise a tensor without memory.
     pool.kv_buffer = buffers[0] if len(buffers) == 1 else torch.empty(0, dtype=torch.uint8, device="meta")
 
 
 def guard(backend: Any) -> None:
-    """Have pages of a backend that takes bytes end with a sum: one that is damaged, or another's, is not found.
+    """Append a sum to the pages of a backend that transfers bytes: a damaged or swapped page is a miss.
 
     Args:
-        backend: SGLang's `file`, all of whose ways to a page are its `get` and `set`.
+        backend: SGLang's `file`, which accesses pages only by `get` and `set`.
     """
-    backend = getattr(backend, "_backend", backend)  # where failures are injected
+    backend = getattr(backend, "_backend", backend)  # for fault injection
     get, put = backend.get, backend.set
-    # With model and rank, where the backend has one name for all of them.
+    # Includes model and rank, for a backend with one name for all of them.
     whole_key: Any = getattr(backend, "_get_suffixed_key", str)
 
     def get_checked(key: str, target_location: torch.Tensor, target_sizes: Any = None) -> torch.Tensor | None:
@@ -128,7 +128,7 @@ def guard(backend: Any) -> None:
         place = torch.empty(target.numel() + SUM_BYTES, dtype=torch.uint8)
         try:
             found = get(key, place)
-        except OSError as error:  # shorter than a page, or the disk has an error
+        except OSError as error:  # shorter than a page, or a disk error
             session.current().counts["storage:read_failed"] += 1
             logger.warning("sglang_xmem: a page in storage cannot be read: %s", error)
             found = None
@@ -138,7 +138,7 @@ def guard(backend: Any) -> None:
         session.current().counts["storage:read"] += 1
         if keyed_sum(data.numpy(), whole_key(key)) != bytes(of_page.tolist()):
             session.current().counts[FAILURES] += 1
-            logger.error("sglang_xmem: page %s in storage is damaged, or is another page; it counts as missing", key)
+            logger.error("sglang_xmem: page %s in storage is damaged, or belongs to another key; it is a miss", key)
             return None
         target.copy_(data)
         return target_location
@@ -156,6 +156,6 @@ def guard(backend: Any) -> None:
 def _addressable(arena: Any) -> None:
     if not arena.cpu_addressable:
         raise RuntimeError(
-            f"sglang_xmem: tier {arena.tier.name} is GPU memory, which this storage backend cannot address. Use "
+            f"sglang_xmem: this storage backend cannot address tier {arena.tier.name} (GPU memory). Use "
             "--hicache-xmem-tier dram, or --hicache-storage-backend file."
         )

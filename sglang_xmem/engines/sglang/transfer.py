@@ -1,6 +1,6 @@
 """SGLang's loads and stores as moves of an arena: any pools, one launch, one counter per transfer layer.
 
-Replaces the two `submit_*` of `L2TransferEngine`, and `LayerLoadingEvent.wait`, the other half of a load.
+Replaces the two `submit_*` of `L2TransferEngine`, and `LayerLoadingEvent.wait`, which waits for a load's layers.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ logger = logging.getLogger(__name__)
 
 #: Attribute of a host pool: its AdoptedPool.
 ADOPTED = "_sglang_xmem"
-#: Attributes of a LayerLoadingEvent: counters of its load, None where its events signal
-#: completion; and the counters that were once made for it, by number of layers.
+#: Attributes of a LayerLoadingEvent: counters of its load, None if events signal completion; and the counters made for
+#: it, by number of layers.
 _COUNTERS = "_sglang_xmem_counters"
 _MADE = "_sglang_xmem_made"
-#: Attribute of a LayerLoadingEvent: the Check of its present load, or None.
+#: Attribute of a LayerLoadingEvent: the Check of its current load, or None.
 CHECK = "_sglang_xmem_check"
 
 
 def adopted(transfer: Any) -> AdoptedPool:
-    """The adopted pool of a transfer.
+    """Return the adopted pool of a transfer.
 
     Raises:
-        RuntimeError: SGLang made this pool behind the adapter's back, so its memory is not in the tier.
+        RuntimeError: SGLang made this pool without the adapter, so its memory is not in the tier.
     """
     pool: AdoptedPool | None = getattr(transfer.host_pool, ADOPTED, None)
     if pool is None:
@@ -75,12 +75,12 @@ def submit_host_to_device(
             if hasattr(event, "finish_event"):
                 setattr(event, _COUNTERS, counters)
                 forgotten = getattr(event, CHECK, None)
-                if forgotten is not None:  # its batch's results were never used, or are still to come
+                if forgotten is not None:  # its batch's results were not used, or are pending
                     active.checks.append(forgotten)
                 setattr(event, CHECK, check)
                 if counters is not None:
                     event.finish_event.record(stream)
-            elif check is not None:  # of no batch
+            elif check is not None:  # belongs to no batch
                 active.checks.append(check)
         _note(flight, completion, active.counts["bytes:load"] - bytes_before)
     active.counts["enqueue_ns:load"] += time.perf_counter_ns() - begun
@@ -90,7 +90,7 @@ def submit_host_to_device(
 def _load(
     moves: Sequence[Any], num_parts: int, event: Any, on_layer_done: Any, completion: Any
 ) -> tuple[LayerCounters | None, checks.Check | None]:
-    """Enqueue a load's copies, the events of its layers where no counters signal them, its comparison."""
+    """Enqueue a load's copies, the events of its layers if there are no counters, and its comparison."""
     counters = None
     if moves:
         arena = adopted(moves[0]).arena
@@ -138,7 +138,7 @@ def submit_device_to_host(original: Any, self: Any, transfers: Any) -> Any:
 
 
 def _note(flight: InFlight, completion: Any, nbytes: int) -> None:
-    """Say of a copy that is enqueued how the watch thread sees its end."""
+    """Give the watch thread a way to detect the end of an enqueued copy."""
     flight.nbytes = nbytes
     if completion.timing_enabled:
         flight.elapsed_s = lambda: completion.start_event.elapsed_time(completion.finish_event) / 1e3
@@ -163,20 +163,21 @@ def _store(moves: Sequence[Any]) -> None:
 
 
 def _refused(what: str, error: CopyError) -> None:
-    """Note that the copier refused a copy, which is made another way: a request is slower, and the server lives."""
+    """Record that the copier refused a copy; torch makes it instead, so a request is slower but the server
+    continues."""
     active = session.current()
     active.counts["failures:refused"] += 1
     active.counts["fallbacks:plain"] += 1
     active.set_aside(f"a {what} was refused: {error}")
-    logger.warning("sglang_xmem: a %s was refused and is made by plain copies instead: %s", what, error)
+    logger.warning("sglang_xmem: the copier refused a %s; plain copies replace it: %s", what, error)
 
 
 class Prepared(NamedTuple):
     """A compiled load or store.
 
     Attributes:
-        steps: what it was compiled from.
-        page_bytes: bytes that one page of each vector moves.
+        steps: its source.
+        page_bytes: bytes per page of each vector.
         checked: the pools whose pages have sums.
     """
 
@@ -219,7 +220,7 @@ def layer_wait(original: Any, self: Any, layer_index: int) -> None:
 
 
 def prepare_counters(result: Any, self: Any, num_layers: int) -> None:
-    """Make the counters of a LayerDoneCounter's loads at start, for making them waits for the GPU."""
+    """Make the counters of a LayerDoneCounter's loads at startup, since making them waits for the GPU."""
     if not session.active() or not session.current().arenas:
         return
     arena = session.current().arenas[-1]
@@ -244,9 +245,9 @@ def _make_counters(event: Any, arena: Any, num_layers: int) -> Any:
 
 
 def _vectors(arena: Any, moves: Sequence[Any], checked: Checked | None, *, claim: bool) -> Vectors:
-    """One vector per pool; pools that ride on another's numbers share the tensor of its frames' addresses.
+    """Look up one vector per pool; riders share the tensor of frame addresses of the pool whose numbers they use.
 
-    All that goes to the device does so in one copy.
+    Everything is copied to the device in one copy.
     """
     wanted: list[tuple[str, torch.Tensor]] = []
     known: dict[tuple[int, str, int], int] = {}
@@ -271,13 +272,13 @@ def _vectors(arena: Any, moves: Sequence[Any], checked: Checked | None, *, claim
 
 
 def _on_cpu(indices: torch.Tensor) -> torch.Tensor:
-    # `move_indices` keeps host indices on the CPU. Whoever brings others pays for it, rather than getting wrong pages.
+    # `move_indices` keeps host indices on the CPU. Indices on the GPU cost a copy here, but are correct.
     return indices if indices.device.type == "cpu" else indices.cpu()
 
 
 def _identity(moves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """What a compiled move depends on. Drafts bring a new layer map each time, so it is the pools and not the maps; the
-    order of pools differs from load to load."""
+    """Return the key of a compiled move. Drafts pass a new layer map each time, so the key has the pools, not the maps;
+    their order differs from load to load."""
     return tuple((adopted(t).number, id(t.device_pool) if t.is_draft else 0) for t in moves)
 
 
@@ -291,7 +292,7 @@ def _store_steps(moves: Sequence[Any]) -> list[Step]:
 
 
 def load_steps(moves: Sequence[Any], num_parts: int) -> list[Step]:
-    """What SGLang's loop over layers and transfers copies, in its order."""
+    """List the copies of SGLang's loop over layers and transfers, in its order."""
     steps = []
     for layer in range(num_parts):
         for vector, transfer in enumerate(moves):
@@ -306,14 +307,14 @@ def load_steps(moves: Sequence[Any], num_parts: int) -> list[Step]:
 
 
 def _load_by_layers(arena: Any, key: Any, prepared: Prepared, pages: Any, num_parts: int, on_layer_done: Any) -> None:
-    """A launch and an event per layer, for GPUs whose streams cannot wait for counters."""
+    """Enqueue a launch and an event per layer, for GPUs whose streams cannot wait for counters."""
     programs = arena.programs.get(key)
     if programs is None:
         by_layer: list[list[Step]] = [[] for _ in range(num_parts)]
         for step in prepared.steps:
             by_layer[step.part].append(step._replace(part=0))
         programs = arena.programs[key] = [arena.compile(steps, 1) if steps else None for steps in by_layer]
-        logger.warning("sglang_xmem: a load is one launch per layer here, since streams cannot wait for counters")
+        logger.warning("sglang_xmem: loads use one launch per layer, since this GPU's streams cannot wait for counters")
     session.current().counts["fallbacks:layers"] += 1
     _count("load", prepared, pages)
     for layer, program in enumerate(programs):

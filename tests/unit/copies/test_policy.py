@@ -54,7 +54,7 @@ def test_a_peer_that_was_asked_for_and_cannot_is_told(busy: dict[int, str]) -> N
     ):
         peer((5, 6), (), copy_on="peer")
     busy[5] = "GPU 5 is in use by process 7"
-    with pytest.raises(Unavailable, match=r"GPU 5 is in use by process 7, and peer\.copy_on wants it idle"):
+    with pytest.raises(Unavailable, match=r"GPU 5 is in use by process 7, but peer\.copy_on needs it idle"):
         peer((5, 6), (5,), copy_on="peer", gpus=(5, 6))
 
 

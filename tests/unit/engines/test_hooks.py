@@ -807,7 +807,7 @@ def test_a_rank_without_the_patches_must_not_serve(
     infos: list[dict[str, str]] = [{launcher.INFO_KEY: "dram"}, {}]
     with launching(monkeypatch, on=True), pytest.raises(SystemExit, match="78"):
         launcher.wait_for_scheduler_ready(lambda readers, procs: infos, [], processes)
-    assert "Rank 1 started without the patches" in capsys.readouterr().err
+    assert "Rank 1 started without the hooks" in capsys.readouterr().err
     assert [process.exitcode for process in processes] == [-9, -9]
 
 

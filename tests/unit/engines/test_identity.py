@@ -55,7 +55,7 @@ def test_weights_that_are_not_here_are_not_identified(name: str) -> None:
 
 def test_weights_without_files_are_not_identified(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(identity.Unidentified, match="no files of weights"):
+    with pytest.raises(identity.Unidentified, match="no weight files"):
         identity.weights_digest(str(tmp_path))
 
 

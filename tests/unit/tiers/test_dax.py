@@ -73,16 +73,16 @@ def test_ranks_divide_the_range_in_aligned_parts(device: Device) -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"offset_mib": 1}, "'dax.offset_gib' is 0.000976562. Give a multiple of the device's 2 MiB."),
-        ({"mib": 3}, "'dax.size_gib' is 0.00292969. Give a multiple of the device's 2 MiB."),
+        ({"offset_mib": 1}, "'dax.offset_gib' is 0.000976562. Give a multiple of the device's alignment, 2 MiB."),
+        ({"mib": 3}, "'dax.size_gib' is 0.00292969. Give a multiple of the device's alignment, 2 MiB."),
         ({"offset_mib": -2}, "'dax.offset_gib' is -0.00195312. Give GiB from 0 on."),
         ({"mib": -2}, "'dax.size_gib' is -0.00195312. Give GiB from 0 on."),
         ({"mib": float("nan")}, "'dax.size_gib' is nan. Give GiB from 0 on."),
         ({"offset_mib": float("inf")}, "'dax.offset_gib' is inf. Give GiB from 0 on."),
         ({"offset_mib": 64}, "has 0.0625 GiB. Give less."),
         ({"offset_mib": 32, "mib": 34}, "'dax.size_gib' is 0.0332031 at offset 0.03125, and "),
-        ({"mib": 0}, "to 1 rank(s), and each needs 2 MiB at least. Give more."),
-        ({"mib": 2, "ranks": 2}, "to 2 rank(s), and each needs 2 MiB at least. Give more."),
+        ({"mib": 0}, "to 1 rank(s), but each needs at least 2 MiB. Give more."),
+        ({"mib": 2, "ranks": 2}, "to 2 rank(s), but each needs at least 2 MiB. Give more."),
     ],
 )
 def test_wrong_ranges_are_refused(device: Device, settings: dict[str, Any], problem: str) -> None:
@@ -108,11 +108,11 @@ def test_what_is_no_devdax_is_refused(device: Device) -> None:
         return str(caught.value)
 
     # A setting never names a file.
-    assert "which is a file and no devdax. Give a devdax" in sentence(str(device.path))
-    assert "which is a directory and no devdax" in sentence("/dev")
-    assert "which is no device of memory and no devdax" in sentence("/dev/null")
-    assert "and there is none. Give a device such as" in sentence("/dev/dax77.7")
-    assert "cannot be opened (no path has a zero byte)" in sentence("/dev/\0")
+    assert "which is a file, not a devdax. Give a devdax" in sentence(str(device.path))
+    assert "which is a directory, not a devdax" in sentence("/dev")
+    assert "which is another kind of device, not a devdax" in sentence("/dev/null")
+    assert "which does not exist. Give a device such as" in sentence("/dev/dax77.7")
+    assert "cannot be opened (the path has a zero byte)" in sentence("/dev/\0")
     kmem = device.root / "sys/bus/dax/devices/dax5.0"
     kmem.mkdir(parents=True)
     (kmem / "driver").symlink_to("../drivers/kmem")
@@ -126,7 +126,7 @@ def test_a_block_device_is_refused() -> None:
     block = next((path for path in Path("/dev").iterdir() if path.is_block_device()), None)
     if block is None:
         pytest.skip("this machine shows no block device")
-    with pytest.raises(SettingError, match="which is a block device and no devdax"):
+    with pytest.raises(SettingError, match="which is a block device, not a devdax"):
         DaxTier.plan_ranks(DaxSettings(str(block)), Ranks(gpus=(None,)))
 
 
@@ -160,7 +160,9 @@ def test_regions_fill_gaps(device: Device) -> None:
     tier = device.tier()
     regions = [tier.allocate(16 * MIB) for _ in range(4)]
     assert tier.capacity_bytes() == 0
-    with pytest.raises(Unavailable, match=r"0\.00 GB are asked for and 0\.00 GB of .* are this rank's and free"):
+    with pytest.raises(
+        Unavailable, match=r"0\.00 GB are needed, but this rank's largest free range of .* has 0\.00 GB"
+    ):
         tier.allocate(1)
     regions[1].release()
     assert tier.capacity_bytes() == 16 * MIB
@@ -218,7 +220,7 @@ def test_another_device_by_the_same_name_is_refused(device: Device) -> None:
     other.write_bytes(content)
     other.rename(device.path)
     for call in (tier.capacity_bytes, lambda: tier.allocate(MIB)):
-        with pytest.raises(Unavailable, match="is another device than at the start"):
+        with pytest.raises(Unavailable, match="was replaced by another device since startup"):
             call()
 
 

@@ -137,11 +137,11 @@ def test_memory_without_cpus_is_used_where_it_is_named(two_nodes: Nodes) -> None
     [
         (
             {"numa_node": 7},
-            "'dram.numa_node' is 7, and this machine has memory on node 0, 1. Give 0 or 1, or leave it ",
+            "'dram.numa_node' is 7, but this machine has memory on node 0, 1. Give 0 or 1, or leave it ",
         ),
         (
             {"numa_required": True},
-            "'dram.numa_required' is true without a node. Add 'dram.numa_node', or leave it out.",
+            "'dram.numa_required' is true, but 'dram.numa_node' is not set. Set 'dram.numa_node', or leave this out.",
         ),
         ({"threads": -1}, "'dram.threads' is -1. Give 1 to 1024, or 0 for auto."),
         ({"threads": 1025}, "'dram.threads' is 1025. Give 1 to 1024, or 0 for auto."),
@@ -155,7 +155,7 @@ def test_impossible_settings_are_refused(two_nodes: Nodes, settings: dict[str, A
 
 def test_a_node_on_a_machine_that_does_not_tell_is_refused(two_nodes: Nodes) -> None:
     two_nodes.cpus = {}
-    with pytest.raises(SettingError, match=r"is 0, and this machine says nothing of its nodes\. Leave it out\."):
+    with pytest.raises(SettingError, match=r"is 0, but this machine reports no NUMA nodes\. Leave it out\."):
         plans((None,), numa_node=0)
 
 
@@ -223,7 +223,7 @@ def test_a_node_without_cpus_is_reached_by_binding_alone(two_nodes: Nodes) -> No
     """First touch would put all of it elsewhere."""
     two_nodes.cpus[2] = set()
     two_nodes.refusal = EPERM
-    with pytest.raises(Unavailable, match="no CPU there could place it by first touch"):
+    with pytest.raises(Unavailable, match="the node has no CPU to place it by first touch"):
         plans((0,), numa_node=2)
 
 
@@ -276,10 +276,10 @@ def test_relays_are_dealt_to_the_ranks(four_gpus: None) -> None:
     ("ranks", "relays", "sentence"),
     [
         ((0,), (1, 1), "'dram.relays' is [1, 1]. Name no GPU twice."),
-        ((0,), (4,), "'dram.relays' names GPU 4, and this process sees GPUs 0 to 3. Name one of these."),
+        ((0,), (4,), "'dram.relays' names GPU 4, but this process sees GPUs 0 to 3. Name one of these."),
         ((0, 1), (1,), "'dram.relays' names GPU 1, which this engine computes on. Name another GPU."),
-        ((None,), (1,), "'dram.relays' is [1], and the engine runs on the CPU. Leave it out."),
-        ((0,), (3,), "GPU 3, which dram.relays names, has no peer access to GPU 0; set "),
+        ((None,), (1,), "'dram.relays' is [1], but the engine runs on the CPU. Leave it out."),
+        ((0,), (3,), "GPU 3 of dram.relays has no peer access to GPU 0; set "),
     ],
 )
 def test_impossible_relays_are_refused(
@@ -341,10 +341,10 @@ def test_too_few_hugepages_are_refused_before_a_model_is_loaded(
     monkeypatch.setenv("SGLANG_HUGEPAGE_SIZE", "1GB")
     two_nodes.hugepages = {(0,): 4 * GIB, (1,): 0}
     with pytest.raises(
-        Unavailable, match=r"SGLANG_HUGEPAGE_SIZE asks for hugepages of 1024 MiB.*unset SGLANG_HUGEPAGE"
+        Unavailable, match=r"SGLANG_HUGEPAGE_SIZE requires hugepages of 1024 MiB.*unset SGLANG_HUGEPAGE"
     ):
         plans((0, 1))
-    with pytest.raises(Unavailable, match="asks for hugepages"):
+    with pytest.raises(Unavailable, match="requires hugepages"):
         tier(nodes=(0,), hugepage_bytes=GIB).allocate(5 * GIB)
     monkeypatch.setenv("SGLANG_HUGEPAGE_SIZE", "16MB")
     with pytest.raises(ConfigError, match=r"SGLANG_HUGEPAGE_SIZE is '16MB'\. Give 2MB or 1GB"):
@@ -361,7 +361,7 @@ def test_a_hugepage_that_the_node_does_not_have_is_no_signal(two_nodes: Nodes, m
         raise OSError(14, "Bad address")
 
     monkeypatch.setattr(hostmem, "populate", populate)
-    with pytest.raises(Unavailable, match="asks for hugepages of 2 MiB"):
+    with pytest.raises(Unavailable, match="requires hugepages of 2 MiB"):
         tier(nodes=(0,), hugepage_bytes=2 * MIB).allocate(MIB)
 
 

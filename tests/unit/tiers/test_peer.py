@@ -266,7 +266,7 @@ def test_the_first_peer_gets_access_where_it_reaches_all(eight: Machine) -> None
 def test_the_gpu_that_copies_is_idle(eight: Machine) -> None:
     eight.busy = {5: "GPU 5 is in use by process 7"}
     settings = PeerSettings(gpus=(5, 6), copy_on="peer")
-    with pytest.raises(Unavailable, match=r"GPU 5 is in use by process 7, and peer.copy_on wants it idle"):
+    with pytest.raises(Unavailable, match=r"GPU 5 is in use by process 7, but peer.copy_on needs it idle"):
         PeerTier.plan_ranks(settings, Ranks(gpus=(0,)))
     # Only the first peer of a rank runs copies.
     assert dealt_to((0,), PeerSettings(gpus=(6, 5), copy_on="peer")) == [(6, 5)]
@@ -277,7 +277,7 @@ def test_too_few_peers_is_told_with_the_reasons(eight: Machine) -> None:
     eight.busy = {gpu: f"GPU {gpu} is in use by process {70 + gpu}" for gpu in (4, 5, 6)}
     with pytest.raises(Unavailable) as caught:
         dealt_to((0, 1, 2, 3))
-    assert "1 other GPU(s) can be used for 4 rank(s)" in str(caught.value)
+    assert "4 rank(s) need a peer each, but only 1 other GPU(s) are usable" in str(caught.value)
     for gpu in (4, 5, 6):
         assert f"GPU {gpu} is in use by process {70 + gpu}" in str(caught.value)
 
@@ -491,7 +491,7 @@ def test_all_calls_are_covered_by_the_failures() -> None:
 
 def test_memory_that_went_since_is_told_with_size_and_gpu() -> None:
     with machine_with([0, RESERVE_BYTES + 8 * MIB]) as machine:
-        with pytest.raises(Unavailable, match=r"^2\.00 GB are needed on GPU 1 and 0\.01 GB are free; lower"):
+        with pytest.raises(Unavailable, match=r"^2\.00 GB are needed on GPU 1, but 0\.01 GB are free; lower"):
             tier(1).allocate(2_000_000_000)
         assert machine.driver.calls == []
 
