@@ -272,7 +272,7 @@ def _free_bytes(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> int:
 def _check_capacity(tier: MemoryTier, nbytes: int, host_budget: HostBudget) -> None:
     free = _free_bytes(tier, nbytes, host_budget)
     if nbytes > free:
-        needs = f"the pools need {nbytes / 1e9:.2f} GB per rank and {max(free, 0) / 1e9:.2f} GB are free"
+        needs = f"the pools need {nbytes / 1e9:.2f} GB per rank, but {max(free, 0) / 1e9:.2f} GB are free"
         raise Unavailable(needs, LOWER_SIZE)
 
 

@@ -48,7 +48,7 @@ def decide(traits: Traits, settings: Any, region: Region, rank_gpu: int | None) 
         problem = f"GPU {first}, which peer.copy_on names, does not reach GPU {rank_gpu} and all of its peers"
     elif settings.gpus is not None and (use := gpus.foreign_use(first)) is not None:
         # Whoever else computes there, and the copies, would be in each other's way. A GPU that nobody named is idle.
-        problem = f"{use}, and peer.copy_on wants it idle"
+        problem = f"{use}, but peer.copy_on needs it idle"
     if problem is None:
         return policy._replace(runner=first, required=copy_on == "peer")
     if copy_on == "peer":

@@ -32,7 +32,7 @@ sys.exit(cli.main(sys.argv[1:]))
         (["--version"], (0,), sglang_xmem.__version__),
         (["mtierd", "--help"], (0,), "--bank"),
         (["bench", "--help"], (0,), "multiturn"),
-        (["top", "--once", "--url", "http://127.0.0.1:1"], (2,), "Nothing answers"),
+        (["top", "--once", "--url", "http://127.0.0.1:1"], (2,), "No server responds"),
         (["bench", "ttft", "--help"], (0,), "qwen3-30b-a3b"),
         (["doctor", "--no-bandwidth"], (0, 1), "Tiers for a pool"),
         (["doctor", "--tp-size", "0"], (2,), "--tp-size is 0"),

@@ -347,7 +347,7 @@ def test_devdax(tmp_path: Path) -> None:
     found = {device["device"]: device for device in facts.devdax(tmp_path)}
     assert list(found) == ["/dev/dax0.0", "/dev/dax1.0", "/dev/dax9.0"]
     assert found["/dev/dax0.0"] == {"device": "/dev/dax0.0", "size_bytes": 256 << 30, "target_node": 2, "reason": None}
-    assert "no node in /dev" in found["/dev/dax1.0"]["reason"]
+    assert "no device node in /dev" in found["/dev/dax1.0"]["reason"]
     assert found["/dev/dax9.0"]["size_bytes"] is None
     assert facts.devdax(tmp_path / "none") == []
 
@@ -701,7 +701,7 @@ def test_screen(full: GpuMachine, capsys: pytest.CaptureFixture[str]) -> None:
         "NVIDIA driver 580.65.06 (CUDA 13.0)",
         "?: GPU 1 not measured: GPU 1 is in use by process 7",
         "6 of 8 x 2 MiB",
-        "/dev/dax0.0 64.00 GB (it has no node",
+        "/dev/dax0.0 64.00 GB (no device node",
         "bank 0: 40.00 of 40.00",
         "auto uses peer for --hicache-size 90",
     ):

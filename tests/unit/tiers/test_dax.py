@@ -75,12 +75,12 @@ def test_ranks_divide_the_range_in_aligned_parts(device: Device) -> None:
     [
         ({"offset_mib": 1}, "'dax.offset_gib' is 0.000976562. Give a multiple of the device's alignment, 2 MiB."),
         ({"mib": 3}, "'dax.size_gib' is 0.00292969. Give a multiple of the device's alignment, 2 MiB."),
-        ({"offset_mib": -2}, "'dax.offset_gib' is -0.00195312. Give GiB from 0 on."),
-        ({"mib": -2}, "'dax.size_gib' is -0.00195312. Give GiB from 0 on."),
-        ({"mib": float("nan")}, "'dax.size_gib' is nan. Give GiB from 0 on."),
-        ({"offset_mib": float("inf")}, "'dax.offset_gib' is inf. Give GiB from 0 on."),
+        ({"offset_mib": -2}, "'dax.offset_gib' is -0.00195312. Give GiB >= 0."),
+        ({"mib": -2}, "'dax.size_gib' is -0.00195312. Give GiB >= 0."),
+        ({"mib": float("nan")}, "'dax.size_gib' is nan. Give GiB >= 0."),
+        ({"offset_mib": float("inf")}, "'dax.offset_gib' is inf. Give GiB >= 0."),
         ({"offset_mib": 64}, "has 0.0625 GiB. Give less."),
-        ({"offset_mib": 32, "mib": 34}, "'dax.size_gib' is 0.0332031 at offset 0.03125, and "),
+        ({"offset_mib": 32, "mib": 34}, "'dax.size_gib' is 0.0332031 at offset 0.03125, but "),
         ({"mib": 0}, "to 1 rank(s), but each needs at least 2 MiB. Give more."),
         ({"mib": 2, "ranks": 2}, "to 2 rank(s), but each needs at least 2 MiB. Give more."),
     ],
@@ -135,7 +135,8 @@ def test_no_permission_is_told(device: Device, monkeypatch: pytest.MonkeyPatch) 
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(SettingError, match=r"\(Permission denied\)\. Give this user \(and container\) the right"):
+    words = r"\(Permission denied\)\. Give this user \(and container\) read and write access"
+    with pytest.raises(SettingError, match=words):
         device.plans()
 
 

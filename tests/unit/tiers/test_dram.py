@@ -212,7 +212,7 @@ def test_a_binding_that_is_refused_later_is_no_failure(
 
 def test_a_refused_binding_is_a_refusal_where_the_user_says_so(two_nodes: Nodes) -> None:
     two_nodes.refusal = EPERM
-    with pytest.raises(Unavailable, match=rf"NUMA node 1 \({EPERM}\), and dram\.numa_required is true") as caught:
+    with pytest.raises(Unavailable, match=rf"NUMA node 1 \({EPERM}\), but dram\.numa_required is true") as caught:
         plans((0,), numa_node=1, numa_required=True)
     assert Remedy("leave_out", "dram.numa_required") in caught.value.remedies
     two_nodes.refusal = None

@@ -283,7 +283,7 @@ def test_too_few_peers_is_told_with_the_reasons(eight: Machine) -> None:
 
 
 def test_one_gpu_machine_has_no_peer() -> None:
-    with machine_with([RESERVE_BYTES]), pytest.raises(Unavailable, match=r"0 other GPU\(s\) can be used"):
+    with machine_with([RESERVE_BYTES]), pytest.raises(Unavailable, match=r"only 0 other GPU\(s\) are usable"):
         dealt_to((0,))
 
 
