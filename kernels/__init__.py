@@ -1,4 +1,4 @@
-"""Sources of the copy kernels. In the repository they lie in `kernels/`; installed they are `sglang_xmem.kernels`.
+"""Sources of the copy kernels. In the repository they are in `kernels/`; installed they are `sglang_xmem.kernels`.
 
 `page_copy.cu` is CUDA C++, compiled on the user's machine by NVRTC (`sglang_xmem.copies.nvrtc`), so it ships as text;
 `page_copy_triton.py` is the same contract in Triton.
@@ -10,9 +10,9 @@ from importlib import resources
 
 
 def source(name: str) -> str:
-    """Text of a kernel source that lies here, such as "page_copy.cu".
+    """Read a kernel source of this folder, such as "page_copy.cu".
 
     Raises:
-        FileNotFoundError: there is none of that name.
+        FileNotFoundError: there is no such file.
     """
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")

@@ -1,32 +1,32 @@
 // Copies pages of the KV cache between frames of a memory tier and the arrays of any pools on the device, in one launch.
 // Compiled at run time by NVRTC, so: no #include.
 //
-// A plane is an array on the device of which each page has one contiguous unit. A page's units of all planes lie in one
-// frame, at an offset that the plane fixes. Pages come as vectors, one for each index space. Page i of a plane's vector
-// is copied, `load` one way and else the other, between
+// A plane is an array on the device in which each page has one contiguous unit. A page's units of all planes are in one
+// frame, at an offset that the plane fixes. Pages are passed as vectors, one per index space. Page i of a plane's
+// vector is copied (`load`: to the device, otherwise to the tier) between
 //   frames[i] + offset                                    the tier's side, and
 //   device + slots[i * slots_stride] / divisor * stride   the device's side.
 // The addresses may be local HBM, a peer GPU's HBM or pinned host memory.
 //
 // Both variants have the same name and signature. They run concurrently with the forward pass, so the grid is a few
 // CTAs that walk all the work ("persistent"). Every *warp* processes one tile at a time with a stride of all warps of
-// the grid, and no warp ever waits for another. Tiles are numbered plane after plane; a tile never crosses planes. How
-// many tiles a plane has is its number of pages times what the plane's record says, so the host computes nothing that
-// depends on both.
+// the grid, and no warp ever waits for another. Tiles are numbered plane after plane; a tile never crosses planes. A
+// plane's number of tiles is its number of pages times a factor in the plane's record, so the host computes nothing
+// that depends on both.
 //
-// A load is one launch for all layers, and the forward pass wants to know layer by layer what is in place. Planes come
-// sorted by the part of the load (a layer) that they belong to: `counters[p]` (if counters is not null) rises by 1 for
-// each warp of the grid when it is done with parts up to p, also where a part has no planes or no pages. A stream waits
-// for the value that all warps make (cuStreamWaitValue32).
+// A load is one launch for all layers, and the forward pass waits for each layer separately. Planes are sorted by the
+// part of the load (a layer) that they belong to. Each warp of the grid adds 1 to `counters[p]` (if counters is not
+// null) when it has completed all parts up to p, also if a part has no planes or no pages. A stream waits for the sum
+// over all warps (cuStreamWaitValue32).
 //
 // Macros, all with defaults (PAGE_COPY_BULK chooses the variant):
 //   register variant: VEC_BYTES (1, 2, 4, 8, 16), THREADS, UNROLL, STREAMING
 //   bulk variant (sm_90 and newer): RINGS, STAGES, STAGE_BYTES, PENDING_STORES
 //
-// Correctness across streams: the caller orders this kernel by events behind whoever wrote the source, and a kernel
-// starts with a clean L1. Ordinary (weak) loads then see the data, local or peer. The non-coherent path (ld.global.nc)
-// would promise that nobody writes near these bytes while the kernel runs, which we cannot promise: other pages of the
-// same pools are written meanwhile by other streams and by the peer, and a 32-byte sector may hold two units.
+// Correctness across streams: the caller orders this kernel by events after the writes of the source, and a kernel
+// starts with an invalidated L1. Ordinary (weak) loads then see the data, local or peer. The non-coherent path
+// (ld.global.nc) requires that nothing writes near these bytes while the kernel runs. That does not hold: other streams
+// and the peer write other pages of the same pools, and a 32-byte sector may hold two units.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -75,9 +75,9 @@ typedef long long s64;
 
 #define MAX_VECTORS 16
 
-// One vector of pages of this launch. It comes with the launch's parameters, for nothing may be uploaded for a load.
+// One vector of pages of this launch. It is part of the launch's parameters, because a load must not upload anything.
 struct Pages {
-    u64 frames;        // address of s64[count]: where each page's frame begins
+    u64 frames;        // address of s64[count]: start of each page's frame
     u64 slots;         // address of s64[count], slots_stride elements apart: first slot of each page on the device
     s64 slots_stride;
     u64 count;
@@ -87,8 +87,8 @@ struct Vectors {
     Pages of[MAX_VECTORS];
 };
 
-// A plane's record, which the host writes once for all launches. A unit consists of *pieces*: vectors of VEC_BYTES in
-// the register variant, chunks of at most a stage in the bulk variant.
+// A plane's record; the host writes it once for all launches. A unit consists of *pieces*: vectors of VEC_BYTES in the
+// register variant, chunks of at most one stage in the bulk variant.
 struct Plane {
     u64 device, stride;  // address of unit 0, bytes from one unit to the next
     u64 offset;          // of the unit in its frame
@@ -99,7 +99,7 @@ struct Plane {
     u64 unused;
 };
 
-// ------------------------------------------------------------------------------- the machine's instructions, and no more
+// ------------------------------------------------------------------------------- machine instructions
 //
 // Tests run the rest of this file on a CPU, with these written in C++ (tests/emulation/machine.h).
 
@@ -107,7 +107,7 @@ struct Plane {
 #include PAGE_COPY_MACHINE
 #else
 
-// Tables and vectors: volatile asm keeps these loads where they are written, which is before a long wait, not behind it.
+// Tables and vectors: volatile asm keeps these loads in place, before a long wait.
 static __device__ __forceinline__ u64 load_index(const void *address) {
     u64 value;
     asm volatile("ld.global.b64 %0, [%1];" : "=l"(value) : "l"(address));
@@ -122,11 +122,11 @@ static __device__ __forceinline__ void raise_counter(u32 *counter) {
 
 #if !PAGE_COPY_BULK
 
-// What depends on the value is computed again behind this and not kept in registers from before.
+// The compiler recomputes what depends on the value after this point, instead of keeping it in registers.
 static __device__ __forceinline__ void work_out_anew(u32 &value) { asm volatile("" : "+r"(value)); }
 
-// L1 is of no use to either side: each byte passes once. STREAMING marks the lines evict-first in L2 too, which spares
-// the forward pass's working set but drops what attention is about to read after a load.
+// L1 is useless for both sides: each byte passes once. STREAMING also marks the lines evict-first in L2, which protects
+// the forward pass's working set but drops what attention reads right after a load.
 #if STREAMING
 #define CACHE_HINT ".cs"
 #else
@@ -229,7 +229,7 @@ static __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(PENDING_STORES) : "memory");
 }
 
-// Waits until all of this lane's groups have not only left shared memory but arrived.
+// Waits until all of this lane's groups have arrived at their destinations.
 static __device__ __forceinline__ void bulk_wait_all() {
     asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
 }
@@ -238,7 +238,7 @@ static __device__ __forceinline__ void bulk_wait_all() {
 
 #endif  // PAGE_COPY_MACHINE
 
-// ------------------------------------------------------------------------------------------------ what both variants use
+// ------------------------------------------------------------------------------------------------ both variants
 
 // n / divisor by magic = ceil(2^64 / divisor), or 0 for divisor 1. Exact while n * divisor < 2^64, so for slots of 40
 // bits and divisors of 24.
@@ -260,13 +260,13 @@ struct Progress {
 
     __device__ __forceinline__ bool due(u32 part) const { return part > raised; }
 
-    // All of the warp's tiles in parts before `part` are in place, as their lanes see. All lanes call this.
+    // Declares all of the warp's tiles in parts before `part` complete for its lanes. All lanes call this.
     __device__ __forceinline__ void raise(u32 part, u32 lane) {
         if (!due(part)) return;
-        // All lanes' writes before the barrier, that before the fence, and the fence before each addition: whoever sees a
-        // counter sees the writes, and a stream does not wait on a multiprocessor. One fence for all counters that are
-        // due, since each waits until all that is on its way over the link has arrived: an addition that releases is a
-        // fence too, and a warp with a tile in each fourth part of a small load would wait five times a tile.
+        // Order: all lanes' writes, the barrier, the fence, each addition. So a stream that sees a counter sees the
+        // writes. There is one fence for all due counters, since a fence waits until all writes in flight over the link
+        // have arrived. A releasing addition is a fence too: with these, a warp with a tile in every fourth part of a
+        // small load would wait five times per tile.
         __syncwarp();
         if (lane == 0) fence_writes();
         do {
@@ -276,14 +276,14 @@ struct Progress {
     }
 };
 
-// Finds the planes of tiles whose numbers only rise. Each lane holds where one of 32 planes' tiles end; the warp goes
-// on to the next 32 planes when it is past these, with what that takes already fetched. Tiles are counted from the first
-// of the planes at hand, and the caller's count is changed as these change: 32 bits do, as the host sees to.
+// Finds the planes of tiles with increasing numbers. Each lane holds the end of one of 32 planes' tiles; the warp moves
+// on to the next 32 planes, already fetched, when it has passed these. Tiles are counted from the first of the current
+// planes, and the caller's count is adjusted when these change. The host ensures that 32 bits suffice.
 struct Walk {
     const Plane *planes;
     const Vectors &vectors;
     const u32 num_planes, lane;
-    u32 block = 0;  // first of the 32 planes at hand; lane i has plane block + i
+    u32 block = 0;  // first of the 32 current planes; lane i has plane block + i
     u32 end = 0;    // of the tiles of this lane's plane
     u64 ahead;      // shape of plane block + 32 + lane
 
@@ -294,8 +294,8 @@ struct Walk {
         end = sum(lane, shape);
     }
 
-    // Number of the plane that has this tile, and the tile's number in it; num_planes if no plane has. The same tile in
-    // all lanes.
+    // Returns the plane with this tile, and the tile's number in it; num_planes if there is none. All lanes pass the
+    // same tile.
     __device__ __forceinline__ u32 find(u32 &tile, u32 &in_plane) {
         while (tile >= __shfl_sync(~0u, end, 31)) {
             if (block + 32 >= num_planes) return num_planes;
@@ -307,7 +307,7 @@ struct Walk {
         return block + at;
     }
 
-    // The same, where each lane has a tile of its own and a higher lane a higher one.
+    // The same for a different tile per lane; higher lanes have higher tiles.
     __device__ __forceinline__ u32 find_each(u32 &tile, u32 &in_plane) {
         u32 plane = num_planes;
         while (true) {
@@ -317,12 +317,12 @@ struct Walk {
             for (u32 step = 16; step; step /= 2)
                 if (__shfl_sync(~0u, end, at + step - 1) <= tile) at += step;
             const u32 begin = __shfl_sync(~0u, end, at - 1);
-            // A lane that has its plane already counts from farther on, below zero: what it finds means nothing.
+            // A lane that already has its plane counts from a later plane, below zero: its result is ignored.
             if (plane == num_planes && tile < size) {
                 plane = block + at;
                 in_plane = tile - (at ? begin : 0);
             }
-            // The last lane's tile is the farthest: done when that has its plane, or none can have it.
+            // The last lane's tile is the highest: done when it has its plane, or no plane has it.
             if (__shfl_sync(~0u, plane, 31) != num_planes || block + 32 >= num_planes) return plane;
             tile -= advance();
         }
@@ -333,7 +333,7 @@ struct Walk {
         return load_index(&planes[min(plane, num_planes - 1)].shape);
     }
 
-    // Goes on to the next 32 planes; returns the number of tiles of those before.
+    // Moves on to the next 32 planes; returns the number of tiles of the previous ones.
     __device__ __forceinline__ u32 advance() {
         const u32 size = __shfl_sync(~0u, end, 31);
         const u64 shape = ahead;
@@ -343,7 +343,7 @@ struct Walk {
         return size;
     }
 
-    // Tiles of all lanes' planes up to this lane's.
+    // Sum of tiles of all lanes' planes up to this lane's.
     __device__ __forceinline__ u32 sum(u32 plane, u64 word) const {
         const Shape shape(word);
         const u64 pieces = plane < num_planes ? vectors.of[shape.vector].count * shape.pieces : 0;
@@ -361,12 +361,12 @@ struct Walk {
 
 // ---------------------------------------------------------------------------------------------------- register variant
 //
-// A tile is 32 * UNROLL vectors of a plane's units laid end to end. A lane loads UNROLL vectors before it stores the
-// first one; while those loads fly it computes the store addresses, finds the next tile and fetches its pages.
+// A tile is 32 * UNROLL vectors of a plane's concatenated units. A lane issues UNROLL loads before its first store;
+// during the loads it computes the store addresses, finds the next tile and fetches its pages.
 
 #define BATCH (UNROLL % 4 == 0 ? 4 : 1)
 
-// Division by a number that the host has worked out magic and shift for: shift = 31 + ceil(log2(divisor)), magic =
+// Division by a number for which the host has computed magic and shift: shift = 31 + ceil(log2(divisor)), magic =
 // 2^shift / divisor + 1. Exact for 0 <= n < 2^31 and 1 <= divisor < 2^31 (Granlund, Montgomery).
 struct Divider {
     u32 magic, shift;
@@ -384,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Progress progress(counters);
 
     // The next tile: its plane, and lane i's entries of its vector for the tile's i-th page. The rest of the record is
-    // read when the tile comes, from L1: registers are what limits the loads in flight.
+    // read later, from L1: registers limit the loads in flight.
     u32 plane, page, offset, vecs;  // offset: of the tile's first vector in its page
     u64 frame, slot;
     auto fetch = [&] {
@@ -422,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         Vec data[UNROLL];
         if (offset + TILE_PIECES <= this_vecs) {
-            // The whole tile lies in one page: one base address, constant offsets.
+            // The whole tile is in one page: one base address, constant offsets.
             const u64 from = __shfl_sync(~0u, src, 0) + (u64)mine * VEC_BYTES;
             const u64 to = __shfl_sync(~0u, dst, 0) + (u64)mine * VEC_BYTES;
 #pragma unroll
@@ -431,8 +431,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (u32 u = 0; u < UNROLL; ++u) store_vec(to + u * 32 * VEC_BYTES, data[u]);
         } else if (31 * this_vecs > TILE_PIECES - 2) {
-            // The tile's pages always fit the warp's lanes: lane i holds the addresses of the i-th. Loads past the
-            // plane's end repeat its last vector; only their stores are left out.
+            // A tile has at most 32 pages: lane i holds the addresses of the i-th. Loads past the plane's end repeat
+            // its last vector; only their stores are skipped.
 #pragma unroll
             for (u32 u = 0; u < UNROLL; ++u) {
                 const u32 n = min(mine + u * 32, last), nth = nth_of(n);
@@ -447,10 +447,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (mine + u * 32 <= last) store_vec(to, data[u]);
             }
         } else {
-            // Tiny units: every lane fetches the pages of its own vectors, a batch of them before the first use.
-            // `on_tier` is whether that is the tier's side; each side reads the plane's record, which L1 has.
+            // Tiny units: every lane fetches the pages of its own vectors, a batch before the first use. `on_tier`
+            // selects the tier's side; each side reads the plane's record, from L1.
             auto addresses = [&](u32 on_tier, const u32 batch, u64(&address)[BATCH]) {
-                work_out_anew(on_tier);  // else nvcc makes this code twice, once for each direction
+                work_out_anew(on_tier);  // otherwise nvcc duplicates this code per direction
                 const Plane *record = planes + this_plane;
                 const Pages &pages = vectors.of[Shape(load_index(&record->shape)).vector];
                 const u64 vector = on_tier ? pages.frames : pages.slots;
@@ -500,11 +500,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 // PENDING_STORES stages may have a store in flight while the other STAGES - PENDING_STORES have a load in flight. Needs
 // addresses and sizes that are multiples of 16 on both sides.
 //
-// A tile is one stage's worth: a unit, or a chunk of a larger one. Small units are a bulk copy each; where most are
-// small, the host takes the register variant.
+// A tile is one stage: a unit, or a chunk of a larger one. Each small unit is a bulk copy; if most units are small, the
+// host selects the register variant.
 //
-// All 32 lanes work out addresses, each those of one of the next 32 tiles, and a block of 32 ahead: reading the vectors
-// takes as long as a stage's copy, so a warp that read them tile by tile could not keep a link busy.
+// Each of the 32 lanes computes the addresses of one of the next 32 tiles, a block of 32 ahead: reading the vectors
+// takes as long as a stage's copy, so a warp that read them tile by tile could not saturate a link.
 
 #if STAGE_BYTES % 128 != 0 || PENDING_STORES < 0 || PENDING_STORES >= STAGES || STAGES > 32
 #error "STAGE_BYTES must be a multiple of 128, PENDING_STORES less than STAGES, and STAGES at most 32"
@@ -529,11 +529,11 @@ extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
     Walk walk(planes, num_planes, vectors, lane);
     Progress progress(counters);
 
-    // What a lane knows of its tile, in one word: how many times 16 bytes (16 bits; 0: there is no such tile), and part.
+    // A lane's tile in one word: its size in 16-byte units (16 bits; 0: no tile), and its part.
     auto bytes_of = [](u32 what) { return (what & 0xffff) * 16; };
     auto part_of = [](u32 what) { return what >> 16; };
 
-    // Lane i's tile of the block after the one that is being loaded; frame and slot may still be on their way.
+    // Lane i's tile of the block after the one being loaded; frame and slot may still be in flight.
     u64 frame = 0, slot = 0, in_frame = 0, in_device = 0, device_stride = 0, slot_magic = 0;
     u32 what_next = 0;
     auto fetch = [&] {
@@ -561,8 +561,8 @@ extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
         what_next = shape.part << 16 | min(chunk, unit_bytes - begin) / 16;
     };
 
-    // Lane i's tile of the block that is being loaded, and of the one that is being stored. Loads are at most STAGES
-    // tiles ahead, so the two are the same block or neighbours.
+    // Lane i's tile of the block being loaded, and of the block being stored. Loads are at most STAGES tiles ahead, so
+    // the two are the same block or adjacent ones.
     u64 from = 0, to_next = 0, to = 0;
     u32 what_in = 0, what_out = 0;
     auto rotate = [&] {
@@ -592,7 +592,7 @@ extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
     };
 
     fetch();
-    // Whoever waits for parts that this warp has no tile in need not wait for its first loads.
+    // Streams that wait for parts without a tile of this warp need not wait for its first loads.
     progress.raise(part_of(__shfl_sync(~0u, what_next, 0)), lane);
     while (more && loaded < STAGES - PENDING_STORES) load_next();
 
@@ -622,7 +622,7 @@ extern "C" __global__ void __launch_bounds__(32 * RINGS, 1)
             phase ^= 1;
         }
     }
-    // Shared memory and the kernel's end may not outrun the copies, nor the counters them.
+    // Neither shared memory, the kernel's end nor the counters may outrun the copies.
     bulk_wait_all();
     progress.raise(num_parts, lane);
 }

@@ -1,19 +1,18 @@
 """The page copy in Triton: the portable variant, for a GPU (or an interpreter on the CPU) without NVRTC.
 
-The same contract as `page_copy.cu`: addresses come as integers and are made pointers in the kernel, so that memory of
-which torch knows nothing (a peer GPU, another process) can be named.
+The same contract as `page_copy.cu`: the kernel converts integer addresses to pointers, so it can access memory that
+torch does not manage (a peer GPU, another process).
 """
 
-# The parameters of a kernel have no types that mypy knows.
-# mypy: disable-error-code="no-untyped-def"
+# mypy does not know the types of a kernel's parameters. mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-#: Numbers of a plane's record in the table: address of unit 0, bytes from one unit to the next, offset in the frame,
-#: divisor, accesses of ALIGNMENT bytes of a unit, vector, and whether its tiles are wide.
+#: Numbers of a plane's record in the table: address of unit 0, unit stride in bytes, offset in the frame, divisor,
+#: accesses of ALIGNMENT bytes per unit, vector, and whether its tiles are wide.
 RECORD_WORDS = 7
 
 #: Triton specializes on each integer of a tuple that is 1, a multiple of 16 or below 2^31, even when asked not to. So
@@ -22,7 +21,7 @@ _FAR = tl.constexpr(1 << 33)
 
 
 def disguised(number: int) -> int:
-    """A number, 0 to 2^60, as `page_copy` takes it in a tuple."""
+    """Encode a number, 0 to 2^60, for `page_copy`'s tuple."""
     return 2 * number + 1 + (1 << 33)
 
 
@@ -46,7 +45,7 @@ def _copy_tile(
     LOAD: tl.constexpr,
     WORD: tl.constexpr,
     ALIGNMENT: tl.constexpr,
-    UNITS: tl.constexpr,  # a tile is UNITS units times WORDS words of each
+    UNITS: tl.constexpr,  # a tile has UNITS units times WORDS words
     WORDS: tl.constexpr,
 ):
     """Copy one tile by one masked 2-D load and store."""
@@ -57,7 +56,7 @@ def _copy_tile(
     slot_pointers = slots.to(tl.pointer_type(tl.int64), bitcast=True)
     there = tl.load(frame_pointers + page, page_mask, other=0) + offset
     here = tl.load(slot_pointers + page * slots_stride, page_mask, other=0) // divisor * stride + device
-    # The hint is lost by casts, so it comes behind them: words are merged to accesses of up to 16 bytes.
+    # Casts drop the hint, so it follows them: words are merged to accesses of up to 16 bytes.
     tier_units = tl.multiple_of(there.to(tl.pointer_type(WORD), bitcast=True), [ALIGNMENT])
     device_units = tl.multiple_of(here.to(tl.pointer_type(WORD), bitcast=True), [ALIGNMENT])
 
@@ -71,7 +70,7 @@ def _copy_tile(
         tl.store(tier_units[:, None] + words[None, :], values, mask)
 
 
-# Nothing may depend on what changes from call to call, or Triton would compile again in the middle of serving.
+# No constant may depend on values that change per call, or Triton would recompile while serving.
 @triton.jit(
     do_not_specialize=["num_planes", "vectors"],
     do_not_specialize_on_alignment=["table"],
@@ -89,7 +88,7 @@ def page_copy(
     RECORD: tl.constexpr,
     MERGED: tl.constexpr,  # words of an access of ALIGNMENT bytes
 ):
-    """A fixed number of programs walks the tiles of all planes, plane by plane."""
+    """Copy the tiles of all planes, plane by plane, with a fixed number of programs."""
     NARROW_UNITS: tl.constexpr = TILE_WORDS // NARROW_WORDS
     mine = tl.program_id(0).to(tl.int64)  # number in its plane of this program's next tile
     plane = 0

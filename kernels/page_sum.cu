@@ -1,12 +1,12 @@
-// Sums units of pages on the device, writes the sums of pages to a table in host memory, or compares them with it.
-// Compiled at run time by NVRTC, so: no #include. `unit_sums` of sglang_xmem/sums.py is the same function.
+// Computes checksums of pages from their units on the device, and writes them to a table in host memory or compares
+// them. Compiled at run time by NVRTC, so: no #include. `unit_sums` of sglang_xmem/sums.py computes the same.
 //
-// A group is one pool's share of a move: `planes` planes from number `first` on, and `count` pages that have sums. Page i
-// of a group is row rows[i] of the move's vectors, and its sum's place is entries[i]. A warp takes a unit of a page: an
-// item. The units' sums meet in `scratch`, two words per page of all groups, zero before: the sum, and how many units
-// are in it. Whoever brings the last one finishes the page.
+// A group is one pool's share of a move: `planes` planes from number `first`, and `count` pages with sums. Page i of a
+// group is row rows[i] of the move's vectors, and its sum is stored at entries[i]. A warp processes an item: a unit of
+// a page. The units' sums are added in `scratch`, which has two initially zero words per page of all groups: the sum,
+// and the number of units in it. The warp with the last unit finishes the page.
 //
-// The device's side is read and not the tier's: its memory is many times as fast as the link, which stays free.
+// The kernel reads the device's side, not the tier's: its memory is many times faster than the link, which stays free.
 //
 // Macros: PIECE_BYTES (1, 2, 4, 8), which divides every address and size; THREADS.
 
@@ -49,7 +49,7 @@ struct Work {
     Group groups[MAX_VECTORS];
 };
 
-// ------------------------------------------------------------------------------- the machine's instructions, and no more
+// ------------------------------------------------------------------------------- machine instructions
 
 #ifdef PAGE_COPY_MACHINE
 #include PAGE_COPY_MACHINE
@@ -61,7 +61,7 @@ static __device__ __forceinline__ u64 load_index(const void *address) {
     return value;
 }
 
-// Other units of the same pools are written meanwhile, so not through the non-coherent path; each byte passes once.
+// Not the non-coherent path, since other units of the same pools are written concurrently; each byte passes once.
 static __device__ __forceinline__ u64 load_piece(u64 address) {
 #if PIECE_BYTES == 8
     u64 value;
@@ -76,8 +76,8 @@ static __device__ __forceinline__ u64 load_piece(u64 address) {
 #endif
 }
 
-// Adds to a word of this GPU's memory, and returns what was there. Whoever sees this addition sees what came before it.
-// Host memory has no atomic additions over PCIe.
+// Adds to a word of this GPU's memory, and returns its previous value, with acquire and release order. Host memory has
+// no atomic additions over PCIe.
 static __device__ __forceinline__ u64 add_to(u64 address, u64 value) {
     u64 before;
     asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(address), "l"(value) : "memory");
@@ -96,7 +96,7 @@ static __device__ __forceinline__ void store_word(u64 address, u64 value) {
 static __device__ __forceinline__ u64 divide(u64 n, u64 magic) { return magic ? __umul64hi(n, magic) : n; }
 
 #define PLACE 0x9E3779B97F4A7C15ull
-#define BATCH 8  // words that a lane has under way: 4 MiB on all of an H100, which its memory needs
+#define BATCH 8  // words in flight per lane: 4 MiB over a whole H100, which its memory needs
 
 // `key` is (place + 1) * PLACE.
 static __device__ __forceinline__ u64 mix(u64 word, u64 key) {
@@ -107,7 +107,7 @@ static __device__ __forceinline__ u64 mix(u64 word, u64 key) {
     return word ^ word >> 32;
 }
 
-// A word of which `bytes` are there, a multiple of PIECE_BYTES; the rest is zero.
+// A word of which only `bytes` exist, a multiple of PIECE_BYTES; the rest is zero.
 static __device__ __forceinline__ u64 load_word(u64 address, u32 bytes) {
     u64 word = 0;
 #pragma unroll
@@ -121,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 stride = gridDim.x * (THREADS / 32);
     u32 number = 0;         // of the group
-    u64 begin = 0;          // items of the groups before
-    u64 pages = 0;          // pages of the groups before
+    u64 begin = 0;          // items of the previous groups
+    u64 pages = 0;          // pages of the previous groups
     for (u64 item = blockIdx.x * (THREADS / 32) + warp;; item += stride) {
         while (number < num_groups && item - begin >= work.groups[number].count * work.groups[number].planes) {
             begin += work.groups[number].count * work.groups[number].planes;

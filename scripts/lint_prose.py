@@ -33,9 +33,8 @@ WORDS = {
     r"in place of": "instead of",
     r"taken": "in use, used",
     r"cannot be had": "unavailable",
-    r"is no (?:\w+ )?(?:number|list|file|object|JSON|GPU|trace|name|size|address|tier|setting|count|valid)s?": (
-        "is not a"
-    ),
+    r"(?<!there.)is no (?!such.)(?:\w+ )?"
+    r"(?:number|list|file|object|JSON|GPU|trace|name|size|address|tier|setting|count|valid)s?": "is not a",
     r"(?:ms|us|bytes|counters?|events?|launch(?:es)?|units?) an? (?:layer|rank|page|token)": "per layer",
 }
 PATTERN = re.compile(

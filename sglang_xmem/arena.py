@@ -112,8 +112,7 @@ def _space(spec: SpaceSpec, region: Region) -> Space:
 
 
 def _round_robin(slabs: Sequence[Slab], pages: int) -> torch.Tensor:
-    """Return the addresses of `pages` frames, assigned round-robin to the slabs, so that a run of pages uses all
-    slabs."""
+    """Return addresses of `pages` frames, round-robin over the slabs, so that a run of pages uses all slabs."""
     rounds = [
         torch.stack(
             (torch.arange(slab.frames), slab.address + slab.frame_bytes * torch.arange(slab.frames)),
@@ -215,8 +214,7 @@ class Arena:
 
     @property
     def gpus(self) -> tuple[int, ...]:
-        """Return the CUDA ordinals of the rank's GPU and of all GPUs whose memory or links the pages use; empty on a
-        CPU."""
+        """Return CUDA ordinals of the rank's GPU and of all GPUs whose memory or links pages use; empty on a CPU."""
         if self.device.type == "cpu":
             return ()
         own = torch.cuda.current_device() if self.device.index is None else self.device.index
@@ -474,8 +472,7 @@ class Arena:
 
 
 def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Return memory at an address as a uint8 tensor (nbytes,) with the label `device`; valid while the memory is
-    mapped.
+    """View memory at an address as a uint8 tensor (nbytes,) labelled `device`; valid while the memory is mapped.
 
     Memory of another GPU gets the label of the rank's GPU, which can address it and runs the operations. Other ways to
     wrap a pointer query the owner from the driver, and would run torch's kernels on the other GPU.

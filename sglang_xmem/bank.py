@@ -187,8 +187,7 @@ class BankSession:
 
     @staticmethod
     def _place_of(joined: Reply) -> tuple[int, int, int, int]:
-        """Return the constant facts of a session: the slab's name, the session's number, the slab's frames and
-        bytes."""
+        """Return a session's constants: the slab's name, the session's number, the slab's frames and bytes."""
         return joined.allocation, joined.num_banks, joined.total, joined.size
 
     # ---- without the service ----

@@ -58,8 +58,7 @@ class _Lazy(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands; each sets `run`, a function of the parsed arguments that returns the exit
-    status."""
+    """Build the parser; each command sets `run`, a function of the parsed arguments that returns the exit status."""
     root = argparse.ArgumentParser(prog="sglang-xmem", description="Commands of sglang_xmem.")
     root.add_argument("--version", action="version", version=f"sglang_xmem {sglang_xmem.__version__}")
     commands = root.add_subparsers(dest="command", required=True, parser_class=_Lazy)

@@ -200,8 +200,7 @@ def name(gpu: int) -> str:
 
 
 def driver_versions() -> tuple[str, str]:
-    """Return the versions of the NVIDIA driver and of the newest CUDA that it supports, such as ("580.65.06",
-    "13.0")."""
+    """Return the NVIDIA driver's version and the newest CUDA that it supports, such as ("580.65.06", "13.0")."""
     number = int(checked(driver().cuDriverGetVersion(), "querying the driver's version"))
     return str(nvml_library().nvmlSystemGetDriverVersion()), f"{number // 1000}.{number % 1000 // 10}"
 

@@ -32,8 +32,7 @@ _MPOL_BIND = 2
 
 
 def memory_nodes(root: Path = ROOT) -> tuple[int, ...]:
-    """Return the NUMA nodes with memory for this process, in ascending order; empty if the kernel does not report
-    them."""
+    """Return the NUMA nodes with memory for this process, ascending; empty if the kernel does not report them."""
     allowed = allowed_nodes(root)
     return tuple(
         node
@@ -95,8 +94,7 @@ def node_field(node: int, field: str, root: Path = ROOT) -> int:
 
 
 def node_available_bytes(node: int, root: Path = ROOT) -> int:
-    """Return the bytes of a node that are available without swapping: MemAvailable, which the kernel reports only for
-    the machine.
+    """Return the bytes of a node that are available without swapping, like the machine's MemAvailable.
 
     Free pages above the low watermark, plus page cache and reclaimable slabs less the part that the kernel keeps.
     """
@@ -194,8 +192,7 @@ def host_available_bytes(root: Path = ROOT) -> int:
 
 
 def cgroup_headroom_bytes(root: Path = ROOT) -> int | None:
-    """Return the bytes left under the memory limits of this process's cgroups (v1 and v2, all levels); None without a
-    limit.
+    """Return the bytes left under this process's cgroup limits (v1 and v2, all levels); None without a limit.
 
     Page cache counts as free, since the kernel drops it before it kills a process.
     """
@@ -314,8 +311,7 @@ def dax_device(device_number: int, root: Path = ROOT) -> DaxDevice | None:
 
 
 def dax_as_system_ram(name: str, root: Path = ROOT) -> int | None:
-    """Return the NUMA node of a dax device (such as "dax9.0") that the kernel uses as system memory; None if it does
-    not."""
+    """Return the NUMA node of a dax device (such as "dax9.0") in system-ram mode; None in another mode."""
     directory = root / "sys/bus/dax/devices" / name
     with suppress(OSError, ValueError):
         if os.path.basename(os.readlink(directory / "driver")) == "kmem":

@@ -169,8 +169,7 @@ def lookups(look: Mapping[str, Any]) -> dict[str, int]:
 
 
 def quantile(buckets: Mapping[str, int], q: float) -> float | None:
-    """Return the `q` quantile of copy durations in seconds, interpolated in a bucket as in Prometheus; None without
-    copies.
+    """Return the `q` quantile of copy durations in seconds, interpolated as in Prometheus; None without copies.
 
     Args:
         buckets: copies up to each bound, keyed by the bound as text.

@@ -135,8 +135,7 @@ def as_entries(sums: Sums) -> npt.NDArray[np.int64]:
 
 
 class Group(NamedTuple):
-    """One pool's share of a move: all its planes, each with the vector of its slots. All vectors have the same
-    pages."""
+    """One pool's share of a move: its planes, each with the vector of its slots; all vectors have equal pages."""
 
     sums: SectionSums
     planes: tuple[tuple[Plane, int], ...]

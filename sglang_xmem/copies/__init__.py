@@ -1,4 +1,4 @@
-"""Page copiers: one contract (`base`), ways to keep it, and the functions that pick one."""
+"""Page copiers: one contract (`base`), its implementations, and the functions that choose one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CopierName = Literal["auto", "cuda", "triton", "torch"]
 _NAMES = ("auto", "cuda", "triton", "torch")
-#: Settings of a direction that a copier has; the CUDA kernel has all fields of CudaTuning.
+#: Settings of a direction that a copier supports; the CUDA kernel supports all fields of CudaTuning.
 _SETTINGS: Mapping[str, tuple[str, ...]] = {"triton": ("ctas",), "torch": ()}
 
 Settings = Mapping[str, Any]
@@ -42,26 +42,26 @@ def make_copier(
     policy: CopyPolicy = CopyPolicy(),  # noqa: B008  (immutable)
     staging_bytes: int = 0,
 ) -> tuple[PageCopier, CopyError | None]:
-    """The page copier of a name, executed by whom the policy says.
+    """Make the page copier of a name, executed as the policy decides.
 
     Args:
         name: `auto` is `cuda` for pools on a GPU and `torch` for those on the CPU.
-        slabs: where frames lie.
+        slabs: memory of the frames.
         device: of the pools.
-        link: how the tier is reached, which picks the measured settings.
-        load, store: changes to the measured settings of a direction, fields of `tuning.CudaTuning`. The Triton kernel
-            has `ctas` alone, the torch copier none.
-        policy: other GPUs that execute copies, which the CUDA kernel alone can. Where `policy.runner` cannot and is not
-            required, the rank's own GPU executes them.
-        staging_bytes: of the GPU's memory, for loads from pinned host memory by copy engines: where the rank's own GPU
-            has the memory and copies alone. 0: none, as for all other slabs.
+        link: link to the tier, which selects the measured settings.
+        load, store: overrides of the measured settings of a direction, fields of `tuning.CudaTuning`. The Triton kernel
+            has only `ctas`, the torch copier none.
+        policy: other GPUs that execute copies, which only the CUDA kernel supports. If `policy.runner` cannot and is
+            not required, the rank's own GPU executes them.
+        staging_bytes: GPU staging memory for loads from pinned host memory by copy engines, if the rank's own GPU alone
+            copies. 0: none, as for all other slabs.
 
     Returns:
-        The copier, and why `policy.runner` does not execute, where it does not.
+        The copier, and the reason if `policy.runner` does not execute.
 
     Raises:
         ValueError: an unknown name, or slabs or a device that this copier is not for.
-        CopyError: settings that this copier does not have, or it cannot run on this machine as it has to.
+        CopyError: unsupported settings, or the copier cannot run on this machine as required.
     """
     if name not in _NAMES:
         raise ValueError(f"unknown copier {name!r}; known are {', '.join(_NAMES)}")
@@ -90,12 +90,12 @@ def make_program(
     policy: CopyPolicy = CopyPolicy(),  # noqa: B008  (immutable)
     staging_bytes: int = 0,
 ) -> tuple[PageCopier, Program, CopyError | None]:
-    """`make_copier` with its first program: also falls back where it is the pools that `policy.runner` cannot reach.
+    """As `make_copier`, with its first program: also falls back if `policy.runner` cannot access the pools.
 
-    Args: as `make_copier`'s and `PageCopier.compile`'s.
+    Args: see `make_copier` and `PageCopier.compile`.
 
     Returns:
-        The copier, the program, and why `policy.runner` does not execute, where it does not.
+        The copier, the program, and the reason if `policy.runner` does not execute.
     """
     settings: dict[str, Any] = {"link": link, "load": load, "store": store, "staging_bytes": staging_bytes}
     copier, reason = make_copier(name, slabs, device, policy=policy, **settings)
@@ -110,7 +110,7 @@ def make_program(
 
 
 def _check_settings(name: str, directions: Mapping[str, Settings]) -> None:
-    """Raises CopyError for settings that a copier does not have."""
+    """Raise CopyError for settings that a copier does not support."""
     has = _SETTINGS.get(name)
     if has is None:
         return
@@ -138,7 +138,7 @@ def _made(
             f"The copier {name!r} cannot run on another GPU; set copy.kernel to cuda, or "
             f"{'leave out dram.relays' if policy.relays else 'set peer.copy_on to rank'}."
         )
-    # Imported on use: none of them needs what another one needs.
+    # Imported on use: each has its own dependencies.
     if name == "torch":
         from sglang_xmem.copies.torch import TorchPageCopier
 
@@ -162,7 +162,7 @@ def _made(
 
 
 def _with_engines(kernel: CudaPageCopier, staging_bytes: int) -> PageCopier:
-    """A copier whose large loads copy engines make; the kernel's alone where the GPU cannot."""
+    """Wrap a copier so that copy engines make large loads; return it unchanged if the GPU cannot."""
     from sglang_xmem.copies.dma import DmaCopier, Gpu
     from sglang_xmem.tiers.hostmem import register_bytes
 
@@ -171,5 +171,5 @@ def _with_engines(kernel: CudaPageCopier, staging_bytes: int) -> PageCopier:
             raise CopyError("Streams of this GPU cannot wait for values.")
         return DmaCopier(kernel, Gpu(kernel.device), staging_bytes, register_bytes())
     except CopyError as error:
-        logger.info("sglang_xmem: all loads are made by the copy kernel and none by copy engines: %s", error)
+        logger.info("sglang_xmem: the copy kernel makes all loads instead of copy engines: %s", error)
         return kernel

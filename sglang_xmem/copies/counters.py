@@ -17,15 +17,15 @@ from sglang_xmem.errors import CopyError
 
 
 class LayerCounters:
-    """Counters of one load at a time. A later load may use them once the one before is complete.
+    """Counters of one load at a time. The next load may use them once the previous one is complete.
 
     Args:
         num_parts: parts of a load, such as layers.
-        device: the GPU that computes.
+        device: the rank's GPU.
         remote: another GPU copies.
 
     Raises:
-        CopyError: the driver does not give the memory.
+        CopyError: the memory cannot be allocated.
     """
 
     def __init__(self, num_parts: int, device: torch.device, *, remote: bool = False) -> None:
@@ -37,43 +37,43 @@ class LayerCounters:
             self._counters = torch.zeros(num_parts, dtype=torch.int32, device=device)
         except torch.OutOfMemoryError as error:
             raise CopyError(f"No memory for the counters of a load: {error}") from None
-        # Whoever waits may be on any stream, and must not see what was there before.
+        # Any stream may wait, and must not see the memory's previous contents.
         torch.cuda.current_stream(device).synchronize()
         self.address = self._counters.data_ptr()
-        #: What each counter reaches with the last announced load, modulo 2^32.
+        #: The value of each counter after the last announced load, modulo 2^32.
         self._target = 0
-        #: Stream that last waited for that load, and the part. Parts come in order, so it has seen those before too
-        #: and asks no more for any of them: SGLang waits for K and for V of each layer.
+        #: Stream that last waited for that load, and the part. Parts complete in order, so no further wait is needed up
+        #: to that part: SGLang waits for K and for V of each layer.
         self._waited = (0, -1)
         self._wait: Any = driver.cuStreamWaitValue32
         flags = driver.CUstreamWaitValue_flags
         self._flags = int(flags.CU_STREAM_WAIT_VALUE_GEQ)  # cyclic, so it may wrap around
-        #: Whether each wait flushes what other GPUs have written, which takes its time.
+        #: Whether each wait flushes writes of other GPUs, which costs time.
         self.flushes = remote and bool(gpus.attribute(_index(device), "CAN_FLUSH_REMOTE_WRITES"))
         if self.flushes:
-            # A GPU may reorder what others write to it. The copying GPU's fences order pages before counters; where the
-            # driver offers it too, so does the wait.
+            # A GPU may reorder writes of other GPUs. The copying GPU's fences order pages before counters; if the
+            # driver supports it, the wait does too.
             self._flags |= int(flags.CU_STREAM_WAIT_VALUE_FLUSH)
 
     def announce(self, raises: int) -> None:
-        """A load was enqueued that adds `raises` to each counter; waits from here on are for it."""
+        """Announce an enqueued load that adds `raises` to each counter; later waits are for it."""
         self._target = self.value_after(raises)
         self._waited = (0, -1)
 
     def value_after(self, raises: int) -> int:
-        """What each counter is to have when a load is complete that adds `raises`, for who writes it at once."""
+        """Return each counter's value after a load that adds `raises`, for a copier that writes values directly."""
         return (self._target + raises) & 0xFFFFFFFF
 
     def restore(self) -> None:
-        """After a load of which only a part was enqueued: the counters stand at the last announced load again.
+        """Restore the counters to the last announced load, after a load was enqueued only in part.
 
-        Behind what is on the device's current stream, which has to be all of that load.
+        Runs on the device's current stream, which must be ordered after all of that load.
         """
-        # As int32, which the counters are for torch.
+        # As int32, the counters' type in torch.
         self._counters.fill_(self._target - (1 << 32) if self._target >> 31 else self._target)
 
     def wait(self, part: int) -> None:
-        """Make the current stream of the device wait until a part of the last announced load is in place.
+        """Make the device's current stream wait until a part of the last announced load is in place.
 
         Raises:
             CopyError: the driver refuses; nothing waits then.
@@ -88,9 +88,9 @@ class LayerCounters:
 
 
 def supported(device: torch.device, copying_gpu: int | None = None) -> bool:
-    """Whether streams of this GPU can wait for values in memory that `copying_gpu`, if not itself, adds to.
+    """Whether streams of this GPU can wait for values that `copying_gpu` (or this GPU) adds to.
 
-    An addition that gets lost would let the forward pass wait forever: the copier has to have atomic ones.
+    A lost addition would block the forward pass forever, so the copying GPU needs atomic additions.
     """
     index = _index(device)
     if not gpus.attribute(index, "CAN_USE_64_BIT_STREAM_MEM_OPS"):

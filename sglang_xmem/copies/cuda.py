@@ -35,16 +35,16 @@ _MIN_CAPABILITY = (8, 0)
 
 
 class CudaPageCopier(PageCopier):
-    """Arguments as PageCopier's; slabs may lie anywhere the copying GPU can address, `device` is a GPU. And:
+    """Arguments as for PageCopier; slabs may be anywhere that the copying GPU can address, `device` is a GPU. And:
 
     Args:
-        link: how the tier is reached, which picks the default tuning.
-        load, store: settings of each direction, whole or as changes to the measured ones (fields of CudaTuning).
-        runs_on: CUDA ordinal of another GPU that runs the copies; all slabs are within its reach.
+        link: link to the tier, which selects the default tuning.
+        load, store: settings of each direction: a CudaTuning, or overrides of the measured one (its fields).
+        runs_on: CUDA ordinal of another GPU that executes the copies, and can access all slabs.
 
     Raises:
         ValueError: also for a device that is not a CUDA GPU.
-        CopyError: a GPU older than sm_80, no NVRTC or cuda-bindings, or a GPU that cannot reach the rank's memory.
+        CopyError: a GPU older than sm_80, no NVRTC or cuda-bindings, or a GPU that cannot access the rank's memory.
     """
 
     name = "cuda"
@@ -67,13 +67,13 @@ class CudaPageCopier(PageCopier):
         self._capability = (properties.major, properties.minor)
         if self._capability < _MIN_CAPABILITY:
             raise CopyError(
-                f"the copier 'cuda' needs a GPU of compute capability 8.0, and {self.runner} has "
+                f"the copier 'cuda' needs a GPU of compute capability 8.0, but {self.runner} has "
                 f"{properties.major}.{properties.minor}; set copy.kernel to 'triton'."
             )
         self._shared_bytes: int = properties.shared_memory_per_block_optin
         self._runs_on = runs_on
         if runs_on is not None:
-            # Vectors come from torch's allocator, as this does.
+            # Vectors come from torch's allocator too.
             give_access(runs_on, self.device)
             check_access(runs_on, self.device, [torch.zeros(1, device=self.device).data_ptr()])
         self._path = path_of(link, runs_on)
@@ -81,9 +81,9 @@ class CudaPageCopier(PageCopier):
         self._order = {
             direction: None if runs_on is None else CopyingGpu(runs_on, self.device) for direction in self._given
         }
-        # A direction's launches are one thread's at a time: they share events and a program's parameters.
+        # One thread at a time launches a direction: launches share events and a program's parameters.
         self._locks = {direction: threading.Lock() for direction in self._given}
-        #: How each direction of the last compiled program runs, for `describe`.
+        #: The tuning of each direction in the last compiled program, for `describe`.
         self.tunings = {direction: self._tuning(direction, [], VECTOR_BYTES) for direction in self._given}
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> CudaProgram:
@@ -106,27 +106,27 @@ class CudaPageCopier(PageCopier):
         return LayerCounters(num_parts, self.device, remote=self._runs_on is not None)
 
     def start(self, program: CudaProgram, pages: Sequence[Pages], *, load: bool, counters: int = 0) -> int:
-        """Enqueue a move behind what is on the current stream, which does not wait for it before `join`.
+        """Enqueue a move after the current stream's work; the stream does not wait for it before `join`.
 
-        For whoever calls from one thread at a time, and announces the load to whom the counters belong. `join` has to
-        follow, also where this raises.
+        For callers that use one thread at a time and announce the load to the counters. `join` must follow, even after
+        an exception.
 
         Args:
             counters: address of the first counter, 0 for none.
 
-        Returns: by how much the launch will raise each counter; 0 without a launch, where there are no pages.
+        Returns: the launch's increment of each counter; 0 without a launch, if there are no pages.
         """
         direction: Direction = "load" if load else "store"
         return program.kernels[direction].start(pages, counters, self._order[direction])
 
     def join(self, *, load: bool) -> None:
-        """Let the current stream go on behind what `start` enqueued."""
+        """Make the current stream wait for the move of `start`."""
         order = self._order["load" if load else "store"]
         if order is not None:
             order.end()
 
     def make_kernel(self, program: CudaProgram, direction: Direction) -> Kernel:
-        """The kernel of one direction of a program, ready to be launched."""
+        """Prepare the kernel of one direction of a program."""
         planes = [step.plane for step in program.steps]
         alignment = alignment_of(self.slabs, planes, VECTOR_BYTES)
         spaces: list[list[int]] = [[] for _ in range(program.num_vectors)]
@@ -136,10 +136,10 @@ class CudaPageCopier(PageCopier):
         return Kernel(program, tuning, alignment, self._capability, self.runner, load=direction == "load")
 
     def scatter(self, tuning: CudaTuning, alignment: int) -> tuple[CudaTuning, int]:
-        """The kernel for tables that are not a program's: its tuning where it cannot be as asked for, and its address.
+        """Load the kernel for separate tables; return its tuning, as far as it is supported, and its address.
 
         Args:
-            alignment: bytes, 1 to 16, that every address and size is a multiple of.
+            alignment: common alignment of all addresses and sizes, 1 to 16 bytes.
         """
         tuning = fit_tuning(
             tuning, capability=self._capability, max_shared_bytes=self._shared_bytes, alignment=alignment
@@ -148,7 +148,7 @@ class CudaPageCopier(PageCopier):
         return tuning, int(nvrtc.load(image, "page_copy", self.runner, tuning.shared_bytes))
 
     def _tuning(self, direction: Direction, spaces: Sequence[Sequence[int]], alignment: int) -> CudaTuning:
-        """What runs, which is what was asked for unless that cannot run here."""
+        """Return the requested tuning, adapted to this GPU if necessary."""
         tuning = self._given[direction]
         if not isinstance(tuning, CudaTuning):
             tuning = dataclasses.replace(default_tuning(direction, self._path, spaces, alignment), **tuning)
@@ -166,7 +166,7 @@ class CudaPageCopier(PageCopier):
 
 
 class CudaProgram(Program):
-    """A program with a kernel, a table of planes and a buffer of parameters for each direction."""
+    """A program with a kernel, a table of planes and a parameter buffer per direction."""
 
     def __init__(self, copier: CudaPageCopier, steps: Sequence[Step], num_parts: int) -> None:
         super().__init__(copier, steps, num_parts)
@@ -175,17 +175,17 @@ class CudaProgram(Program):
 
 @functools.cache
 def _image(tuning: CudaTuning, alignment: int, capability: tuple[int, int]) -> bytes:
-    """The kernel's image; a scheduler thread that compiles another program for it reads no file."""
+    """Cache the kernel's image, so that compiling another program on the scheduler thread reads no file."""
     return nvrtc.build(source(_SOURCE_FILE), _SOURCE_FILE, tuning.macros(alignment), capability)
 
 
 class Kernel:
-    """One direction's kernel with everything that does not change from launch to launch.
+    """One direction's kernel with everything that is constant across launches.
 
     Args:
-        program: whose steps it copies.
+        program: source of the steps.
         tuning: one that fits the GPU.
-        alignment: bytes, 1 to 16, that every address and size is a multiple of.
+        alignment: common alignment of all addresses and sizes, 1 to 16 bytes.
         capability: of the GPU.
         runner: the GPU.
         load: the direction.
@@ -207,7 +207,7 @@ class Kernel:
         self._threads = 32 * tuning.warps
         self._work = Work(program.steps, tuning, alignment)
         records = bytearray().join(record(step, tuning, alignment) for step in program.steps) or bytearray(64)
-        # On the GPU that reads it, for which every tile's record would else be a read over the link.
+        # On the GPU that reads it; otherwise each tile's record would be a read over the link.
         self._table = nvrtc.upload(records, runner)
         self._parameters = Parameters(self._table.data_ptr(), len(program.steps), program.num_parts, load=load)
 
@@ -215,7 +215,7 @@ class Kernel:
         """Enqueue a launch: see CudaPageCopier.start.
 
         Args:
-            order: where another GPU than the rank's runs the kernel.
+            order: stream order, if another GPU than the rank's runs the kernel.
 
         Raises:
             CopyError: the driver refuses it; nothing is enqueued.

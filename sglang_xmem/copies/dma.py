@@ -1,13 +1,13 @@
 """Loads from host memory by the GPU's copy engines, which need no multiprocessor while the forward pass computes.
 
-A persistent attention kernel has one block on every multiprocessor, and none of them ends before all have begun: blocks
-of a copy kernel that stay for a whole load keep such a kernel from starting. A copy engine also has more of the link.
+A persistent attention kernel has one block on every multiprocessor, and no block ends before all have started. Blocks
+of a copy kernel that run for a whole load keep such a kernel from starting. A copy engine also uses more of the link.
 
-Engines cannot look up slots, which are known on the GPU alone. So a load is cut into *chunks*: the bytes of one *piece*
-(the planes of some consecutive parts that belong to one vector) of some pages. A chunk is copied into a staging buffer,
-one 2D copy for each run of frames that lie side by side, and a short launch of the copy kernel behind it brings the
-rows into their slots. Chunks use the staging buffers round-robin, each with a stream of its own, so that the link does
-not wait for multiprocessors. Launches run in the order of chunks; behind the last one of a part its counter is written.
+Engines cannot look up slots, which are only on the GPU. So a load is divided into *chunks*: the bytes of one *piece*
+(the planes of some consecutive parts and one vector) of some pages. A chunk is copied to a staging buffer by one 2D
+copy per run of adjacent frames; then a short launch of the copy kernel moves its rows to their slots. Chunks use the
+staging buffers round-robin, each with its own stream, so that the link does not wait for multiprocessors. Launches run
+in the order of chunks; a part's counter is written after its last launch.
 """
 
 from __future__ import annotations
@@ -37,37 +37,38 @@ logger = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
-#: Staging buffers: one is filled while the other one waits for multiprocessors and is emptied.
+#: Staging buffers: one is filled while the other one is emptied.
 BUFFERS: Final = 2
-#: Bytes of a load below which a launch's latency decides, and the kernel alone is as fast.
+#: Bytes of a load below which launch latency dominates, and the kernel is as fast.
 MIN_LOAD_BYTES = 16 << 20
-#: Parts are put together until a chunk has so many bytes: 0.15 ms of a PCIe link, against some microseconds of calls.
+#: Minimum bytes of a chunk, to which parts are combined: 0.15 ms of a PCIe link, compared with some microseconds of
+#:     calls.
 MIN_CHUNK_BYTES = 8 << 20
-#: Bytes that a row and a copy have on average at least; a copy engine is slow with shorter ones (docs/performance.md).
+#: Minimum average bytes of a row and of a copy; a copy engine is slow with shorter ones (docs/performance.md).
 MIN_ROW_BYTES = 8 << 10
 MIN_COPY_BYTES = 1 << 20
-#: Calls of the driver that a load makes at most, on the scheduler thread.
+#: Maximum driver calls of a load, on the scheduler thread.
 MOST_CALLS = 700
-#: Parts of a load at most: their counters go into one call, which takes 256 operations.
+#: Maximum parts of a load: one call, of at most 256 operations, writes their counters.
 MOST_PARTS = 250
-#: Bytes between two planes that are copied along rather than by a copy of their own.
+#: Gaps of at most these bytes between two planes are copied too, instead of making two copies.
 _GAP = 512
-#: Rows of a chunk at most, and bytes of a frame, which the driver limits.
+#: Maximum rows of a chunk, and bytes of a frame; limits of the driver.
 _MOST_ROWS = 1 << 16
 _MOST_FRAME_BYTES = (1 << 31) - 1
-#: Loads in a row that the driver refuses before no more are tried.
+#: Number of refused loads in a row after which the kernel makes all loads.
 _MOST_REFUSALS = 3
-#: Of the kernel behind each chunk. More blocks end sooner and are more in the way of the forward pass.
+#: Tuning of the kernel after each chunk. More blocks end sooner, but disturb the forward pass more.
 SCATTER: Final = DEFAULT_TUNING["load", "pcie"]
 
 _UNIFIED: Final = 4  # CU_MEMORYTYPE_UNIFIED
 _WRITE: Final = 2  # CU_STREAM_MEM_OP_WRITE_VALUE_32
-#: Words of 8 bytes of CUDA_MEMCPY2D, CUstreamBatchMemOpParams, and the copy kernel's parameters.
+#: 8-byte words of CUDA_MEMCPY2D, CUstreamBatchMemOpParams, and the copy kernel's parameters.
 _COPY_WORDS, _OPERATION_WORDS, _PARAMETER_WORDS = 16, 6, PARAMETERS_BYTES // 8
 
 
 class Gpu:
-    """The calls that a load makes, for addresses rather than Python objects, on a stream for each staging buffer.
+    """The driver calls of a load, with addresses instead of Python objects, on one stream per staging buffer.
 
     Args:
         device: a GPU.
@@ -85,7 +86,7 @@ class Gpu:
             self._launch = library.cuLaunchKernel
             self._record, self._wait = library.cuEventRecord, library.cuStreamWaitEvent
         except (OSError, AttributeError) as error:
-            raise CopyError(f"The driver has no call for copies by engines: {error}") from None
+            raise CopyError(f"The driver lacks a call for copies by engines: {error}") from None
         word, pointer = ctypes.c_uint, ctypes.c_void_p
         self._copy.argtypes = [pointer, pointer]
         self._batch.argtypes = [pointer, word, pointer, word]
@@ -95,33 +96,33 @@ class Gpu:
         self._handles = [stream.cuda_stream for stream in self._streams]
         self._before = torch.cuda.Event()
         self._after = [torch.cuda.Event() for _ in range(BUFFERS)]
-        #: Behind the last chunk of each stream. One that was recorded has a handle.
+        #: Events after the last chunk of each stream. A recorded event has a handle.
         self._chunks = [torch.cuda.Event() for _ in range(BUFFERS)]
         for stream, event in zip(self._streams, self._chunks, strict=True):
             event.record(stream)
         self._events = [event.cuda_event for event in self._chunks]
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Memory, uint8 (nbytes,), that nothing else on the GPU uses.
+        """Allocate memory, uint8 (nbytes,), that no enqueued work uses.
 
         Raises:
-            CopyError: there is no memory.
+            CopyError: the GPU has too little free memory.
         """
         try:
             memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError:
             raise CopyError(f"The GPU has no {nbytes >> 20} MiB free.") from None
-        # What was there before may still be in use.
+        # Enqueued work may still use the memory's previous contents.
         torch.cuda.current_stream(self._device).synchronize()
         return memory
 
     def upload(self, content: bytearray) -> torch.Tensor:
-        """Bring bytes to the GPU; launches on any stream find them there. Waits for that."""
+        """Copy bytes to the GPU and wait, so that launches on any stream can use them."""
         return nvrtc.upload(content, self._device)
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
-        """Put what is enqueued meanwhile behind the current stream's head, and let that stream go on behind it."""
+        """Order the block's work after the current stream's, and the current stream's later work after it."""
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream(self._device)
             self._before.record(current)
@@ -141,13 +142,13 @@ class Gpu:
             raise CopyError(f"The driver refuses a copy of rows (CUDA error {status}).")
 
     def follow(self, turn: int) -> None:
-        """Put what follows on a stream behind the last chunk of the one before, by `done`."""
+        """Order a stream after the previous stream's last chunk, by `done`."""
         status = self._wait(self._handles[turn], self._events[turn - 1], 0)
         if status:
             raise CopyError(f"The driver refuses to order a load's copies (CUDA error {status}).")
 
     def done(self, turn: int) -> None:
-        """Hear that a chunk is enqueued as a whole."""
+        """Record that a chunk is enqueued completely."""
         status = self._record(self._events[turn], self._handles[turn])
         if status:
             raise CopyError(f"The driver refuses to order a load's copies (CUDA error {status}).")
@@ -168,12 +169,12 @@ class Gpu:
 
 
 class Piece(NamedTuple):
-    """Planes of one vector in some consecutive parts, and where they are in a frame and in a row of staging memory.
+    """Planes of one vector in some consecutive parts, and their places in a frame and in a staging row.
 
     Attributes:
-        vector: of all of them.
-        group: number of the parts that they are of.
-        steps: as in the program; their planes' offsets are those in a row.
+        vector: of all planes.
+        group: number of the group of parts.
+        steps: as in the program; the planes' offsets are in a row.
         segments: offset in the frame, bytes, and offset in the row, of each range of bytes.
     """
 
@@ -184,16 +185,16 @@ class Piece(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
+        """Return the bytes of a row."""
         return sum(nbytes for _, nbytes, _ in self.segments)
 
 
 def pieces_of(steps: Sequence[Step], parts_in_group: int) -> tuple[list[Piece], list[int]]:
-    """Put steps together by parts and vectors.
+    """Combine steps by parts and vectors.
 
     Args:
         steps: sorted by part.
-        parts_in_group: parts with steps whose bytes are one piece for each vector.
+        parts_in_group: number of parts with steps that form one piece per vector.
 
     Returns: the pieces, sorted by group; and the first part of each group.
     """
@@ -221,7 +222,7 @@ def pieces_of(steps: Sequence[Step], parts_in_group: int) -> tuple[list[Piece], 
 
 
 class Layout:
-    """The pieces of a program for loads of some size, as arrays with an element for each piece, and its tables.
+    """The pieces of a program for loads of some size, as arrays with one element per piece, and their tables.
 
     Args:
         pieces, first_parts: from `pieces_of`.
@@ -244,26 +245,26 @@ class Layout:
         self.vector = _ints(piece.vector for piece in pieces)
         self.group = _ints(piece.group for piece in pieces)
         self.planes = _ints(len(piece.steps) for piece in pieces)
-        #: Of each piece, the first one's record in the table.
+        #: For each piece, its first record in the table.
         self.first = np.cumsum(self.planes) - self.planes
         self.row_bytes = _ints(piece.row_bytes for piece in pieces)
         self.most_rows = np.minimum(buffer_bytes // self.row_bytes, _MOST_ROWS)
         self.fits = bool((self.most_rows > 0).all())
-        #: What the kernel counts its work by, for each row.
+        #: The kernel's tile counts per row.
         self.units = _ints(
             sum(tuning.pieces(step.plane.unit_bytes, alignment)[0] for step in piece.steps) for piece in pieces
         )
         self.segments = _ints(len(piece.segments) for piece in pieces)
         self.first_segment = np.cumsum(self.segments) - self.segments
         self.segment = np.array([segment for piece in pieces for segment in piece.segments], dtype=np.int64)
-        #: Group that each part is of, or that comes before it; -1 before the first.
+        #: Group of each part, or the group before it; -1 before the first.
         self.group_of_part = np.searchsorted(np.array(first_parts), np.arange(num_parts), side="right") - 1
-        #: Address of each buffer's table, and of the rows' offsets for each piece, when they are uploaded.
+        #: Addresses of each buffer's table and of each piece's row offsets, once uploaded.
         self.tables = np.zeros(BUFFERS, dtype=np.int64)
         self.rows = np.zeros(len(pieces), dtype=np.int64)
 
     def records(self, buffers: Sequence[int], tuning: CudaTuning, alignment: int) -> list[bytes]:
-        """The table for each staging buffer, by their addresses: a plane is at its offset in a row of the buffer."""
+        """Make the table of each staging buffer, by its address: a plane is at its offset in a row of the buffer."""
         steps = [Step(step.plane, 0, 0) for piece in self.pieces for step in piece.steps]
         table = np.frombuffer(b"".join(record(step, tuning, alignment) for step in steps), dtype=np.uint64)
         first = np.zeros((len(steps), RECORD_BYTES // 8), dtype=np.uint64)
@@ -280,7 +281,7 @@ class DmaProgram(Program):
 
     Attributes:
         by_kernel: the kernel's program.
-        layouts: by the logarithm of the number of parts of a group; empty where engines cannot load these planes.
+        layouts: by the logarithm of the number of parts per group; empty if engines cannot load these planes.
     """
 
     def __init__(self, copier: DmaCopier, steps: Sequence[Step], num_parts: int) -> None:
@@ -302,7 +303,7 @@ class DmaProgram(Program):
         self._upload(copier, alignment)
 
     def _upload(self, copier: DmaCopier, alignment: int) -> None:
-        """Bring all tables to the GPU at once."""
+        """Copy all tables to the GPU at once."""
         content, at = bytearray(), []
         widths: dict[int, int] = {}
         for layout in self.layouts:
@@ -323,7 +324,7 @@ class DmaProgram(Program):
             layout.rows = _ints(base + widths[width] for width in layout.row_bytes.tolist())
 
     def layout_for(self, nbytes: int, buffer_bytes: int) -> Layout | None:
-        """The layout for a load of so many bytes; None where engines cannot load these planes."""
+        """Return the layout for a load of `nbytes`; None if engines cannot load these planes."""
         if not self.layouts:
             return None
         wanted = min(MIN_CHUNK_BYTES, buffer_bytes) * self.parts // max(nbytes, 1)
@@ -331,15 +332,16 @@ class DmaProgram(Program):
 
 
 class Plan(NamedTuple):
-    """The calls of a load: for each chunk its copies, its launch and its operations.
+    """The calls of a load: copies, launch and operations of each chunk.
 
     Attributes:
-        copies: CUDA_MEMCPY2D each.
-        copies_of: copies of each chunk.
+        copies: one CUDA_MEMCPY2D each.
+        copies_of: number of copies per chunk.
         parameters, pointers: of each chunk's launch, and their addresses.
         grids: blocks of each.
         operations: CUstreamBatchMemOpParams: the writes of counters.
-        operations_of: how many there are before the first chunk, where the first parts have no pages; and behind each.
+        operations_of: number of operations before the first chunk (for first parts without pages), and after each
+            chunk.
     """
 
     copies: Words
@@ -352,10 +354,10 @@ class Plan(NamedTuple):
 
 
 class Frames:
-    """Slabs, sorted, to find runs of frames.
+    """Sorted slabs, to find runs of frames.
 
     Args:
-        seam_bytes: memory is pinned in pieces of so many bytes; a copy within one of them is always allowed.
+        seam_bytes: memory is pinned in pieces of this size; a copy within one piece is always allowed.
     """
 
     def __init__(self, slabs: Sequence[Slab], seam_bytes: int) -> None:
@@ -366,7 +368,7 @@ class Frames:
         self.largest = int(self._bytes.max())
 
     def runs(self, addresses: Ints) -> tuple[npt.NDArray[np.bool_], Ints]:
-        """Whether each frame does not lie behind the one before it, and the bytes from one frame to the next there."""
+        """Report for each frame whether it starts a new run, and the distance of adjacent frames there, in bytes."""
         slab = np.searchsorted(self._starts, addresses, side="right") - 1
         pitch = self._bytes[slab]
         begins = np.ones(len(addresses), dtype=np.bool_)
@@ -376,13 +378,13 @@ class Frames:
 
 
 class DmaCopier(PageCopier):
-    """A copier whose large loads are made by copy engines, and all else by the kernel.
+    """A copier with large loads by copy engines, and all other moves by the kernel.
 
     Args:
-        kernel: of the rank's own GPU; its slabs are pinned host memory.
+        kernel: copier of the rank's own GPU; its slabs are pinned host memory.
         gpu: the GPU's calls.
-        staging_bytes: of all staging buffers together.
-        seam_bytes: as `Frames`'.
+        staging_bytes: total of all staging buffers.
+        seam_bytes: see `Frames`.
 
     Raises:
         CopyError: the GPU has no memory for staging.
@@ -402,7 +404,7 @@ class DmaCopier(PageCopier):
         self.buffers = [start + number * self.buffer_bytes for number in range(BUFFERS)]
         self._lock = threading.Lock()
         self._refusals = 0
-        #: Loads by either way.
+        #: Number of loads by engines and by the kernel.
         self.loads = {"engines": 0, "kernel": 0}
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> DmaProgram:
@@ -443,7 +445,7 @@ class DmaCopier(PageCopier):
         counters: LayerCounters | None,
         addresses: Sequence[Ints],
     ) -> bool:
-        """Enqueue a load, unless the kernel is better for it or the driver refuses."""
+        """Enqueue a load, unless the kernel is faster for it or the driver refuses."""
         nbytes = total_bytes(program, pages)
         if nbytes < MIN_LOAD_BYTES or self._refusals >= _MOST_REFUSALS:
             return False
@@ -464,7 +466,7 @@ class DmaCopier(PageCopier):
                     self._enqueue(program, plan)
             except CopyError as error:
                 self._refusals += 1
-                logger.warning("sglang_xmem: a load by copy engines is made by the copy kernel instead: %s", error)
+                logger.warning("sglang_xmem: the copy kernel makes a load instead of copy engines: %s", error)
                 if counters is not None:
                     counters.restore()
                 return False
@@ -503,15 +505,15 @@ class DmaCopier(PageCopier):
         counters: LayerCounters | None,
         addresses: Sequence[Ints],
     ) -> Plan | None:
-        """Work out all calls of a load; None where there are too many, or rows are too short."""
-        # All vectors' frames, one behind the other.
+        """Plan all calls of a load; None if there are too many, or rows are too short."""
+        # All vectors' frames, concatenated.
         counts = _ints(one.frames.numel() for one in pages)
         base = np.cumsum(counts) - counts
         frames = np.concatenate(addresses)
         begins, frame_pitch = self._frames.runs(frames)
         runs = np.flatnonzero(begins)
 
-        # Chunks: of each piece, equal shares of its pages.
+        # Chunks: equal shares of each piece's pages.
         in_piece = counts[layout.vector]
         chunks_of = -(-in_piece // layout.most_rows)
         rows = -(-in_piece // np.maximum(chunks_of, 1))
@@ -557,7 +559,7 @@ class DmaCopier(PageCopier):
         slots = _ints(one.slots.data_ptr() for one in pages)
         strides = _ints(one.slots.stride(0) for one in pages)
         parameters[:, 0] = layout.tables[turn] + RECORD_BYTES * layout.first[piece]
-        parameters[:, 1] = layout.planes[piece] | 1 << 32  # and that it is a load
+        parameters[:, 1] = layout.planes[piece] | 1 << 32  # and the direction, a load
         parameters[:, 4] = layout.rows[piece]
         parameters[:, 5] = slots[vector] + 8 * strides[vector] * first_page
         parameters[:, 6] = strides[vector]
@@ -572,11 +574,11 @@ class DmaCopier(PageCopier):
 
 
 def _operations(layout: Layout, chunks_of: Ints, counters: LayerCounters | None) -> tuple[Words, Ints]:
-    """The writes of a load's counters, and how many there are before the first chunk and behind each."""
+    """Make the writes of a load's counters, and their number before the first chunk and after each chunk."""
     chunks = int(chunks_of.sum())
     if counters is None:
         return np.zeros((0, _OPERATION_WORDS), dtype=np.uint64), np.zeros(chunks + 1, dtype=np.int64)
-    # A part is in place with the last chunk of its group, or of those before.
+    # A part is in place after the last chunk of its group, or of an earlier group.
     ends = np.cumsum(np.bincount(layout.group, weights=chunks_of, minlength=layout.num_groups)).astype(np.int64)
     behind = np.where(layout.group_of_part >= 0, ends[layout.group_of_part], 0)
     operations = np.zeros((len(behind), _OPERATION_WORDS), dtype=np.uint64)
@@ -587,6 +589,6 @@ def _operations(layout: Layout, chunks_of: Ints, counters: LayerCounters | None)
 
 
 def _expand(lengths: Ints) -> tuple[Ints, Ints]:
-    """For each element of groups one behind the other: its group, and its number in it."""
+    """For each element of concatenated groups, return its group and its number in it."""
     group = np.repeat(np.arange(len(lengths)), lengths)
     return group, np.arange(len(group)) - (np.cumsum(lengths) - lengths)[group]

@@ -1,4 +1,4 @@
-"""What is copied, as numbers: planes on the device, slabs of frames in the tier. Imports no torch."""
+"""Geometry of copies: planes on the device, slabs of frames in the tier. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 #: Largest unit, in bytes.
 MAX_UNIT_BYTES: Final = 64 << 20
-#: Vectors of pages that one move has at most.
+#: Maximum vectors of pages in one move.
 MAX_VECTORS: Final = 16
 #: Slots (token numbers) are below this.
 MAX_SLOT: Final = 1 << 40
@@ -17,14 +17,14 @@ MAX_DIVISOR: Final = 1 << 24
 
 
 class Plane(NamedTuple):
-    """One array on the device of which a page has one contiguous unit.
+    """One array on the device in which each page has one contiguous unit.
 
     Attributes:
         device_address: of unit 0.
         device_stride: bytes from one unit to the next, at least unit_bytes.
-        device_units: units that the device array has.
-        offset: of this plane's unit in its frame, bytes.
-        unit_bytes: of a unit, contiguous on both sides; 1 to MAX_UNIT_BYTES.
+        device_units: number of units in the device array.
+        offset: offset of this plane's unit in its frame, in bytes.
+        unit_bytes: bytes of a unit, contiguous on both sides; 1 to MAX_UNIT_BYTES.
         divisor: the unit of a slot is number slot // divisor (the page size; 1 for Mamba states).
     """
 
@@ -37,7 +37,7 @@ class Plane(NamedTuple):
 
     @property
     def device_bytes(self) -> int:
-        """From the first byte of unit 0 to the last byte of the last unit."""
+        """Return the bytes from the first byte of unit 0 to the last byte of the last unit."""
         return (self.device_units - 1) * self.device_stride + self.unit_bytes
 
     def check(self, slabs: Iterable[Slab]) -> None:
@@ -57,7 +57,7 @@ class Plane(NamedTuple):
 
 
 class Slab(NamedTuple):
-    """Frames in one range of addresses, one behind the other: frame i is at address + i * frame_bytes."""
+    """Contiguous frames in one range of addresses: frame i is at address + i * frame_bytes."""
 
     address: int
     frames: int
@@ -65,7 +65,7 @@ class Slab(NamedTuple):
 
 
 def alignment_of(slabs: Iterable[Slab], planes: Iterable[Plane], most: int) -> int:
-    """Largest divisor of `most` that divides every address and size of a copy between frames and planes, in bytes."""
+    """Return the largest divisor of `most` (bytes) that divides all addresses and sizes of a copy."""
     numbers = [most]
     for slab in slabs:
         numbers += [slab.address, slab.frame_bytes if slab.frames > 1 else 0]

@@ -1,4 +1,4 @@
-"""CUDA sources compiled on the user's machine: NVRTC to a cubin, a cache of cubins on disk, and the loader.
+"""Compile CUDA sources on the user's machine: NVRTC to a cubin, a disk cache of cubins, and the loader.
 
 NVRTC comes with torch's CUDA wheels, so neither nvcc nor a toolkit is needed. `torch` and `cuda.bindings` are
 imported on use: importing this module costs nothing on a machine without a GPU.
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: A cache file is this, the SHA-256 of the rest, and the image: what a crash or a full disk left behind is not loaded.
+#: A cache file is this magic, the SHA-256 of the rest, and the image, so that a truncated file is not loaded.
 _MAGIC = b"sglang_xmem image 1\n"
 
 
 def build(source: str, name: str, macros: Mapping[str, int], capability: tuple[int, int]) -> bytes:
-    """Image of a CUDA source for GPUs of one compute capability, from the cache or compiled now.
+    """Return the image of a CUDA source for a compute capability, from the cache or compiled now.
 
     Args:
         source: CUDA C++ text.
-        name: file name that messages show.
+        name: file name for messages.
         macros: preprocessor definitions.
         capability: (major, minor) of the GPU.
 
     Returns: a cubin, or PTX text if NVRTC is older than the GPU's generation.
 
     Raises:
-        CopyError: NVRTC is missing, does not know an architecture old enough, or refuses the source.
+        CopyError: NVRTC is missing, does not support the architecture, or refuses the source.
     """
     nvrtc = _bindings("nvrtc")
     try:
         version = _checked(nvrtc, nvrtc.nvrtcVersion())
         supported = _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())
     except RuntimeError as error:  # cuda-bindings' "no such library", of several classes; CopyError is one too
-        raise CopyError(f"NVRTC, which compiles the copy kernel, cannot be used: {error}") from error
+        raise CopyError(f"NVRTC, which compiles the copy kernel, is unavailable: {error}") from error
     options = [f"--gpu-architecture={_architecture(capability, supported)}", "--std=c++17"]
     options += [f"-D{key}={value}" for key, value in sorted(macros.items())]
 
@@ -56,7 +56,7 @@ def build(source: str, name: str, macros: Mapping[str, int], capability: tuple[i
     try:
         path = cache_dir() / f"{Path(name).stem}-{key}.bin"
     except CacheError as error:
-        logger.warning("sglang_xmem: kernels are compiled at each start: %s", error)
+        logger.warning("sglang_xmem: kernels are recompiled at each start: %s", error)
         return _compile(nvrtc, source, name, options)
     image = _read(path)
     if image is None:
@@ -66,10 +66,9 @@ def build(source: str, name: str, macros: Mapping[str, int], capability: tuple[i
 
 
 def upload(content: bytearray, device: torch.device) -> torch.Tensor:
-    """Bring a kernel's constant table to a GPU, uint8 (n,); launches on any stream find it there.
+    """Copy a kernel's constant table to a GPU, uint8 (n,), and wait, so that launches on any stream can use it.
 
-    It goes on a stream of its own, so that nobody waits for more than these bytes: the scheduler thread may have a
-    forward pass on the current one.
+    Uses a separate stream, so that the wait is only for these bytes: the current stream may have a forward pass.
     """
     import torch
 
@@ -89,15 +88,15 @@ def _uploads(device: torch.device) -> torch.cuda.Stream:
 
 @functools.cache
 def load(image: bytes, symbol: str, device: torch.device, shared_bytes: int = 0) -> Any:
-    """Make a kernel of a compiled image callable in the primary context of `device`, the one that torch uses.
+    """Load a kernel of a compiled image into the primary context of `device`, which torch uses.
 
     Args:
         image: cubin or PTX.
         symbol: the kernel's (extern "C") name.
         shared_bytes: dynamic shared memory of a launch.
 
-    Returns: a CUfunction. Its library stays loaded for the life of the process: unloading one while a launch is in
-        flight is an error, and the cache keeps them to one for each kind of kernel and GPU.
+    Returns: a CUfunction. Its library stays loaded for the life of the process: unloading during a launch is an error,
+        and the cache limits them to one per kind of kernel and GPU.
 
     Raises:
         CopyError: the driver refuses the image, or the shared memory.
@@ -106,7 +105,7 @@ def load(image: bytes, symbol: str, device: torch.device, shared_bytes: int = 0)
 
     driver = _bindings("driver")
     with torch.cuda.device(device):
-        torch.cuda.current_stream(device).synchronize()  # creates the context if nothing has, and makes it current
+        torch.cuda.current_stream(device).synchronize()  # creates the context if necessary, and makes it current
         library = _checked(driver, driver.cuLibraryLoadData(image, [], [], 0, [], [], 0))
         kernel = _checked(driver, driver.cuLibraryGetKernel(library, symbol.encode()))
         function = _checked(driver, driver.cuKernelGetFunction(kernel))
@@ -133,7 +132,7 @@ def launch(
         shared_bytes: dynamic shared memory of a block.
         stream: of `device`, as an address.
         parameters: address of the array of the parameters' addresses; read during the call.
-        device: whose context is current, or was when this thread last used CUDA, as a rule.
+        device: its context usually is, or last was, this thread's current one.
 
     Raises:
         CopyError: the driver refuses; nothing is enqueued.
@@ -143,13 +142,13 @@ def launch(
     if status.value:
         import torch
 
-        # This thread may have no CUDA context yet, or another GPU's. Finding out only now keeps that question out of
+        # This thread may have no CUDA context yet, or another GPU's. Checking only after a failure saves the check in
         # every other launch. torch.cuda.device alone would not create a context.
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).query()
             (status,) = call(function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, 0)
     if status.value:
-        raise CopyError(f"The driver refuses to launch a kernel of copies or sums: {status.name}.")
+        raise CopyError(f"The driver refuses to launch a copy or checksum kernel: {status.name}.")
 
 
 @functools.cache
@@ -158,7 +157,7 @@ def _cu_launch_kernel() -> Any:
 
 
 def _bindings(name: str) -> Any:
-    """Module `cuda.bindings.<name>`."""
+    """Import module `cuda.bindings.<name>`."""
     import importlib
 
     try:
@@ -168,7 +167,7 @@ def _bindings(name: str) -> Any:
 
 
 def _checked(module: Any, answer: tuple[Any, ...]) -> Any:
-    """Result of a cuda-bindings call, whose answers are (status, result, ...): nothing, one value or a tuple.
+    """Return the results of a cuda-bindings call, (status, result, ...): None, one value or a tuple.
 
     Raises:
         CopyError: any status but success.
@@ -180,9 +179,9 @@ def _checked(module: Any, answer: tuple[Any, ...]) -> Any:
 
 
 def _architecture(capability: tuple[int, int], supported: list[int]) -> str:
-    """NVRTC's name of the newest target that runs on a GPU.
+    """Return NVRTC's name of the newest target for a GPU.
 
-    A cubin runs on the same major number with an equal or higher minor one; across majors the driver has to compile.
+    A cubin runs on the same major version with an equal or higher minor one; for another major the driver must compile.
     """
     major, minor = capability
     best = max((arch for arch in supported if arch <= 10 * major + minor), default=None)
@@ -214,19 +213,19 @@ def _compile(nvrtc: Any, source: str, name: str, options: list[str]) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """Image of a cache file; None if there is no whole one that is the user's own."""
+    """Read the image of a cache file; None if it is missing, incomplete, or others can write to it."""
     content = read_own(path)
     if content is None:
         return None
     digest, image = content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
     if not content.startswith(_MAGIC) or hashlib.sha256(image).digest() != digest:
-        logger.warning("sglang_xmem: %s is damaged and will be written anew", path)
+        logger.warning("sglang_xmem: %s is damaged and will be rewritten", path)
         return None
     return image
 
 
 def _write(path: Path, image: bytes) -> None:
-    """Put an image into the cache, in one step as other processes see it; failure costs only the next start's time."""
+    """Write an image to the cache atomically; after a failure the next start recompiles."""
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -234,7 +233,7 @@ def _write(path: Path, image: bytes) -> None:
             file.write(_MAGIC + hashlib.sha256(image).digest() + image)
         os.replace(temporary, path)
     except OSError as error:
-        logger.info("sglang_xmem: compiled kernel not kept in %s: %s", path.parent, error)
+        logger.info("sglang_xmem: compiled kernel not cached in %s: %s", path.parent, error)
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)

@@ -1,4 +1,4 @@
-"""Who executes a rank's copies: the one place that decides, from facts of the memory, settings and the machine."""
+"""Decide which GPU executes a rank's copies, from facts of the memory, the settings and the machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sglang_xmem.tiers.base import Region, Traits
 
 
 class CopyPolicy(NamedTuple):
-    """Who executes copies.
+    """The GPUs that execute copies.
 
     Attributes:
         runner: CUDA ordinal of another GPU that executes them; None: the rank's own, or the CPU.
-        required: the user asked for that; else the rank's own GPU executes them where the other one cannot.
-        relays: CUDA ordinals of GPUs that each move a share of every copy through a link of their own.
+        required: the user requires `runner`; otherwise the rank's own GPU executes them if the other one cannot.
+        relays: CUDA ordinals of GPUs that each move a share of every copy through their own link.
     """
 
     runner: int | None = None
@@ -25,14 +25,14 @@ class CopyPolicy(NamedTuple):
 
 
 def decide(traits: Traits, settings: Any, region: Region, rank_gpu: int | None) -> CopyPolicy:
-    """Who executes the copies between a region and a rank's GPU.
+    """Decide the policy of copies between a region and a rank's GPU.
 
     Args:
-        settings: of the tier. `copy_on` ("auto", "rank" or "peer") and `gpus` of a tier in GPUs' memory, `relays` of
-            one in the host's.
+        settings: of the tier: `copy_on` ("auto", "rank" or "peer") and `gpus` of a tier in GPU memory, `relays` of a
+            tier in host memory.
 
     Raises:
-        Unavailable: the user asked for a GPU that cannot.
+        Unavailable: the user requires a GPU that cannot copy.
     """
     if rank_gpu is None:
         return CopyPolicy()
@@ -45,9 +45,9 @@ def decide(traits: Traits, settings: Any, region: Region, rank_gpu: int | None) 
     first = region.gpus[0]
     problem = None
     if first not in region.reachable_from:
-        problem = f"GPU {first}, which peer.copy_on names, does not reach GPU {rank_gpu} and all of its peers"
+        problem = f"GPU {first}, selected by peer.copy_on, cannot access GPU {rank_gpu} and all of its peers"
     elif settings.gpus is not None and (use := gpus.foreign_use(first)) is not None:
-        # Whoever else computes there, and the copies, would be in each other's way. A GPU that nobody named is idle.
+        # Copies and another process's kernels would slow each other down. A GPU that the user did not name is idle.
         problem = f"{use}, but peer.copy_on needs it idle"
     if problem is None:
         return policy._replace(runner=first, required=copy_on == "peer")
@@ -57,15 +57,15 @@ def decide(traits: Traits, settings: Any, region: Region, rank_gpu: int | None) 
 
 
 def common(policies: Sequence[CopyPolicy]) -> CopyPolicy:
-    """The policy for regions that one copier serves, each with its own.
+    """Combine the policies of the regions that one copier serves.
 
     Raises:
-        Unavailable: the user asked for a GPU that is not the same for all of them.
+        Unavailable: the user requires a GPU that differs between the regions.
     """
     first = policies[0]
     if all(policy == first for policy in policies):
         return first
     if any(policy.required for policy in policies):
-        raise Unavailable("the pools lie on GPUs of which none can copy for all", Remedy("leave_out", "peer.copy_on"))
+        raise Unavailable("no GPU can copy for all pools", Remedy("leave_out", "peer.copy_on"))
     relays = set(first.relays).intersection(*(policy.relays for policy in policies))
     return CopyPolicy(relays=tuple(gpu for gpu in first.relays if gpu in relays))

@@ -1,5 +1,4 @@
-"""Copies that another GPU executes: the one whose memory is the tier, or one that relays host memory through its own
-link.
+"""Copies that another GPU executes: the tier's GPU, or one that relays host memory through its own link.
 
 A load then occupies no multiprocessor of the rank's own GPU, and its kernels do not wait at their end for reads of
 another GPU's memory in flight. The other GPU must be idle, and needs a CUDA context (about 0.6 GB).
@@ -18,11 +17,11 @@ WITHOUT_IT = "set peer.copy_on to rank, or leave out dram.relays"
 
 
 class CopyingGpu:
-    """One direction's place in the order of streams: on another GPU, yet as if on the rank's current stream.
+    """Stream order of one direction: work on another GPU is ordered as on the rank's current stream.
 
     Args:
-        gpu: CUDA ordinal of the GPU that runs the copies.
-        rank: the GPU whose streams they belong to.
+        gpu: CUDA ordinal of the GPU that executes the copies.
+        rank: the GPU whose streams order them.
     """
 
     def __init__(self, gpu: int, rank: torch.device) -> None:
@@ -33,20 +32,20 @@ class CopyingGpu:
         self._behind: torch.cuda.Stream
 
     def begin(self) -> int:
-        """Order what follows behind the rank's current stream; returns the stream to launch on, as an address."""
+        """Order the launch after the rank's current stream; return the stream to launch on, as an address."""
         self._behind = torch.cuda.current_stream(self._rank)
         self._before.record(self._behind)
         self._stream.wait_event(self._before)
         return int(self._stream.cuda_stream)
 
     def end(self) -> None:
-        """Let the stream that `begin` found go on behind what was launched."""
+        """Make the stream of `begin` wait for the launch."""
         self._after.record(self._stream)
         self._behind.wait_event(self._after)
 
 
 def give_access(gpu: int, rank: torch.device) -> None:
-    """Let kernels on `gpu` reach what the rank's GPU allocates, now and later. Waits for `gpu`.
+    """Let kernels on `gpu` access current and later allocations of the rank's GPU. Waits for `gpu`.
 
     Raises:
         CopyError: the driver refuses.
@@ -54,22 +53,22 @@ def give_access(gpu: int, rank: torch.device) -> None:
     from cuda.bindings import driver
 
     with torch.cuda.device(gpu):
-        torch.cuda.current_stream().synchronize()  # makes the context
+        torch.cuda.current_stream().synchronize()  # creates the context
         status, context = driver.cuDevicePrimaryCtxRetain(rank.index or 0)
         if not status.value:
             (status,) = driver.cuCtxEnablePeerAccess(context, 0)
         if status.value and status.name != "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED":
-            raise CopyError(f"GPU {gpu} cannot be given access to the memory of {rank} ({status.name}); {WITHOUT_IT}.")
+            raise CopyError(f"GPU {gpu} cannot access the memory of {rank} ({status.name}); {WITHOUT_IT}.")
 
 
 def check_access(gpu: int, rank: torch.device, addresses: Iterable[int]) -> None:
-    """Check that `give_access` covers memory of the rank's GPU; waits for nothing.
+    """Check that `give_access` covers memory of the rank's GPU; does not block.
 
     Args:
         addresses: one in each allocation.
 
     Raises:
-        CopyError: the rank's GPU has mapped the memory for itself alone.
+        CopyError: the memory is mapped only for the rank's GPU.
     """
     from cuda.bindings import driver
 
@@ -79,6 +78,6 @@ def check_access(gpu: int, rank: torch.device, addresses: Iterable[int]) -> None
         status, plain = driver.cuPointerGetAttribute(attribute, address)
         if status.value or not plain:
             raise CopyError(
-                f"GPU {gpu} cannot reach memory that {rank} has mapped for itself; {WITHOUT_IT}, or leave out "
+                f"GPU {gpu} cannot access memory that is mapped only for {rank}; {WITHOUT_IT}, or leave out "
                 "expandable_segments in PYTORCH_CUDA_ALLOC_CONF and --enable-memory-saver."
             )

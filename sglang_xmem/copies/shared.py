@@ -16,16 +16,15 @@ from sglang_xmem.copies.counters import LayerCounters
 if TYPE_CHECKING:
     from sglang_xmem.copies.cuda import CudaPageCopier
 
-#: Bytes that a share has at least: 40 us of a PCIe link. Handing a share to another GPU and waiting for it takes 10 to
-#: 16 us, and pages are no finer measure than a share.
+#: Minimum bytes of a share: 40 us of a PCIe link. Handing a share to another GPU and waiting for it takes 10 to 16 us.
 MIN_SHARE_BYTES = 2 << 20
 
 
 class SharedCopier(PageCopier):
-    """Copies by several copiers of the same slabs at once.
+    """Copies by several copiers of the same slabs in parallel.
 
     Args:
-        copiers: the rank's own first, then a relay's or more. Nobody else uses any of them.
+        copiers: the rank's own first, then one or more relays'. They have no other users.
     """
 
     name = "shared"
@@ -33,7 +32,7 @@ class SharedCopier(PageCopier):
     def __init__(self, copiers: Sequence[CudaPageCopier]) -> None:
         super().__init__(copiers[0].slabs, copiers[0].device)
         self._copiers = tuple(copiers)
-        self._lock = threading.Lock()  # a copier's launches are one thread's at a time
+        self._lock = threading.Lock()  # one thread at a time launches a copier
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> SharedProgram:
         return SharedProgram(self, self._copiers, steps, num_parts)
@@ -45,7 +44,7 @@ class SharedCopier(PageCopier):
     def make_counters(self, num_parts: int) -> LayerCounters | None:
         if not all(copier.can_count() for copier in self._copiers):
             return None
-        return self._copiers[-1].make_counters(num_parts)  # as a relay has them: another GPU raises the counters
+        return self._copiers[-1].make_counters(num_parts)  # as for a relay: another GPU raises the counters
 
     def _copy(self, program: Program, pages: Sequence[Pages], *, load: bool, counters: LayerCounters | None) -> None:
         assert isinstance(program, SharedProgram)
@@ -55,7 +54,7 @@ class SharedCopier(PageCopier):
         started: list[CudaPageCopier] = []
         with self._lock:
             try:
-                # The rank's own last: what another GPU starts waits for all that is on the rank's stream by then.
+                # The rank's own last: another GPU's launch waits for all earlier work on the rank's stream.
                 for number in reversed(range(len(shares))):
                     started.append(self._copiers[number])
                     raises += self._copiers[number].start(
@@ -72,7 +71,7 @@ class SharedCopier(PageCopier):
 
 
 class SharedProgram(Program):
-    """A program of each copier."""
+    """A program per copier."""
 
     def __init__(
         self, copier: PageCopier, copiers: Sequence[CudaPageCopier], steps: Sequence[Step], num_parts: int
@@ -82,10 +81,9 @@ class SharedProgram(Program):
 
 
 def deal(pages: Sequence[Pages], count: int) -> list[list[Pages]]:
-    """`count` shares of a move, each with an equal part of each vector.
+    """Divide a move into `count` shares with equal parts of each vector.
 
-    What does not divide goes to one share from one vector and to the next from the next, so that single pages of
-    several spaces do not all go to the same.
+    Remainders go to a different share for each vector, so that single pages of several spaces are spread.
     """
     shares: list[list[Pages]] = [[] for _ in range(count)]
     for number, (frames, slots) in enumerate(pages):

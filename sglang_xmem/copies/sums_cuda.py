@@ -1,4 +1,4 @@
-"""Sums of pages by a CUDA kernel, behind the copies on the same stream."""
+"""Checksums of pages by a CUDA kernel, after the copies on the same stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sglang_xmem.sums import Chosen, Group, Report, Summer
 
 SOURCE_FILE: Final = "page_sum.cu"
 WARPS: Final = 16
-#: Reports at the same time; a load's is read before SGLang begins the third load behind it.
+#: Maximum reports in flight; a load's report is read before SGLang starts the third load after it.
 _REPORTS: Final = 64
 #: `struct Plane` of page_sum.cu.
 _RECORD: Final = struct.Struct("<6Q")
@@ -33,7 +33,7 @@ _GROUP: Final = struct.Struct("<QQQII")
 
 
 def piece_bytes(groups: Sequence[Group]) -> int:
-    """What the kernel reads at a time: 8 bytes, or fewer where addresses and sizes are no multiples of that."""
+    """Return the kernel's read width: 8 bytes, or less if addresses and sizes are not multiples of that."""
     numbers = [8]
     for group in groups:
         for plane, _ in group.planes:
@@ -42,7 +42,7 @@ def piece_bytes(groups: Sequence[Group]) -> int:
 
 
 def records(groups: Sequence[Group]) -> bytes:
-    """The planes of all groups, as the kernel reads them."""
+    """Encode the planes of all groups for the kernel."""
     return b"".join(
         _RECORD.pack(p.device_address, p.device_stride, p.offset, magic(p.divisor), p.unit_bytes, vector)
         for group in groups
@@ -51,7 +51,7 @@ def records(groups: Sequence[Group]) -> bytes:
 
 
 class Parameters:
-    """Buffer of the kernel's parameters, for launches by one thread at a time."""
+    """Parameter buffer of the kernel, for launches by one thread at a time."""
 
     def __init__(self, table: int, groups: Sequence[Group]) -> None:
         self._table = table
@@ -59,7 +59,7 @@ class Parameters:
         self._buffer = ctypes.create_string_buffer(_HEAD.size + (_VECTOR.size + _GROUP.size) * MAX_VECTORS)
         places = [ctypes.addressof(self._buffer) + offset for offset in _OFFSETS]
         self._pointers = (ctypes.c_void_p * len(places))(*places)
-        #: What cuLaunchKernel is given: address of the array of the parameters' addresses.
+        #: Argument of cuLaunchKernel: address of the array of the parameters' addresses.
         self.address = ctypes.addressof(self._pointers)
 
     def pack(
@@ -71,12 +71,12 @@ class Parameters:
         scratch: int,
         report: int,
     ) -> int:
-        """Write what changes from launch to launch; returns how many warps have something to do.
+        """Write the variable parameters; return the number of warps with work.
 
         Args:
-            rows, entries: of each group, where the kernel reads them.
-            scratch: address of two words per page, zero.
-            report: address of two words on the device, zero; 0 writes the sums instead of comparing them.
+            rows, entries: of each group, in memory that the kernel reads.
+            scratch: address of two zero words per page.
+            report: address of two zero words on the device; 0 writes the sums instead of comparing them.
         """
         _HEAD.pack_into(self._buffer, 0, self._table, len(self._planes), int(not report), scratch, report)
         at = _HEAD.size
@@ -95,7 +95,7 @@ class Parameters:
 
 
 class CudaReport(Report):
-    """Two words of pinned memory, a copy of what the kernel wrote: how many pages are wrong, and one of them."""
+    """Two words of pinned memory, copied from the kernel's report: the number of damaged pages, and one of them."""
 
     def __init__(self, words: torch.Tensor, chosen: Sequence[Chosen]) -> None:
         self.words = words
@@ -116,14 +116,15 @@ class CudaSummer(Summer):
         device: of the pools.
 
     Raises:
-        CopyError: the kernel cannot be made.
+        CopyError: the kernel cannot be compiled.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         properties: Any = torch.cuda.get_device_properties(device)
         self._capability = (properties.major, properties.minor)
-        # One thread block per multiprocessor: memory sets the pace, so the forward pass is disturbed for least long.
+        # One thread block per multiprocessor: memory bandwidth is the limit, so this disturbs the forward pass for the
+        #     shortest time.
         self._ctas: int = properties.multi_processor_count
         # Allocating pinned memory later would stall the GPU.
         self._reports = list(torch.zeros((_REPORTS, 2), dtype=torch.int64, pin_memory=True))
@@ -140,7 +141,7 @@ class CudaSummer(Summer):
 
     def lists(self, prepared: CudaSums, chosen: Sequence[Chosen]) -> list[npt.NDArray[np.int64]]:
         rows = [these.rows.numpy() for these in chosen]
-        scratch = np.zeros(2 * sum(map(len, rows)) + 2, dtype=np.int64)  # two words a page, and the report
+        scratch = np.zeros(2 * sum(map(len, rows)) + 2, dtype=np.int64)  # two words per page, and the report
         return [*rows, *prepared.entries(chosen), scratch]
 
     def write(
@@ -178,5 +179,5 @@ class CudaSums:
         self.parameters = Parameters(self._planes.data_ptr(), groups)
 
     def entries(self, chosen: Sequence[Chosen]) -> list[npt.NDArray[np.int64]]:
-        """Addresses of the chosen pages' sums, which the GPU reaches where the CPU does."""
+        """Return the addresses of the chosen pages' sums, which are equal for GPU and CPU."""
         return [table + 8 * these.pages.numpy() for table, these in zip(self._tables, chosen, strict=True)]

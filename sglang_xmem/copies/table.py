@@ -16,36 +16,36 @@ if TYPE_CHECKING:
 #: `struct Plane` of page_copy.cu; the last word is not used.
 _RECORD: Final = struct.Struct("<QQQQQIHHIIQ")
 RECORD_BYTES: Final = _RECORD.size
-#: Where a record has its plane's offset in the frame: a word of 8 bytes.
+#: Position of the plane's offset in a record: an 8-byte word.
 RECORD_OFFSET: Final = 16
 #: Parameters before the vectors: table, planes, load, counters, parts (and a gap).
 _HEAD: Final = struct.Struct("<QIIQII")
-#: Where each parameter begins; the last one is `struct Vectors`, 32 bytes a vector.
+#: Start of each parameter; the last one is `struct Vectors`, 32 bytes per vector.
 PARAMETER_OFFSETS: Final = (0, 8, 12, 16, 24, 32)
 _VECTOR_WORDS: Final = 4
 PARAMETERS_BYTES: Final = _HEAD.size + 8 * _VECTOR_WORDS * MAX_VECTORS
 _VECTORS: Final = [struct.Struct(f"<{_VECTOR_WORDS * count}q") for count in range(MAX_VECTORS + 1)]
-#: Tiles of a plane at most: the kernel adds up those of 32 planes in 32 bits, and divides their pieces by multiplying.
+#: Maximum tiles of a plane: the kernel sums those of 32 planes in 32 bits, and divides their pieces by multiplication.
 _MAX_TILES: Final = 1 << 26
 
 
 def magic(divisor: int) -> int:
-    """What `divide` of page_copy.cu multiplies by: the upper 64 bits of n * magic are n // divisor; 0 for 1."""
+    """Return the factor of `divide` in page_copy.cu: n // divisor is the upper half of n * magic; 0 for divisor 1."""
     return 0 if divisor == 1 else -(-(1 << 64) // divisor)
 
 
 def divider(divisor: int) -> tuple[int, int]:
-    """Magic and shift of `Divider` of page_copy.cu: n * magic >> shift is n // divisor for 0 <= n < 2^31."""
+    """Return magic and shift of `Divider` in page_copy.cu: n * magic >> shift is n // divisor for 0 <= n < 2^31."""
     shift = 31 + (divisor - 1).bit_length()
     return (1 << shift) // divisor + 1, shift
 
 
 def record(step: Step, tuning: CudaTuning, vector_bytes: int) -> bytes:
-    """A plane's record, 64 bytes.
+    """Encode a plane's record, 64 bytes.
 
     Args:
-        tuning: of the launches that read it.
-        vector_bytes: of a thread's access, which divides all the plane's addresses and sizes; register variant.
+        tuning: of the launches.
+        vector_bytes: bytes of a thread's access, which divides all the plane's addresses and sizes; register variant.
     """
     plane = step.plane
     pieces, piece = tuning.pieces(plane.unit_bytes, vector_bytes)
@@ -66,11 +66,11 @@ def record(step: Step, tuning: CudaTuning, vector_bytes: int) -> bytes:
 
 
 class Work:
-    """How many tiles a move has, without a look at each plane.
+    """Tile counts of a move, without a loop over planes.
 
     Args:
         steps: of a program.
-        tuning, vector_bytes: as `record`'s.
+        tuning, vector_bytes: see `record`.
     """
 
     def __init__(self, steps: Sequence[Step], tuning: CudaTuning, vector_bytes: int) -> None:
@@ -86,10 +86,10 @@ class Work:
         self._most = [_MAX_TILES * self._tile_pieces // pieces for pieces in largest]
 
     def tiles(self, counts: Sequence[int]) -> int:
-        """Tiles of a move at most; a plane whose last tile is not full is counted as if it had one more.
+        """Return an upper bound of a move's tiles: a plane with a partial last tile counts one more.
 
         Args:
-            counts: pages of each vector.
+            counts: number of pages per vector.
 
         Raises:
             ValueError: more pages than the kernel can count.
@@ -104,7 +104,7 @@ class Work:
 
 
 class Parameters:
-    """Buffer of a kernel's parameters, for launches by one thread at a time: the driver copies it during the call.
+    """Parameter buffer of a kernel, for launches by one thread at a time: the driver copies it during the call.
 
     Args:
         table: address of the planes' records.
@@ -118,16 +118,16 @@ class Parameters:
         self._buffer = ctypes.create_string_buffer(PARAMETERS_BYTES)
         slots = [ctypes.addressof(self._buffer) + offset for offset in PARAMETER_OFFSETS]
         self._pointers = (ctypes.c_void_p * len(slots))(*slots)
-        #: What cuLaunchKernel is given: address of the array of the parameters' addresses.
+        #: Argument of cuLaunchKernel: address of the array of the parameters' addresses.
         self.address = ctypes.addressof(self._pointers)
 
     def pack(self, counters: int, vectors: Sequence[int]) -> None:
-        """Write what changes from launch to launch.
+        """Write the variable parameters.
 
         Args:
             counters: address of the first counter; 0 for none.
-            vectors: for each vector four numbers: address of the frames, address of the slots, elements from one
-                slot to the next, pages.
+            vectors: four numbers per vector: address of the frames, address of the slots, stride of the slots in
+                elements, pages.
         """
         _HEAD.pack_into(self._buffer, 0, *self._fixed, counters, self._num_parts, 0)
         _VECTORS[len(vectors) // _VECTOR_WORDS].pack_into(self._buffer, _HEAD.size, *vectors)

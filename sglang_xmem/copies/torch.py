@@ -1,4 +1,4 @@
-"""The page copy on CPU memory: the contract's plain path, and the one without a GPU."""
+"""The page copy on CPU memory: the reference implementation, and the copier without a GPU."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
 from sglang_xmem.copies.counters import LayerCounters
 from sglang_xmem.copies.geometry import Slab
 
-#: Units one behind the other, shape (units,): each element is a whole unit, of NumPy's type for so many plain bytes.
+#: Contiguous units, shape (units,): each element is a whole unit, as a NumPy void type.
 Units = npt.NDArray[np.void]
 
 
 class TorchPageCopier(PageCopier):
-    """Copies at once, on the calling thread; arguments as PageCopier's, all memory on the CPU.
+    """Copies synchronously on the calling thread; arguments as for PageCopier, all memory on the CPU.
 
     Raises:
-        ValueError: also for a device that is not the CPU. Frames that are not in a slab are refused by moves.
+        ValueError: also for a device that is not the CPU. Moves refuse frames that are not in a slab.
     """
 
     name = "torch"
@@ -54,10 +54,10 @@ class TorchPageCopier(PageCopier):
     def _in_slabs(
         self, addresses: npt.NDArray[np.int64]
     ) -> list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """For each slab that has any of the frames: its number, which of the pages those are, and their frames.
+        """Group frames by slab: yield its number, the indices of its pages, and their frames.
 
         Raises:
-            ValueError: an address that is no frame's.
+            ValueError: an address is not a frame's.
         """
         found, known = [], 0
         for number, slab in enumerate(self.slabs):
@@ -70,7 +70,7 @@ class TorchPageCopier(PageCopier):
                 found.append((number, which, frames))
             known += len(which)
         if known != len(addresses):
-            raise ValueError(f"{len(addresses) - known} of {len(addresses)} frames are in no slab, or in two")
+            raise ValueError(f"{len(addresses) - known} of {len(addresses)} frames are not in exactly one slab")
         return found
 
 
@@ -98,6 +98,6 @@ class TorchProgram(Program):
 
 
 def units_at(address: int, count: int, stride: int, unit_bytes: int) -> Units:
-    """View of `count` units of unit_bytes in this process's memory, `stride` bytes apart."""
+    """View `count` units of unit_bytes in this process's memory, `stride` bytes apart."""
     memory = (ctypes.c_uint8 * ((count - 1) * stride + unit_bytes)).from_address(address)
     return np.ndarray((count,), dtype=f"V{unit_bytes}", buffer=memoryview(memory), strides=(stride,))

@@ -1,6 +1,6 @@
-"""The page copy by Triton: the same contract as the CUDA kernel's, without NVRTC and cuda-bindings.
+"""The page copy by Triton: the CUDA kernel's contract, without NVRTC and cuda-bindings.
 
-With TRITON_INTERPRET=1 in the environment before Triton is first imported it runs on CPU memory too, for tests.
+If TRITON_INTERPRET=1 is set before Triton is first imported, it also runs on CPU memory, for tests.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
 from sglang_xmem.copies.counters import LayerCounters
 from sglang_xmem.copies.geometry import Slab, alignment_of
 
-#: A tile of the kernel moves so many bytes, by so many warps: 8 accesses of 16 bytes a thread.
+#: Bytes and warps of a tile: 8 accesses of 16 bytes per thread.
 _TILE_BYTES = 65536
 _NUM_WARPS = 16
-#: Bytes of each of the units that share a tile.
+#: Bytes per unit in a tile of several units.
 _LEAST_BYTES = 512
 _CTAS = 32
 
 
 class TritonPageCopier(PageCopier):
-    """Arguments as PageCopier's, and:
+    """Arguments as for PageCopier, and:
 
     Args:
-        load_ctas, store_ctas: thread blocks of a launch at most.
+        load_ctas, store_ctas: maximum thread blocks of a launch.
     """
 
     name = "triton"
@@ -54,7 +54,7 @@ class TritonPageCopier(PageCopier):
 
 
 class TritonProgram(Program):
-    """A program with a table of its planes and what the kernel is compiled for."""
+    """A program with its table of planes and the kernel's compile-time constants."""
 
     def __init__(self, copier: PageCopier, steps: Sequence[Step], num_parts: int) -> None:
         super().__init__(copier, steps, num_parts)
@@ -69,7 +69,7 @@ class TritonProgram(Program):
         alignment = alignment_of(copier.slabs, [step.plane for step in steps], 16)
         word_bytes = min(alignment, 8)
         tile_words = _TILE_BYTES // word_bytes
-        # Small units share a tile, some words of each: as many as the smallest has, but enough for whole cache lines.
+        # Small units share a tile, with some words of each: as many as the smallest unit has, but whole cache lines.
         words = [step.plane.unit_bytes // word_bytes for step in steps]
         least = min((number for number in words if 2 * number <= tile_words), default=tile_words)
         table = [
@@ -86,7 +86,7 @@ class TritonProgram(Program):
         ]
         self._table = torch.tensor(table, dtype=torch.int64).to(copier.device)
         if copier.device.type == "cuda":
-            # Launches may come on any stream; the table must be there by then.
+            # Launches may use any stream, so the table must be complete.
             torch.cuda.current_stream(copier.device).synchronize()
         self._constants = {
             "WORD": {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[word_bytes],
@@ -99,12 +99,12 @@ class TritonProgram(Program):
         }
 
     def launch(self, pages: Sequence[Pages], *, load: bool, ctas: int) -> None:
-        """Enqueue a move by so many thread blocks, on the current stream."""
+        """Enqueue a move by `ctas` thread blocks on the current stream."""
         numbers: list[int] = []
         for frames, slots in pages[: self.num_vectors]:
             numbers += (frames.data_ptr(), slots.data_ptr(), slots.stride(0), frames.numel())
         device = self.copier.device
-        # Triton launches on the current device, which need not be that of the pools.
+        # Triton launches on the current device, which may differ from the pools' device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self._kernel[(ctas,)](
                 self._table,

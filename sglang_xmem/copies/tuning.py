@@ -1,4 +1,4 @@
-"""How the CUDA kernel runs: its settings, the measured choice for each link and direction. Imports no torch."""
+"""Settings of the CUDA kernel, and the measured choice per link and direction. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 BULK_CAPABILITY = (9, 0)
-VECTOR_BYTES = 16  # widest access of a thread, and what a bulk copy's addresses and size must be multiples of
+VECTOR_BYTES = 16  # widest access of a thread, and alignment of a bulk copy's addresses and size
 MAX_SHARED_BYTES = 227 * 1024
 
-#: How a tier is reached, as its traits say.
+#: Link of a tier, from its traits.
 Link = Literal["nvlink", "pcie", "cxl", "none"]
-#: Rows of the tables: over which link the rank's GPU or a relay copies, or another GPU in the rank's place.
+#: Rows of the tables: the link over which the rank's GPU or a relay copies, or another GPU instead of the rank's.
 Path = Literal["nvlink", "pcie", "runner"]
 Direction = Literal["load", "store"]
 
 
 @dataclass(frozen=True)
 class CudaTuning:
-    """How one direction's kernel runs.
+    """Settings of one direction's kernel.
 
     Attributes:
         variant: `register`: threads load and store 16 bytes at a time. `bulk`: asynchronous bulk copies (TMA) through
-            shared memory; where the GPU or the addresses do not allow it, the register variant runs instead.
-        ctas: thread blocks at most; small copies take fewer.
-        threads: of a block; register variant. Multiple of 32.
-        unroll: loads in flight a thread; register variant. More than 16 do not fit 512 threads' registers.
+            shared memory; if the GPU or the addresses do not allow it, the register variant runs instead.
+        ctas: maximum thread blocks; small copies use fewer.
+        threads: threads per block, a multiple of 32; register variant.
+        unroll: loads in flight per thread; register variant. More than 16 exceed the registers of 512 threads.
         streaming: evict-first in L2 too; register variant.
-        rings: warps of a block, each with its own ring of stages; bulk variant.
-        stages: buffers of a ring, at most 32; bulk variant.
+        rings: warps per block, each with its own ring of stages; bulk variant.
+        stages: buffers per ring, at most 32; bulk variant.
         stage_bytes: size of each, a multiple of 128; bulk variant.
         pending_stores: stages of a ring that may have a store in flight while the others have a load in flight.
 
@@ -57,7 +57,8 @@ class CudaTuning:
             "rings": 1 <= self.rings <= 32,
             "stages": 1 <= self.stages <= 32,
             "stage_bytes": self.stage_bytes % 128 == 0 and self.stage_bytes >= 128,
-            # Against each other only where both are used: a change of one is tried on defaults of both variants.
+            # Checked against each other only if both are used: an override is validated on the defaults of both
+            #     variants.
             "pending_stores": self.pending_stores >= 0
             and (self.variant != "bulk" or self.pending_stores < self.stages),
         }
@@ -65,20 +66,20 @@ class CudaTuning:
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)!r} is out of range in {self}")
         if self.shared_bytes > MAX_SHARED_BYTES:
-            raise ValueError(f"{self.shared_bytes} bytes of shared memory are more than a block can have in {self}")
+            raise ValueError(f"{self.shared_bytes} bytes of shared memory exceed the limit per block in {self}")
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory that a launch asks for: the stages, with 8 bytes of barrier each."""
+        """Return the shared memory of a launch: the stages, with an 8-byte barrier each."""
         return self.rings * self.stages * (self.stage_bytes + 8) if self.variant == "bulk" else 0
 
     @property
     def warps(self) -> int:
-        """Warps of a block, each of which takes tiles on its own."""
+        """Return the warps per block, which process tiles independently."""
         return self.rings if self.variant == "bulk" else self.threads // 32
 
     def macros(self, vector_bytes: int) -> dict[str, int]:
-        """Preprocessor definitions for page_copy.cu; vector_bytes is the width of a thread's access."""
+        """Return the preprocessor definitions for page_copy.cu; vector_bytes is the width of a thread's access."""
         if self.variant == "bulk":
             return {
                 "PAGE_COPY_BULK": 1,
@@ -97,14 +98,14 @@ class CudaTuning:
 
     @property
     def tile_pieces(self) -> int:
-        """Pieces of a tile, the work that a warp takes at a time."""
+        """Return the pieces of a tile, a warp's unit of work."""
         return 1 if self.variant == "bulk" else 32 * self.unroll
 
     def pieces(self, unit_bytes: int, vector_bytes: int) -> tuple[int, int]:
-        """How page_copy.cu divides a unit: number of pieces, and bytes of one; the last of a unit may have less.
+        """Return how page_copy.cu divides a unit: number of pieces, and bytes of one; the last one may be shorter.
 
-        A piece is a thread's access of vector_bytes in the register variant and a bulk copy in the other. Chunks of a
-        unit larger than a stage are made equal, up to 128 bytes.
+        A piece is a thread's access of vector_bytes in the register variant, and a bulk copy in the bulk variant.
+        Chunks of a unit larger than a stage are equal up to 128 bytes.
         """
         if self.variant == "register":
             return unit_bytes // vector_bytes, vector_bytes
@@ -118,7 +119,7 @@ class CudaTuning:
         return f"register, {self.ctas} CTAs x {self.threads} threads x {self.unroll}"
 
 
-#: A load or a store in eight thread blocks, each with little of a multiprocessor: 128 KiB of shared memory, so that one
+#: A load or a store with eight thread blocks that use little of a multiprocessor: 128 KiB of shared memory, so that one
 #: block of attention (64 KiB) or of a MoE product (68 KiB) still fits next to it, and few registers.
 _FRUGAL: Final = CudaTuning(variant="bulk", ctas=8, rings=8, stages=4, stage_bytes=4096, pending_stores=1)
 
@@ -130,14 +131,14 @@ DEFAULT_TUNING: Final[Mapping[tuple[Direction, Path], CudaTuning]] = {
     ("store", "nvlink"): _FRUGAL,
     ("load", "pcie"): _FRUGAL,
     ("store", "pcie"): _FRUGAL,
-    # Nobody else computes on a GPU that runs copies for another one.
+    # A GPU that executes copies for another one is otherwise idle.
     ("load", "runner"): CudaTuning(ctas=132, threads=256, unroll=16),
     ("store", "runner"): CudaTuning(ctas=132, threads=512, unroll=8),
 }
 
-#: A unit below so many bytes is a bulk copy that is too short: a multiprocessor has only as many of them under way as
-#: stages, and at 1 KiB (page size 1) eight blocks reach 46 % of an NVLink that sixteen of the register variant fill
-#: (docs/results/copy_sweep.jsonl). A host link needs less under way.
+#: Units below these bytes are too short for bulk copies: a multiprocessor has only as many in flight as stages, and at
+#: 1 KiB (page size 1) eight blocks reach 46 % of an NVLink that sixteen blocks of the register variant saturate
+#: (docs/results/copy_sweep.jsonl). A host link needs less in flight.
 SMALL_UNIT_BYTES: Final[Mapping[Path, int]] = {"nvlink": 2048, "pcie": 1024}
 SMALL_UNIT_TUNING: Final[Mapping[tuple[Direction, Path], CudaTuning]] = {
     ("load", "nvlink"): CudaTuning(ctas=16, threads=512, unroll=16),
@@ -148,10 +149,10 @@ SMALL_UNIT_TUNING: Final[Mapping[tuple[Direction, Path], CudaTuning]] = {
 
 
 def path_of(link: Link, runs_on: int | None) -> Path:
-    """The tables' row for a tier behind such a link, whose copies another GPU runs or not.
+    """Return the tables' row for a link, and for copies by another GPU or the rank's.
 
-    A relay of host memory copies over a link as slow as the rank's own, so a few blocks do there too. CXL memory is
-    reached through the same PCIe link; memory behind no link is as fast as NVLink, or the CPU's.
+    A relay of host memory uses a link as slow as the rank's own, so a few blocks suffice. CXL memory uses the same PCIe
+    link; memory without a link counts as NVLink.
     """
     if link in ("pcie", "cxl"):
         return "pcie"
@@ -159,7 +160,7 @@ def path_of(link: Link, runs_on: int | None) -> Path:
 
 
 def defaults_of(direction: Direction) -> list[CudaTuning]:
-    """All that `default_tuning` may choose for a direction."""
+    """Return all choices of `default_tuning` for a direction."""
     tables = (DEFAULT_TUNING, SMALL_UNIT_TUNING)
     return [tuning for table in tables for (of, _), tuning in table.items() if of == direction]
 
@@ -167,13 +168,13 @@ def defaults_of(direction: Direction) -> list[CudaTuning]:
 def default_tuning(
     direction: Direction, path: Path, spaces: Iterable[Sequence[int]], alignment: int = VECTOR_BYTES
 ) -> CudaTuning:
-    """The measured choice.
+    """Return the measured choice.
 
     Args:
-        spaces: for each index space, the bytes of each unit that a page of it has. Where small units make up most of
-            what a page of some space has, as they do with page size 1, that decides.
-        alignment: bytes that every address and size is a multiple of. With less than bulk copies need, the register
-            variant runs, with narrower accesses; it then needs as many of them under way as for small units.
+        spaces: for each index space, the bytes of each unit of its pages. If small units are most of a page's bytes in
+            some space, as with page size 1, they decide.
+        alignment: common alignment of all addresses and sizes, in bytes. Below that of bulk copies, the register
+            variant runs with narrower accesses; it then needs as many in flight as for small units.
     """
     limit = SMALL_UNIT_BYTES.get(path, 0)
     if limit and alignment % VECTOR_BYTES:
@@ -185,12 +186,12 @@ def default_tuning(
 
 
 def fit_tuning(tuning: CudaTuning, *, capability: tuple[int, int], max_shared_bytes: int, alignment: int) -> CudaTuning:
-    """`tuning` as it can run: the bulk variant becomes the register variant where it cannot.
+    """Adapt `tuning` to a GPU: the register variant replaces an unsupported bulk variant.
 
     Args:
         capability: compute capability of the GPU.
-        max_shared_bytes: shared memory that a block of this GPU may have.
-        alignment: bytes that every address and size is a multiple of.
+        max_shared_bytes: maximum shared memory per block of this GPU.
+        alignment: common alignment of all addresses and sizes, in bytes.
     """
     possible = capability >= BULK_CAPABILITY and tuning.shared_bytes <= max_shared_bytes
     if tuning.variant == "bulk" and not (possible and alignment % VECTOR_BYTES == 0):

@@ -1,5 +1,4 @@
-"""A quick measurement of the links between GPUs, and between each GPU and host memory, in a child process with a
-deadline.
+"""Measure the links between GPUs, and between each GPU and host memory, in a child process with a deadline.
 
 Measures the tiers' upper bound: copy-engine copies of contiguous memory, peer memory mapped as by tier `peer`, and a
 CUDA context on every GPU, so that none runs at idle clocks. GPUs in use by others are not measured.

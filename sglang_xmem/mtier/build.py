@@ -47,8 +47,7 @@ class BuildError(RuntimeError):
 def built(
     *, testing: bool = False, sanitize: bool = False, announce: Callable[[str], None] = lambda words: None
 ) -> Path:
-    """Return a directory with LIBRARY, DAEMON and PAGES: SGLANG_XMEM_MTIER_DIR, or the cache, compiled now if
-    necessary.
+    """Return a directory with LIBRARY, DAEMON and PAGES: SGLANG_XMEM_MTIER_DIR or the cache; compile if needed.
 
     Args:
         testing: variants for tests; always compiled here.

@@ -288,8 +288,7 @@ def _dax_bytes(bank: _Bank, granule: int) -> int:
 
 
 def _gpu_bytes(text: str, gpu: int, wanted: int | None) -> int:
-    """Return the bytes of a bank on a GPU: the requested size, or all free memory less the reserve, which is also the
-    maximum.
+    """Return the bytes of a bank on a GPU: the requested size, or all free memory less the reserve.
 
     Others may use a named GPU too. Nothing here makes a CUDA context.
     """

@@ -184,8 +184,7 @@ class DramTier(MemoryTier):
 
 
 def _nodes_for(named: int | None, gpu: int | None) -> tuple[int, ...]:
-    """Return the NUMA nodes for a rank's memory; empty if there is no choice. Nodes without CPUs are used only if
-    named."""
+    """Return the NUMA nodes for a rank's memory, without CPU-less nodes unless named; empty if there is no choice."""
     nodes = machine.memory_nodes()
     if len(nodes) < 2:
         return ()

@@ -56,8 +56,7 @@ def hugepage_bytes() -> int | None:
 
 
 def register_bytes() -> int:
-    """Return the bytes to pin at a time: SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB (GiB, at least 1, as in SGLang), or 64
-    GiB.
+    """Return the bytes to pin at a time: SGLANG_HICACHE_HOST_REGISTER_CHUNK_GB (GiB, at least 1), or 64 GiB.
 
     Raises:
         ConfigError: it is not a whole number.
@@ -67,8 +66,7 @@ def register_bytes() -> int:
 
 
 def touch_threads(setting: int = 0) -> int:
-    """Return the number of threads that place memory: `setting`, else SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, else
-    half the CPUs.
+    """Return the threads that place memory: `setting`, SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS, or half the CPUs.
 
     Raises:
         ConfigError: the variable is not a whole number.

@@ -156,8 +156,11 @@ class PeerTier(MemoryTier):
         return self.settings.stripe_mib << 20
 
     def _choices(self, free: dict[int, int]) -> list[tuple[int, ...]]:
-        """Sets of peers that a pool may lie on, in order of preference: all GPUs that the user named; else the first
-        idle one, the first two, and so on, so that others stay free; then those with the most free memory."""
+        """List the sets of peers for a pool, in order of preference.
+
+        All GPUs that the user named; else the first idle one, the first two, and so on, so that others stay free; then
+        those with the most free memory.
+        """
         usable = tuple(free)
         if self.rank_plan.named:
             return [usable]

@@ -14,6 +14,7 @@ from scripts.lint_prose import found_in
         ("peer is passed over, beside the others", ["passed over", "beside"]),
         ("PASSES IT OVER in place of it", ["PASSES IT OVER", "in place of"]),
         ("3 is no valid number", ["is no valid number"]),
+        ("there is no GPU, and it is no such file", []),
         ("it is no longer there, and bathrooms are tell-tale", ["tell"]),
         ("two events a layer", ["events a layer"]),
         ("the events of a layer; a second; a layer", []),

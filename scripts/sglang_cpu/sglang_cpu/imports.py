@@ -1,4 +1,4 @@
-"""Import hooks for the two packages that SGLang imports but that do not load without CUDA. Standard library only:
+"""Import hooks for two packages that SGLang imports and that do not load without CUDA. Standard library only:
 this runs at the start of every interpreter."""
 
 from __future__ import annotations

@@ -140,8 +140,7 @@ class BankStorage(HiCacheStorage):
 
 
 def _with_trailing(there: npt.NDArray[np.bool_], needed: int) -> npt.NDArray[np.bool_]:
-    """Report for each prefix, indexed by its page count less one, whether its last `needed` pages (or all, if fewer)
-    exist.
+    """Report for each prefix, by its page count less one, whether its last `needed` pages (or all) exist.
 
     Args:
         there: whether each page exists.

@@ -121,8 +121,7 @@ def _without_memory(dims: Any, dtype: torch.dtype, device: Any = None, *args: An
 
 
 def _kernel_questions() -> list[tuple[types.ModuleType, str]]:
-    """List the functions by which pools prepare SGLang's own copy kernels, which never run here: they compile for tens
-    of seconds, reserve GPU memory, or query the driver about tensors without memory."""
+    """List the functions by which pools prepare SGLang's own copy kernels, which never run with a tier."""
     import importlib
 
     found = []
@@ -351,8 +350,7 @@ def _as_they_are(host_indices: Any, device_indices: Any, io_backend: str) -> tup
 
 
 def used_fraction(active: Session, arena: Arena, space: str) -> float:
-    """Return the fraction of an arena's space that holds KV cache. Riders allocate nothing, so it is the fullest
-    pool's."""
+    """Return the fraction of an arena's space that holds KV cache: the fullest pool's, as riders allocate nothing."""
     fullest = 0.0
     for view in active.pools:
         if view.arena is arena and view.section.space == space:

@@ -199,14 +199,12 @@ def build_draft_sidecars(original: Any, *, draft_device_pools: Any, tree_cache: 
 
 
 def move_indices(original: Any, self: Any, host_indices: Any, device_indices: Any) -> Any:
-    """Do not move indices (hook): a load looks up frames on the CPU. SGLang would copy one number per token from
-    pageable memory, which waits for the GPU."""
+    """Do not move indices (hook): a load looks up frames on the CPU, and SGLang's copy would wait for the GPU."""
     return host_indices, device_indices
 
 
 def transfer_streams(result: Any, self: Any, io_backend: str) -> None:
-    """Give loads a stream of high priority (hook): the forward pass waits for them, and their few thread blocks would
-    otherwise queue behind those of earlier kernels."""
+    """Give loads a stream of high priority (hook), so that their thread blocks do not queue behind other kernels."""
     import torch
 
     if isinstance(self.host_to_device_stream, torch.cuda.Stream):

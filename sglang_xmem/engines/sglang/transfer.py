@@ -163,8 +163,7 @@ def _store(moves: Sequence[Any]) -> None:
 
 
 def _refused(what: str, error: CopyError) -> None:
-    """Record that the copier refused a copy; torch makes it instead, so a request is slower but the server
-    continues."""
+    """Record that the copier refused a copy; torch makes it instead, so the server continues."""
     active = session.current()
     active.counts["failures:refused"] += 1
     active.counts["fallbacks:plain"] += 1
@@ -277,8 +276,7 @@ def _on_cpu(indices: torch.Tensor) -> torch.Tensor:
 
 
 def _identity(moves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """Return the key of a compiled move. Drafts pass a new layer map each time, so the key has the pools, not the maps;
-    their order differs from load to load."""
+    """Return the key of a compiled move: the pools, since drafts pass a new layer map each time."""
     return tuple((adopted(t).number, id(t.device_pool) if t.is_draft else 0) for t in moves)
 
 
