@@ -177,13 +177,13 @@ class Connection:
 
 
 class BankInfo(NamedTuple):
-    """What the service has.
+    """The service's banks of one kind of memory.
 
     Attributes:
-        banks: of the memory asked for; `total`: their bytes.
-        available: bytes that one more engine may ask for at most.
-        granularity: bytes that slabs are multiples of.
-        for_new: of `available`, what pages may have that no engine has at present.
+        banks: their number; `total`: their bytes.
+        available: maximum bytes for one more engine.
+        granularity: granule of slabs, in bytes.
+        for_new: the part of `available` that pages of a new model may use.
     """
 
     banks: int
