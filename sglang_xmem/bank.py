@@ -202,7 +202,7 @@ class BankSession:
         with self._gate:
             if not self._handle or not self._library.pages_claim(self._handle, count, out.ctypes.data):
                 raise RuntimeError(
-                    f"sglang_xmem: the bank has fewer than {count} free frames for this engine; report this error"
+                    f"sglang_xmem: the bank has no {count} free frames for this engine; report this error"
                 )
         return self._addresses(out)
 

@@ -239,7 +239,7 @@ class TierContract:
             raise RuntimeError("it is gone")
 
         Region([], "a test", fail).release()
-        assert "giving back a test failed" in caplog.text
+        assert "releasing a test failed" in caplog.text
 
 
 def planned(tier: type[MemoryTier], settings: Any, gpu: int | None) -> MemoryTier:

@@ -44,4 +44,4 @@ def start_daemon(build: Path, tmp_path: Path) -> Iterator[StartDaemon]:
     for daemon in started:
         daemon.stop(9)
     for daemon in started:
-        assert daemon.may_end or "is started again" not in daemon.log(), daemon.log()[-4000:]
+        assert daemon.may_end or "is restarted" not in daemon.log(), daemon.log()[-4000:]

@@ -280,7 +280,7 @@ def test_promises_are_kept_and_no_more_are_made(daemon: Daemon) -> None:
     assert "0.00 GB of the 0.01 GB" in sentence(caught.value)
     fill(first, list(range(100)))
     assert second.claim(28).size == 28
-    with pytest.raises(RuntimeError, match="no 1 frames left"):
+    with pytest.raises(RuntimeError, match="no 1 free frames"):
         second.claim(1)
     second.close()
     third = BankSession(MODEL, FRAME, 28)

@@ -291,7 +291,7 @@ def test_a_service_that_cannot_start_with_what_was_left_starts_empty(bank: Bank)
     content = bank.device.path.read_bytes()
     os.truncate(bank.device.path, 0)
     daemon.send(signal.SIGKILL)
-    wait_until(lambda: "so that is given up" in daemon.log(), PATIENCE_S)
+    wait_until(lambda: "which is dropped now" in daemon.log(), PATIENCE_S)
     with bank.device.path.open("r+b") as file:
         file.write(content)
     wait_until(lambda: daemon.log().count("serving") == 2, PATIENCE_S)
@@ -397,7 +397,7 @@ def test_a_broken_page_is_a_sentence_and_left_out(bank: Bank) -> None:
     """The end of the file is missing, for which the kernel has the error of a broken page: a SIGBUS if touched."""
     daemon = bank.start()
     os.truncate(bank.device.path, BYTES - GRANULE)
-    with pytest.raises(Unavailable, match=r"a page of .*dax9\.0 at 30 MiB is poisoned; the bytes are left out"):
+    with pytest.raises(Unavailable, match=r"a page of .*dax9\.0 at 30 MiB is poisoned; the bytes are excluded"):
         session()
     assert daemon.status()["devices"][0]["available"] == BYTES - 3 * GRANULE
     store([1])
@@ -487,7 +487,7 @@ def test_the_command_gives_all_of_a_device_or_what_is_asked(bank: Bank) -> None:
     for wanted, words in (
         (65 * MIB, "give a multiple of 2 MiB"),
         (66 * MIB, "has 0.0625 GiB"),
-        (4 * MIB, "give 6 MiB at least"),
+        (4 * MIB, "give at least 6 MiB"),
     ):
         with pytest.raises(SettingError) as caught:
             bank_bytes(path, wanted, GRANULE, stand_in=stand_in)

@@ -218,7 +218,7 @@ def test_page_bank_survives_hostile_messages_kills_and_restarts(
         session.close()
     assert daemon.stop() == 0, daemon.log()[-4000:]
     assert "ERROR" not in daemon.log()
-    assert daemon.log().count("is started again") == 3
+    assert daemon.log().count("is restarted") == 3
 
 
 #: Calls of the driver that come while the service runs.

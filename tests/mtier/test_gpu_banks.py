@@ -176,7 +176,7 @@ def test_a_driver_that_fails_at_start(machine: Machine, call: str) -> None:
     machine.fail("service", call, 999)
     daemon = machine.start()
     assert daemon.process.wait(10) == 1
-    assert f"cannot be served: {call} failed with CUDA error 999: a failure; look at the driver" in daemon.log()
+    assert f"cannot be served: {call} failed with CUDA error 999: a failure; check the driver" in daemon.log()
 
 
 @pytest.mark.parametrize(

@@ -371,7 +371,7 @@ def test_kernels_without_pidfds(build: Path, tmp_path: Path, refused: str) -> No
         service.wait(10)
 
 
-@pytest.mark.parametrize(("size", "words"), [(4096, "may shrink"), (64, "smaller than it says")])
+@pytest.mark.parametrize(("size", "words"), [(4096, "may shrink"), (64, "smaller than the grant")])
 def test_an_impostor_s_file_is_not_mapped(build: Path, tmp_path: Path, size: int, words: str) -> None:
     """Who touched it would get SIGBUS: now, or once the impostor has cut it."""
     path = tmp_path / "impostor.sock"

@@ -142,7 +142,7 @@ def test_sessions_their_pins_and_promises_are_there_again(daemon: Daemon) -> Non
     other = BankSession(MODEL, FRAME, 28)
     assert other.claim(28).size == 28  # all that is not the first one's
     assert [view(silent, address)[7] for address in addresses] == list(range(60))
-    with pytest.raises(RuntimeError, match="no 1 frames left"):
+    with pytest.raises(RuntimeError, match="no 1 free frames"):
         other.claim(1)
     (space,) = daemon.status()["spaces"]
     assert sorted(each["frames"] for each in space["sessions"]) == [28, 100]
@@ -293,7 +293,7 @@ def test_a_service_that_hangs_is_replaced(start_daemon: StartDaemon) -> None:
     daemon.send(signal.SIGSTOP)
     wait_until(lambda: daemon.serving not in (0, before), 60)
     assert daemon.status()["restarts"] == 1
-    assert "was ended by signal 9 and is started again" in daemon.log()
+    assert "was ended by signal 9 and is restarted" in daemon.log()
 
 
 def test_a_service_that_cannot_start_again_is_not_tried_for_ever(start_daemon: StartDaemon) -> None:
@@ -306,7 +306,7 @@ def test_a_service_that_cannot_start_again_is_not_tried_for_ever(start_daemon: S
     daemon.send(signal.SIGKILL)
     assert daemon.process.wait(60) == 1
     assert "cannot be written" in daemon.log()
-    assert "so that is given up" in daemon.log()  # what it finds may be what ends it
+    assert "which is dropped now" in daemon.log()  # what it finds may be what ends it
     assert "at every start" in daemon.log()
 
 

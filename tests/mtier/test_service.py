@@ -499,7 +499,7 @@ def test_one_process_s_connections_are_few_and_leave_the_others_theirs(lib: Libr
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as crowd:
         assert crowd.stdout is not None
         answer = crowd.stdout.readline()
-        assert f"mtierd takes no more connections: process {crowd.pid} has 16 connections" in answer
+        assert f"mtierd accepts no more connections: process {crowd.pid} has 16 connections" in answer
         assert lib.init() == SUCCESS
         assert lib.malloc(0, GRANULE)[0] == SUCCESS
         assert daemon.available() == 62 * MIB

@@ -173,10 +173,13 @@ def test_rank_plans_capacity_and_errors(build: Path, start_daemon: StartDaemon) 
     assert "lower --hicache-size" in out and "0.07 GB in bank 0, 0.03 GB in bank 1, " in out, out
     # Granules are whole in a bank; a bank that is full is left out.
     out = sentence(lambda: tier.allocate(2 * 50 * MIB, 50 * MIB))
-    assert "the pool needs 2 piece(s) of 0.05 GB, but" in out, out region = tier.allocate(7 * 14 * MIB, 14 * MIB) assert
-    [sdk_free(bank) for bank in range(3)] == [64 - 56, 32 - 28, 16 - 14] assert [extent.nbytes // MIB for extent in
-    region.extents] == [56, 28, 14] assert region.summary == "host memory of mtier bank 0, 1, 2" region.release() assert
-    [sdk_free(bank) for bank in range(3)] == [64, 32, 16]
+    assert "the pool needs 2 piece(s) of 0.05 GB, but" in out, out
+    region = tier.allocate(7 * 14 * MIB, 14 * MIB)
+    assert [sdk_free(bank) for bank in range(3)] == [64 - 56, 32 - 28, 16 - 14]
+    assert [extent.nbytes // MIB for extent in region.extents] == [56, 28, 14]
+    assert region.summary == "host memory of mtier bank 0, 1, 2"
+    region.release()
+    assert [sdk_free(bank) for bank in range(3)] == [64, 32, 16]
     # A bank that cannot give what it says: nothing of the others' stays.
     tier._free = lambda: {0: 64 * MIB, 1: 1 << 40}
     out = sentence(lambda: tier.allocate(4 * 30 * MIB, 30 * MIB))
@@ -234,7 +237,7 @@ def test_what_is_missing_is_said_and_skipped(build: Path, start_daemon: StartDae
     assert "is not X-Mem's" in told(MTIER_LIB_PATH=str(libm))
     daemon.stop()
     text = told()
-    assert f"no mtierd answers at {daemon.socket_path}" in text
+    assert f"no mtierd responds at {daemon.socket_path}" in text
     assert text.count("sglang-xmem mtierd") == 1, text
 
 
@@ -242,7 +245,7 @@ def test_what_is_missing_is_said_and_skipped(build: Path, start_daemon: StartDae
 def test_service_that_starts_later_is_found(build: Path, tmp_path: Path) -> None:
     script = """
     mtierd, path = sys.argv[1:]
-    assert "no mtierd answers" in sentence(plan)
+    assert "no mtierd responds" in sentence(plan)
     import time
     daemon = subprocess.Popen([mtierd, "--socket", path, "--bank", f"host:{8 * MIB}"], stderr=subprocess.DEVNULL)
     try:

@@ -1,5 +1,5 @@
-// Banks of memory that mtierd hands out, one class per kind of memory. A bank makes memory and takes it back; who has
-// it, and how much is left, is the ledger's. Each bank is used by one thread, its own (bank_thread.h).
+// Banks of memory that mtierd grants, one class per kind of memory. A bank allocates and frees memory; the ledger
+// accounts for owners and free capacity. Each bank has its own thread, its only user (bank_thread.h).
 #pragma once
 
 #include <fcntl.h>
@@ -22,48 +22,48 @@ namespace mtier {
 
 constexpr int kMaxRestAfterMs = 3600 * 1000;
 
-// What became of an allocation.
+// The result of an allocation.
 struct Made {
-    int fd = -1;            // for the client, to be closed once it is sent; -1: `why` says what is wrong
+    int fd = -1;            // for the client, to be closed once it is sent; -1: failed, see `why`
     std::string why;        // a clause
-    bool may_pass = false;  // the same call may succeed in a moment
+    bool may_pass = false;  // a retry may succeed shortly
 };
 
 class Bank {
   public:
-    // `total` is cut to whole granules; `granularity` is a power of two.
+    // `total` is rounded down to whole granules; `granularity` is a power of two.
     Bank(std::uint64_t total, std::uint64_t granularity)
         : total_(total / granularity * granularity), granularity_(granularity) {}
     virtual ~Bank() = default;
     Bank(const Bank &) = delete;
     Bank &operator=(const Bank &) = delete;
 
-    // These are constant, for any thread.
+    // Constant; any thread may call them.
     virtual MemoryKind kind() const = 0;
     // What the memory is, for the log: "host memory".
     virtual std::string describe() const = 0;
-    // The same in a word, as labels and the ledger have it: "host".
+    // A short name for labels and the ledger: "host".
     virtual std::string label() const = 0;
-    // The same as members of a JSON object: "\"kind\": \"host\"".
+    // Members of a JSON object: "\"kind\": \"host\"".
     virtual std::string json() const = 0;
     std::uint64_t total() const { return total_; }
     std::uint64_t granularity() const { return granularity_; }
-    // `bytes` in whole granules; 0 where that many cannot be counted.
+    // Rounds `bytes` up to whole granules; 0 on overflow.
     std::uint64_t rounded(std::uint64_t bytes) const {
         return bytes > UINT64_MAX - (granularity_ - 1) ? 0 : (bytes + granularity_ - 1) & ~(granularity_ - 1);
     }
 
-    // Makes zeroed memory of `bytes`, whole granules, under the name `id`.
+    // Allocates `bytes` (whole granules) of zeroed memory, named `id`.
     virtual Made create(std::uint64_t bytes, std::uint64_t id) = 0;
-    // Takes the memory of `id` back if no client has it. True where it is back, or is not this bank's.
-    // `given_up`: who had it says so, or has ended.
+    // Frees the memory of `id` if no client has it. True if it is free, or is not this bank's. `given_up`: its client
+    // has freed it, or has ended.
     virtual bool settle(std::uint64_t id, bool given_up) = 0;
-    // Lets go of the memory of `id`, whoever has it.
+    // Releases the memory of `id` even if a client has it.
     virtual void forget(std::uint64_t id) = 0;
-    // Memory that a service before this one made, and that is in use still, has the name `id` from now on.
+    // Reserves the name `id` for memory that an earlier service allocated and that is still in use.
     virtual void resume(std::uint64_t) {}
 
-    // Milliseconds until the bank wants a call of rest_if_due(); -1 where it does not.
+    // Milliseconds until the next call of rest_if_due(); -1: no call.
     virtual int rest_in_ms() const { return -1; }
     virtual void rest_if_due() {}
 
@@ -89,12 +89,12 @@ class HostBank : public Bank {
     std::string json() const override { return "\"kind\": \"host\""; }
 
     Made create(std::uint64_t bytes, std::uint64_t id) override {
-        auto entry = files_.emplace(id, -1).first;  // reserved first, so that nothing can fail once there is a file
+        auto entry = files_.emplace(id, -1).first;  // reserved first, so that nothing can fail after the file exists
         int fd = ::memfd_create("mtier", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        // Of fixed size: a client cannot take more than was granted, nor lose what it maps.
+        // Fixed size: a client can neither grow the grant nor lose mapped pages.
         bool made = fd >= 0 && ::ftruncate(fd, static_cast<off_t>(bytes)) == 0 &&
                     ::fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
-        // Two open files of it: what is sent is the client's own, and the kernel counts those that were opened.
+        // Two open files: the client gets its own, and the kernel counts open files.
         int own = made ? reopened(fd) : -1;
         int sent = own >= 0 ? reopened(fd) : -1;
         Made result;
@@ -114,7 +114,7 @@ class HostBank : public Bank {
     bool settle(std::uint64_t id, bool given_up) override {
         auto found = files_.find(id);
         if (found == files_.end()) return given_up;
-        // The kernel leases a file for writing only to its one holder: to whom nobody else has it open or mapped.
+        // The kernel grants a write lease only if no one else has the file open or mapped.
         if (::fcntl(found->second, F_SETLEASE, F_WRLCK) != 0 && !(errno == EINVAL && given_up)) return false;
         forget(id);
         return true;
@@ -135,28 +135,28 @@ class HostBank : public Bank {
     std::unordered_map<std::uint64_t, int> files_;
 };
 
-// HBM of one GPU, one piece of CUDA virtual memory management's physical memory an allocation, handed out as a file
-// descriptor. Physical memory is put together from granules, so there are no holes that could fragment the bank, and
-// one allocation is one descriptor however large it is.
+// HBM of one GPU. An allocation is one piece of physical memory of CUDA's virtual memory management, passed as a file
+// descriptor. Physical memory consists of granules, so the bank cannot fragment, and an allocation of any size is one
+// descriptor.
 //
 // Allocating memory needs no CUDA context, but a GPU without any context runs at idle clocks and serves its memory to
 // other GPUs at a lower rate. So the bank holds the GPU's primary context while any of its memory is allocated, and for
 // a few seconds longer, since making a context is slow and a client may allocate and free repeatedly. A GPU whose bank
 // is unused looks idle to others. The context is used only to clear memory.
 //
-// The driver has the memory back when the service has released it and no client maps it any more: a client that dies
-// loses its own mappings with its process. It does not say who maps it, so a client that says it gave memory back is
-// believed. It does not say either that memory is empty which it hands out again, so the bank clears it.
+// The driver reclaims memory when the service has released it and no client maps it any more; a process's mappings end
+// with it. The driver does not report mappings, so the bank trusts a client that frees memory. The driver does not
+// guarantee that memory is zeroed, so the bank clears it.
 class GpuBank : public Bank {
   public:
-    // nullptr with a clause in `why` where the GPU cannot serve `bytes`.
-    // `rest_after`: how long the context stays when no memory is out.
+    // nullptr with a clause in `why` if the GPU cannot serve `bytes`. `rest_after`: how long the context stays after
+    // the last allocation is freed.
     static std::unique_ptr<GpuBank> open(int gpu, std::uint64_t bytes, std::uint64_t granularity,
                                          std::chrono::milliseconds rest_after, std::string *why) {
-        constexpr const char *kWayOut = "; look at the driver with nvidia-smi, or give host:BYTES for host memory";
+        constexpr const char *kFix = "; check the driver with nvidia-smi, or give host:BYTES for host memory";
         const cuda::Driver *driver = cuda::Driver::get(why);
         if (driver == nullptr) {
-            *why += kWayOut;
+            *why += kFix;
             return nullptr;
         }
         int count = 0;
@@ -172,7 +172,7 @@ class GpuBank : public Bank {
             return status == cuda::kOk;
         };
         if (!tried("cuInit", driver->Init(0)) || !tried("cuDeviceGetCount", driver->DeviceGetCount(&count))) {
-            *why = driver->failed(call, result) + kWayOut;
+            *why = driver->failed(call, result) + kFix;
             return nullptr;
         }
         if (gpu >= count) {
@@ -187,7 +187,7 @@ class GpuBank : public Bank {
                    driver->DeviceGetAttribute(&has_descriptors, cuda::kHasFileDescriptors, device)) ||
             !tried("cuDeviceGetPCIBusId", driver->DeviceGetPCIBusId(pci, sizeof(pci), device)) ||
             !tried("cuDeviceTotalMem", driver->DeviceTotalMem(&memory, device))) {
-            *why = driver->failed(call, result) + kWayOut;
+            *why = driver->failed(call, result) + kFix;
             return nullptr;
         }
         if (has_memory == 0 || has_descriptors == 0) {
@@ -196,7 +196,7 @@ class GpuBank : public Bank {
         }
         if (!tried("cuMemGetAllocationGranularity",
                    driver->MemGetAllocationGranularity(&granule, &wanted, cuda::kRecommended))) {
-            *why = driver->failed(call, result) + kWayOut;
+            *why = driver->failed(call, result) + kFix;
             return nullptr;
         }
         if (granule == 0 || (granule & (granule - 1)) != 0) {
@@ -229,7 +229,7 @@ class GpuBank : public Bank {
 
     Made create(std::uint64_t bytes, std::uint64_t id) override {
         cuda::AllocationProperties wanted = cuda::properties(gpu_);
-        // Reserved first, so that nothing can fail once there is a handle or a context to lose.
+        // Reserved first, so that nothing can fail after a handle or a context exists.
         auto entry = handles_.emplace(id, 0).first;
         Made made;
         // Before the memory, which could leave no space for the context.
@@ -241,7 +241,7 @@ class GpuBank : public Bank {
             call = "cuMemCreate";
             result = driver_.MemCreate(&handle, bytes, &wanted, 0);
         }
-        // The memory of a client that has just died is the driver's again a moment after its process has ended.
+        // The driver reclaims the memory of a dead client shortly after its process has ended.
         made.may_pass = result == cuda::kErrorOutOfMemory;
         if (result == cuda::kOk) {
             entry->second = handle;
@@ -273,7 +273,7 @@ class GpuBank : public Bank {
         rest_if_due();
     }
 
-    // The memory is whoever's has its descriptor; the GPU does not rest while somebody may use it.
+    // The memory belongs to every holder of its descriptor; the GPU keeps its clocks while it may be in use.
     void resume(std::uint64_t id) override {
         handles_.emplace(id, 0);
         awake_ = awake_ || driver_.DevicePrimaryCtxRetain(&context_, device_) == cuda::kOk;
@@ -301,7 +301,7 @@ class GpuBank : public Bank {
           pci_(std::move(pci)),
           rest_after_(rest_after) {}
 
-    // Fills memory with zeros: the last client's may lie there. Leaves the name of the call that failed in `call`.
+    // Fills memory with zeros, since it may hold a previous client's data. Sets `call` to the name of a failed call.
     cuda::Result clear(cuda::Handle handle, std::uint64_t bytes, const char **call) {
         cuda::Result result = cuda::kOk;
         auto tried = [&](const char *name, cuda::Result status) {
@@ -338,7 +338,7 @@ class GpuBank : public Bank {
     std::unordered_map<std::uint64_t, cuda::Handle> handles_;
     cuda::Context context_ = nullptr;
     bool awake_ = false;          // the context is held
-    Clock::time_point rests_at_;  // where no memory is out
+    Clock::time_point rests_at_;  // if no memory is allocated
 };
 
 }  // namespace mtier

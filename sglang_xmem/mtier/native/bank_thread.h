@@ -1,4 +1,4 @@
-// A bank's own thread: a call of the driver may take seconds, and nobody else waits for it.
+// A bank's own thread: a driver call may take seconds, and no other thread waits for it.
 #pragma once
 
 #include <sys/eventfd.h>
@@ -24,11 +24,11 @@
 
 namespace mtier {
 
-// What other threads want done on the main one.
+// Actions of other threads for the main one.
 class Mailbox {
   public:
     explicit Mailbox(Loop &loop) : fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-        if (fd_ < 0) throw std::runtime_error("no eventfd can be made: " + words_of(errno));
+        if (fd_ < 0) throw std::runtime_error("an eventfd cannot be created: " + words_of(errno));
         loop.watch(fd_, POLLIN, [this](short) { deliver(); });
     }
     Mailbox(const Mailbox &) = delete;
@@ -39,7 +39,7 @@ class Mailbox {
         std::lock_guard<std::mutex> guard(mutex_);
         actions_.push_back(std::move(action));
         std::uint64_t one = 1;
-        if (::write(fd_, &one, sizeof(one)) < 0) return;  // full: it is readable as it is
+        if (::write(fd_, &one, sizeof(one)) < 0) return;  // full, so it is readable already
     }
 
   private:
@@ -74,10 +74,10 @@ class BankThread {
         thread_.join();
     }
 
-    // For what is constant in it.
+    // For its constant members.
     const Bank &bank() const { return *bank_; }
 
-    // Calls `work` with the bank, after all that was posted before, and then `done` with its result on the main thread.
+    // Calls `work` with the bank, after all earlier posts, and then `done` with its result on the main thread.
     template <typename Work, typename Done>
     void post(Work work, Done done) {
         {
@@ -90,13 +90,13 @@ class BankThread {
         changed_.notify_one();
     }
 
-    // How long the job that runs has been running.
+    // How long the current job has been running.
     std::chrono::milliseconds busy() const {
         std::int64_t since = busy_since_.load();
         return std::chrono::milliseconds(since == 0 ? 0 : now_ms() - since);
     }
 
-    // Whether all jobs end within a time.
+    // Whether all jobs end within the given time.
     bool idle_within(std::chrono::milliseconds time) {
         std::unique_lock<std::mutex> guard(mutex_);
         return finished_.wait_for(guard, time, [this] { return jobs_.empty() && busy_since_ == 0; });

@@ -1,4 +1,4 @@
-// A client's end of the service's socket: connects, sends a request, waits for its reply, always within a time limit.
+// A client of the service's socket: connects, sends a request, waits for its reply, always within a time limit.
 #pragma once
 
 #include <poll.h>
@@ -19,7 +19,7 @@
 
 namespace mtier {
 
-// False where the path is too long for a socket.
+// False if the path is too long for a socket.
 inline bool fill_address(const std::string &path, sockaddr_un *address) {
     *address = {};
     address->sun_family = AF_UNIX;
@@ -32,7 +32,7 @@ class Deadline {
   public:
     explicit Deadline(int milliseconds) : end_(Clock::now() + std::chrono::milliseconds(milliseconds)) {}
 
-    // Milliseconds left, 0 when it has passed.
+    // Milliseconds left; 0 after the deadline.
     int left() const {
         auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end_ - Clock::now()).count();
         return left > 0 ? static_cast<int>(left) : 0;
@@ -55,13 +55,13 @@ class Channel {
         if (fd >= 0) ::close(fd);
     }
 
-    // Whether the service still holds its end: between calls a healthy one has nothing to say.
+    // Whether the service still holds its end: between calls a healthy service sends nothing.
     bool alive() const {
         pollfd entry{fd_.load(), POLLIN, 0};
         return entry.fd >= 0 && ::poll(&entry, 1, 0) <= 0;
     }
 
-    // `error` gets a sentence for any code but kSuccess.
+    // `error` gets a sentence for every code except kSuccess.
     Code connect(const std::string &path, const Deadline &deadline, std::string *error) {
         close();
         sockaddr_un address;
@@ -71,23 +71,23 @@ class Channel {
         }
         int fd = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         if (fd < 0) {
-            *error = "no socket can be made: " + words_of(errno);
+            *error = "a socket cannot be created: " + words_of(errno);
             return kFailure;
         }
         fd_ = fd;
         while (::connect(fd, reinterpret_cast<sockaddr *>(&address), sizeof(address)) != 0) {
-            if ((errno == EAGAIN || errno == EINTR) && deadline.left() > 0) {  // its queue of connections is full
+            if ((errno == EAGAIN || errno == EINTR) && deadline.left() > 0) {  // its connection queue is full
                 std::this_thread::sleep_for(std::chrono::milliseconds(5));
                 continue;
             }
-            *error = "no mtierd answers at " + path + " (" + words_of(errno) +
+            *error = "no mtierd responds at " + path + " (" + words_of(errno) +
                      "); start one with sglang-xmem mtierd, or set MTIER_SOCKET to the socket of a running one";
             close();
             return kServiceUnavailable;
         }
         ucred owner{};
         socklen_t length = sizeof(owner);
-        // Anybody can put a socket at a path in /tmp, and memory from a stranger is a stranger's to read.
+        // Anyone can create a socket in /tmp, and memory from another user is readable by that user.
         if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &owner, &length) != 0 || owner.uid != geteuid()) {
             *error = "the service at " + path + " runs as user " + std::to_string(owner.uid) + " and not as user " +
                      std::to_string(geteuid()) + "; start your own with sglang-xmem mtierd";
@@ -97,16 +97,16 @@ class Channel {
         return kSuccess;
     }
 
-    // Sends `request` and waits for its reply. With any transport failure the channel is closed.
+    // Sends `request` and waits for its reply. Any transport failure closes the channel.
     //
-    // Returns the reply's code, or that of a failure on the way. `text` gets the reply's text or a failure's words.
-    // `received` gets the file descriptor that came along, or -1.
+    // Returns the code of the reply or of a transport failure. `text` gets the reply's text or the failure's message.
+    // `received` gets the received file descriptor, or -1.
     Code exchange(Request request, const Deadline &deadline, Reply *reply, std::string *text, int *received) {
         *received = -1;
         request.magic = kMagic;
         request.version = kVersion;
         request.id = ++last_id_;
-        bool ended = false;  // it may have said why before it hung up
+        bool ended = false;  // it may have sent a reason before it closed
         while (::send(fd_, &request, sizeof(request), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(request))) {
             if (errno == EINTR) continue;
             ended = errno == EPIPE || errno == ECONNRESET;
@@ -129,7 +129,7 @@ class Channel {
                 if (*received >= 0) ::close(*received);
                 *received = -1;
                 close();
-                *text = "the service sent a reply that this library does not understand; build both from one release";
+                *text = "the service sent a reply that this library does not support; build both from one release";
                 return kServerError;
             }
             text->assign(buffer.data() + sizeof(Reply), reply->text_bytes);
@@ -138,7 +138,7 @@ class Channel {
         }
     }
 
-    // For a forked child, whose copy of the socket would keep its parent's memory after the parent's death.
+    // For a forked child, whose copy of the socket would keep its parent's memory after the parent's end.
     void close_in_child() { close(); }
 
   private:
@@ -183,13 +183,13 @@ class Channel {
 
     Code lost(std::string *text, const std::string &why) {
         close();
-        *text = "the connection to mtierd is lost (" + why + "); start the service again if it is gone";
+        *text = "the connection to mtierd is lost (" + why + "); restart the service if it is gone";
         return kServiceUnavailable;
     }
 
     Code silent(std::string *text) {
         close();
-        *text = "mtierd does not answer in time; look at its process, or set MTIER_TIMEOUT_MS to wait longer";
+        *text = "mtierd does not respond in time; check its process, or set MTIER_TIMEOUT_MS to wait longer";
         return kServerError;
     }
 

@@ -1,5 +1,5 @@
-// Connections: who may have one, one request of each at a time, and nobody waits for a client that does not read. What
-// a request means is the Handler's.
+// Connections: admission, one request per connection at a time, and no waiting for a client that does not read. The
+// Handler interprets requests.
 #pragma once
 
 #include <linux/sockios.h>
@@ -29,7 +29,7 @@
 
 namespace mtier {
 
-// What a handler knows of a connection. Numbers are never used again.
+// A handler's view of a connection. Numbers are not reused.
 struct Peer {
     std::uint64_t number;
     std::shared_ptr<Process> process;
@@ -38,8 +38,8 @@ struct Peer {
 struct Answer {
     Code code = kSuccess;
     std::string text;
-    Reply fields{};  // of the request's own; the head is filled in
-    int fd = -1;     // goes along and is closed then
+    Reply fields{};  // the request's own fields; Connections fills in the head
+    int fd = -1;     // sent with the reply, then closed
 
     static Answer error(Code code, std::string words) {
         Answer answer;
@@ -52,12 +52,12 @@ struct Answer {
 class Handler {
   public:
     virtual ~Handler() = default;
-    // Nothing where the answer comes later, by Connections::answer().
-    // `behind`: what stood behind the request; empty below kFirstPagesOp.
+    // Empty if the answer follows later, by Connections::answer(). `behind`: the data after the request; empty below
+    // kFirstPagesOp.
     virtual std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) = 0;
-    // The kernel does not let the service send a descriptor now. What to answer in its place, without one.
+    // The kernel refuses to send a descriptor now. Returns the answer to send instead, without one.
     virtual Answer not_sent(const Peer &peer, const Reply &reply, const std::string &why) = 0;
-    // Whether a connection is to stay though nothing is asked on it.
+    // Whether to keep a connection without requests.
     virtual bool keeps(const Peer &peer) = 0;
     virtual void closed(const Peer &peer) = 0;
 };
@@ -66,7 +66,7 @@ class Connections {
   public:
     Connections(Loop &loop, Log &log, Processes &processes, Handler &handler)
         : loop_(loop), log_(log), processes_(processes), handler_(handler) {
-        // A descriptor that was passed on outlives its process, and would speak for it.
+        // A descriptor that was passed on survives its process, and would act for it.
         processes_.when_gone([this](const Process &process) {
             for (auto it = connections_.begin(); it != connections_.end();) {
                 auto each = it++;
@@ -86,15 +86,15 @@ class Connections {
     void listen(int listener) {
         loop_.watch(listener, POLLIN, [this, listener](short) {
             if (accept_all(listener)) return;
-            // The system has no descriptor left, which another attempt at once would not change.
+            // The system has no free descriptor; an immediate retry would fail too.
             loop_.change(listener, 0);
             loop_.after(std::chrono::milliseconds(100), [this, listener] { loop_.change(listener, POLLIN); });
         });
         loop_.after(kIdle / 2, [this] { close_idle(); });
     }
 
-    // Answers the request that handle() left open. False where the connection is gone, and with it an answer's
-    // descriptor.
+    // Answers a request that handle() left open. False if the connection is gone; the answer's descriptor is then
+    // closed.
     bool answer(std::uint64_t number, Answer answer) {
         auto found = connections_.find(number);
         if (found == connections_.end()) {
@@ -110,8 +110,8 @@ class Connections {
   private:
     static constexpr std::size_t kMaxConnections = 256;
     static constexpr std::size_t kMaxOfProcess = 16;
-    static constexpr std::size_t kMaxUnknown = 64;  // of all processes that the kernel does not distinguish
-    static constexpr int kTurn = 16;                // connections that are accepted before the others have their turn
+    static constexpr std::size_t kMaxUnknown = 64;  // for all processes that the kernel does not distinguish
+    static constexpr int kTurn = 16;                // connections accepted per round
     static constexpr std::chrono::milliseconds kIdle{30'000};
     static constexpr std::chrono::milliseconds kUnreadPause{10};
 
@@ -120,11 +120,11 @@ class Connections {
 
         int fd;
         Peer peer;
-        Request request{};  // the last one
+        Request request{};  // the latest one
         bool busy = false;  // the handler has it
         std::optional<Answer> unsent;
         bool granted = false;        // the last answer had a descriptor
-        std::uint64_t mistakes = 0;  // the first one goes into the log
+        std::uint64_t mistakes = 0;  // the first one is logged
         Loop::Clock::time_point used = Loop::Clock::now();
     };
     using Client = std::map<std::uint64_t, Connection>::iterator;
@@ -165,7 +165,7 @@ class Connections {
         loop_.watch(fd, POLLIN, [this, number](short events) { attend(number, events); });
     }
 
-    // Says why before it hangs up.
+    // Sends the reason before it closes.
     void refuse(int fd, const std::string &why) {
         log_.often(Often::kRefusedConnection, "refused a connection: %s", why.c_str());
         Reply reply{};
@@ -173,7 +173,7 @@ class Connections {
         reply.version = kVersion;
         reply.op = static_cast<std::uint16_t>(Op::kRefused);
         reply.code = kServiceUnavailable;
-        std::string words = "mtierd takes no more connections: " + why;
+        std::string words = "mtierd accepts no more connections: " + why;
         reply.text_bytes = static_cast<std::uint32_t>(words.size());
         std::string message(reinterpret_cast<const char *>(&reply), sizeof(reply));
         message += words;
@@ -197,7 +197,7 @@ class Connections {
         return true;
     }
 
-    // A client that holds nothing connects again when it wants something.
+    // A client without memory reconnects when it needs something.
     void close_idle() {
         for (Client it = connections_.begin(); it != connections_.end();) {
             Client each = it++;
@@ -215,13 +215,13 @@ class Connections {
             flush(client);
             return;
         }
-        if (connection.busy) {  // only its end is of interest
+        if (connection.busy) {  // only its end matters
             if ((events & (POLLHUP | POLLERR | POLLNVAL)) != 0) drop(client);
             return;
         }
         if (connection.granted && (events & (POLLHUP | POLLERR)) == 0 && is_unread(connection.fd)) {
-            // Descriptors on their way are counted by the user, so a client that does not read its own would leave the
-            // others none. Whoever asks again has read; for those who have not, there is no event to wait for.
+            // The kernel limits descriptors in flight per user, so a client that does not read its own would block the
+            // others. A new request shows that the client has read; there is no event for that.
             loop_.change(connection.fd, 0);
             loop_.after(kUnreadPause, [this, number] {
                 Client again = connections_.find(number);
@@ -232,12 +232,12 @@ class Connections {
         connection.granted = false;
         alignas(Request) char buffer[kMaxRequestBytes];
         iovec part{buffer, sizeof(buffer)};
-        msghdr message{};  // without space for descriptors: the kernel closes any that a client sends
+        msghdr message{};  // without space for descriptors: the kernel closes those that a client sends
         message.msg_iov = &part;
         message.msg_iovlen = 1;
         ssize_t got = ::recvmsg(connection.fd, &message, 0);
         if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
-        // An empty message reads like the end; both end the connection.
+        // An empty message looks like the end; both end the connection.
         if (got <= 0) return drop(client);
         connection.used = Loop::Clock::now();
         take(client, buffer, static_cast<std::size_t>(got), (message.msg_flags & MSG_TRUNC) != 0);
@@ -254,14 +254,14 @@ class Connections {
             request.magic != kMagic || request.reserved != 0) {
             answer = Answer::error(kInvalidArgument, "the message is not a request of mtierd's protocol");
         } else if (request.version != kVersion) {
-            answer = Answer::error(kServerError, "the message is of another protocol version; build libmtier.so and "
+            answer = Answer::error(kServerError, "the message has another protocol version; build libmtier.so and "
                                                  "mtierd from one release");
         } else {
             try {
                 connection.busy = true;
                 answer = handler_.handle(connection.peer, request, behind);
             } catch (const std::bad_alloc &) {
-                answer = Answer::error(kServerError, "the service is out of memory of its own");
+                answer = Answer::error(kServerError, "the service itself is out of memory");
             }
             if (!answer) return loop_.change(connection.fd, POLLHUP);
         }
@@ -285,7 +285,7 @@ class Connections {
         return flush(client);
     }
 
-    // Sends what waits. Returns whether the connection is still there.
+    // Sends pending data. Returns whether the connection still exists.
     bool flush(Client client) {
         Connection &connection = client->second;
         Answer &answer = *connection.unsent;

@@ -1,5 +1,5 @@
-// The few calls of the CUDA driver that GPU banks need, found in libcuda.so.1 at run time: neither building nor serving
-// host banks takes a CUDA toolkit or a driver. Types are as in CUDA's cuda.h, whose binary interface is stable.
+// The CUDA driver calls that GPU banks need, loaded from libcuda.so.1 at run time: building and serving host banks
+// needs neither a CUDA toolkit nor a driver. Types are as in CUDA's cuda.h, whose binary interface is stable.
 #pragma once
 
 #include <dlfcn.h>
@@ -63,8 +63,8 @@ inline AllocationProperties properties(Device device) {
 
 class Driver {
   public:
-    // The driver of this process, loaded at the first call; nullptr with a clause in `why` where there is none.
-    // Tests build with MTIER_TESTING, and name another library in $MTIER_CUDA_LIBRARY. Not for several threads at once.
+    // The driver of this process, loaded at the first call; nullptr with a clause in `why` without one. Tests build
+    // with MTIER_TESTING, and set $MTIER_CUDA_LIBRARY to another library. Not thread-safe.
     static const Driver *get(std::string *why) {
         static Driver driver;
         if (driver.library_ == nullptr && !driver.load(why)) return nullptr;
@@ -150,7 +150,7 @@ class Driver {
         find(&MemSetAccess, "cuMemSetAccess");
         find(&MemsetD8, "cuMemsetD8_v2");
         if (missing != nullptr) {
-            *why = path + " has no " + missing + "; it needs a driver of CUDA 12 or newer";
+            *why = path + " has no " + missing + "; install a driver for CUDA 12 or newer";
             ::dlclose(library);
             return false;
         }

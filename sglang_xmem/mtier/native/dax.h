@@ -1,17 +1,17 @@
-// A devdax, such as CXL memory, as this service's own: its claim, what says whose pages lie there, and empty memory.
+// A devdax (such as CXL memory) that this service owns: its claim, the record of its slabs, and clearing.
 //
-// Claims are locks on bytes of the device (OFD locks), as those of tier dax (tiers/dax.py), which asks for all of its
-// bytes alone:
+// Claims are locks on bytes of the device (OFD locks), as in tier dax (tiers/dax.py), which locks all of its bytes
+// exclusively:
 //
-// - the service has the first granule, where its superblock lies, alone, and the rest of its range shared. So no other
-//   service and no tier has any of it;
-// - the descriptor that an engine gets of a slab is an open file of its own, with a shared lock on the slab's bytes. It
-//   goes with the last descriptor and mapping, also where the service went before: while nobody else has a lock on
-//   bytes, nobody uses them. That is the kernel's word, whatever ended how.
+// - the service locks the first granule, with its superblock, exclusively, and the rest of its range shared. So no
+//   other service and no tier can lock any of it;
+// - an engine gets a separate open file for a slab, with a shared lock on the slab's bytes. The kernel releases it with
+//   the last descriptor and mapping, even if the service ended first. So bytes without a foreign lock are unused,
+//   however processes ended.
 //
-// The superblock says which slabs there are. It has two copies, of which the newer whole one counts: a service that is
-// killed while it writes one leaves the other. A tier that claims bytes which a superblock speaks of erases it, since
-// their pages are gone then.
+// The superblock lists the slabs. It has two copies, of which the newer intact one is valid: a service that is killed
+// during a write leaves the other one intact. A tier that claims bytes of a superblock erases it, since their pages are
+// lost.
 #pragma once
 
 #include <fcntl.h>
@@ -49,7 +49,7 @@ struct DaxBytes {
     std::uint64_t bytes;
 };
 
-// Of a slab: its record and ledger, then its frames.
+// A slab: its record and ledger, then its frames.
 struct DaxExtent {
     std::uint64_t id;
     std::uint64_t offset;
@@ -59,14 +59,14 @@ struct DaxExtent {
     DaxBytes all() const { return {offset, control + memory}; }
 };
 
-// As it lies on the device; tiers/dax.py knows its first three fields.
+// Its layout on the device; tiers/dax.py reads the first fields.
 struct Superblock {
     static constexpr std::uint64_t kMagic = 0x314b'4e41'4258'4144ULL;  // "DAXBANK1", with the layout's version
     static constexpr std::size_t kCopyBytes = 32 << 10, kCopies = 2, kMostSlabs = 512;
 
     std::uint64_t magic;
-    std::uint64_t range;       // bytes of the device that are the service's, these included
-    std::uint64_t generation;  // of the two copies the larger one counts
+    std::uint64_t range;       // bytes of the device that the service owns, including these
+    std::uint64_t generation;  // the copy with the larger one is valid
     std::uint64_t user;
     char boot[64];
     char device[64];
@@ -82,8 +82,8 @@ static_assert(sizeof(Superblock) <= Superblock::kCopyBytes && offsetof(Superbloc
 
 class DaxDevice {
   public:
-    // nullptr with a clause in `why` where the first `bytes` of the device are unavailable. `kept`: its descriptor, of a
-    // service before this one.
+    // nullptr with a clause in `why` if the first `bytes` of the device are unavailable. `kept`: its descriptor from an
+    // earlier service.
     static std::unique_ptr<DaxDevice> open(const std::string &path, std::uint64_t bytes, std::uint64_t granularity,
                                            Descriptor kept, std::string *why) {
         auto device = std::unique_ptr<DaxDevice>(new DaxDevice(path));
@@ -94,7 +94,7 @@ class DaxDevice {
         device->range_ = bytes / device->granule_ * device->granule_;
         if (bytes > device->size_ || device->range_ < 3 * device->granule_) {
             *why = "it has " + amount(device->size_) + " in granules of " + amount(device->granule_) +
-                   "; give a size of three granules at least that it has";
+                   "; give at least three granules and at most the device's size";
             return nullptr;
         }
         return device->claim(why) && device->map(why) ? std::move(device) : nullptr;
@@ -111,7 +111,7 @@ class DaxDevice {
     std::uint64_t granule() const { return granule_; }
     std::uint64_t range() const { return range_; }
 
-    // What the service before this one left, of this start of the machine and this user's.
+    // The state of an earlier service, if it has this boot and this user.
     std::vector<DaxExtent> left() const {
         const Superblock *newest = nullptr;
         for (std::size_t i = 0; i < Superblock::kCopies; ++i) {
@@ -131,7 +131,7 @@ class DaxDevice {
         return found;
     }
 
-    // False where there are too many.
+    // False if there are too many.
     bool write(const std::vector<DaxExtent> &extents) {
         if (extents.size() > Superblock::kMostSlabs) return false;
         auto next = std::make_unique<Superblock>();
@@ -152,7 +152,7 @@ class DaxDevice {
         return true;
     }
 
-    // A descriptor for engines, that has the bytes as long as anybody has it or maps it.
+    // A descriptor for engines that locks the bytes while it is open or mapped anywhere.
     Descriptor share(const DaxBytes &bytes, std::string *why) const {
         Descriptor fd = reopen(why);
         if (fd.get() >= 0 && !lock(fd.get(), F_RDLCK, bytes.offset, bytes.bytes)) {
@@ -162,15 +162,15 @@ class DaxDevice {
         return fd;
     }
 
-    // Some of these bytes that somebody has by share(); none where nobody has any.
+    // Some of these bytes that are locked through share(); empty if none are.
     std::optional<DaxBytes> shared(const DaxBytes &bytes) const {
         struct flock asked = bytes_of(F_WRLCK, bytes.offset, bytes.bytes);
-        if (::fcntl(fd_.get(), F_OFD_GETLK, &asked) != 0) return bytes;  // nobody can say
+        if (::fcntl(fd_.get(), F_OFD_GETLK, &asked) != 0) return bytes;  // unknown
         if (asked.l_type == F_UNLCK) return std::nullopt;
         return DaxBytes{static_cast<std::uint64_t>(asked.l_start), static_cast<std::uint64_t>(asked.l_len)};
     }
 
-    // Whether memory of the device can be touched: broken pages are found here, and end no process.
+    // Whether memory of the device can be touched; finds broken pages without a signal.
     static bool is_present(void *address, std::uint64_t bytes) {
         return ::madvise(address, bytes, MADV_POPULATE_WRITE) == 0 || errno == EINVAL;  // Linux 5.14
     }
@@ -188,7 +188,7 @@ class DaxDevice {
         return fd;
     }
 
-    // What sysfs says of the device.
+    // The device's facts in sysfs.
     bool look(std::string *why) {
         struct stat info {};
         bool is_device = ::fstat(fd_.get(), &info) == 0 && S_ISCHR(info.st_mode);
@@ -209,7 +209,7 @@ class DaxDevice {
         align_ = number_in(folder + "/align");
         if (align_ == 0) align_ = number_in(folder + "/dax_region/align");
         if (!is_device || size_ == 0 || align_ == 0 || (align_ & (align_ - 1)) != 0) {
-            *why = "it is no devdax; give a device such as /dev/dax0.0 (daxctl list shows them)";
+            *why = "it is not a devdax; give a device such as /dev/dax0.0 (daxctl list shows them)";
             return false;
         }
         identity_ = number + " " + std::to_string(info.st_ino) + " " + std::to_string(size_);
@@ -262,10 +262,10 @@ class DaxDevice {
     void *superblocks_ = MAP_FAILED;
 };
 
-// Threads that fill bytes of a device with zeros, once nobody has them any more.
+// Threads that fill bytes of a device with zeros once they are unused.
 class Clearing {
   public:
-    // `device` stays as long as this.
+    // `device` must outlive this.
     Clearing(const DaxDevice &device, const DaxBytes &bytes)
         : device_(device), all_(bytes), offset_(bytes.offset), bytes_(bytes.bytes) {
         thread_ = std::thread([this] {
@@ -281,9 +281,9 @@ class Clearing {
     }
 
     bool ended() const { return ended_; }
-    // Once it has ended: why the bytes are not clear, a clause; empty where they are.
+    // After its end: why the bytes are not cleared, a clause; empty on success.
     const std::string &why() const { return why_; }
-    // The bytes that it was for, and whether they are broken for good.
+    // The bytes, and whether they are permanently broken.
     const DaxBytes &where() const { return where_; }
     bool is_broken() const { return is_broken_; }
 
@@ -291,7 +291,7 @@ class Clearing {
     static constexpr std::uint64_t kStep = 8 << 20;
     static constexpr unsigned kMostThreads = 8;
     static constexpr std::chrono::milliseconds kTurn{20};
-    static constexpr std::chrono::seconds kPatience{5};  // with a process that ends, or unmaps
+    static constexpr std::chrono::seconds kPatience{5};  // for a process that is ending or unmapping
 
     void run() {
         std::optional<DaxBytes> others;
@@ -315,7 +315,7 @@ class Clearing {
         if (memory != MAP_FAILED) ::munmap(memory, bytes_);
     }
 
-    // By the kernel, which answers with an error where this process would end by SIGBUS.
+    // The kernel clears them, and returns an error where a write of this process would raise SIGBUS.
     void clear(int zeros, char *memory) {
         std::atomic<std::uint64_t> next{0}, broken{UINT64_MAX};
         std::vector<std::thread> threads;
@@ -340,8 +340,8 @@ class Clearing {
         if (broken != UINT64_MAX) {
             is_broken_ = true;
             where_ = {(offset_ + broken) / device_.granule() * device_.granule(), device_.granule()};
-            append(&why_, "a page of %s at %" PRIu64 " MiB is poisoned; the bytes are left out from now on, start the "
-                   "engine again", device_.path().c_str(), (offset_ + broken) >> 20);
+            append(&why_, "a page of %s at %" PRIu64 " MiB is poisoned; the bytes are excluded from now on, restart "
+                   "the engine", device_.path().c_str(), (offset_ + broken) >> 20);
         }
     }
 

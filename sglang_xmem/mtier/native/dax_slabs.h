@@ -1,7 +1,7 @@
-// Slabs of the page bank on a devdax that the service owns. Record, ledger and frames of a slab lie there side by side,
-// so pages outlast engines, the service and its keeper, until the machine starts anew.
+// Slabs of the page bank on a devdax that the service owns. Record, ledger and frames of a slab are adjacent on it, so
+// pages survive engines, the service and its keeper, until the machine reboots.
 //
-// Nothing of a slab reaches another space's engines: its bytes are filled with zeros before it is one.
+// A slab's contents never reach another space's engines: its bytes are zeroed before reuse.
 #pragma once
 
 #include <algorithm>
@@ -20,11 +20,11 @@ namespace mtier::pages {
 
 class DaxSlabs : public SlabSource {
   public:
-    // What the keeper knows a device's descriptor by.
+    // The keeper's name of a device's descriptor.
     static std::string kept_name(const std::string &path) { return "dax " + path; }
 
     DaxSlabs(std::unique_ptr<DaxDevice> device, Kept &kept) : device_(std::move(device)), kept_(kept) {
-        // A service that is started again, without the descriptor, is not to trust what was left.
+        // A restarted service without the descriptor must not trust the old state.
         if (kept_.restarts() > 0 && !device_->is_kept()) device_->write({});
         kept_.leave(kept_name(device_->path()), device_->fd());
     }
@@ -35,7 +35,7 @@ class DaxSlabs : public SlabSource {
     std::uint64_t granularity() const override { return device_->granule(); }
     std::uint64_t mapping_granule() const override { return device_->granule(); }
 
-    // Of one slab.
+    // Of a single slab.
     std::uint64_t available(std::uint64_t frame_bytes) const override {
         std::uint64_t most = 0;
         for (const auto &[offset, bytes] : gaps()) most = std::max(most, bytes);
@@ -54,7 +54,7 @@ class DaxSlabs : public SlabSource {
             return slab;
         }
         slab->state = Slab::State::kFailed;
-        slab->why = "the free bytes of " + device_->path() + " are in pieces";
+        slab->why = "the free bytes of " + device_->path() + " are fragmented";
         return slab;
     }
 
@@ -70,7 +70,7 @@ class DaxSlabs : public SlabSource {
         } else if (take(slab, device_->share(extent.all(), &slab.why))) {
             slab.state = Slab::State::kReady;
             if (write()) return;
-            slab.why = device_->path() + " has as many slabs as it can have";
+            slab.why = device_->path() + " has the maximum number of slabs";
         }
         slab.state = Slab::State::kFailed;
         discard(slab);
@@ -108,7 +108,7 @@ class DaxSlabs : public SlabSource {
     }
 
   private:
-    // What could not be cleared: left out for good, or while somebody else has it.
+    // Bytes that could not be cleared: excluded permanently, or while another process uses them.
     struct Avoided {
         DaxBytes bytes;
         bool is_broken;
@@ -120,7 +120,7 @@ class DaxSlabs : public SlabSource {
         return (bytes + granularity() - 1) / granularity() * granularity();
     }
 
-    // Where the slab is to lie, which nobody else has from now on.
+    // Allocates the slab's range.
     void place(Slab &slab, const DaxExtent &extent) {
         extents_[extent.id] = extent;
         slab.control.granule = slab.memory.granule = granularity();
@@ -135,12 +135,12 @@ class DaxSlabs : public SlabSource {
         slab.memory.fd = std::move(fd);
         if (slab.control.fd.get() < 0) return false;
         if (!kept_.leave(kept_name(slab.id), slab.memory.fd.get())) {
-            std::fprintf(stderr, "mtierd: the next service opens a slab of %s anew.\n", device_->path().c_str());
+            std::fprintf(stderr, "mtierd: the next service reopens a slab of %s.\n", device_->path().c_str());
         }
         return true;
     }
 
-    // The locks of engines that still map it stay, and say so to whoever clears the bytes.
+    // The locks of engines that still map it remain, and delay its clearing.
     void forget(Slab &slab) {
         clearing_.erase(slab.id);
         extents_.erase(slab.id);
@@ -165,7 +165,7 @@ class DaxSlabs : public SlabSource {
         return is;
     }
 
-    // (offset, bytes) of what is nobody's.
+    // (offset, bytes) of each free range.
     std::vector<std::pair<std::uint64_t, std::uint64_t>> gaps() const {
         std::map<std::uint64_t, std::uint64_t> used;  // offset -> end
         for (const auto &[id, extent] : extents_) used[extent.offset] = extent.end();

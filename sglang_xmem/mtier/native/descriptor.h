@@ -1,4 +1,4 @@
-// File descriptors that close themselves, and memory in a file that cannot change its size.
+// Owning file descriptors, and memory in a file of fixed size.
 #pragma once
 
 #include <fcntl.h>
@@ -24,14 +24,14 @@ class Descriptor {
     }
     int get() const { return fd_; }
     int release() { return std::exchange(fd_, -1); }
-    // Another one of the same, to be sent; -1 where there is none to be had.
+    // Duplicates it, to be sent; -1 on failure.
     int duplicate() const { return ::fcntl(fd_, F_DUPFD_CLOEXEC, 0); }
 
   private:
     int fd_;
 };
 
-// Zeroed host memory of fixed size: a client cannot take more than that, nor lose what it maps. -1 with errno.
+// Creates zeroed host memory of fixed size: a client can neither grow it nor lose mapped pages. -1 with errno.
 inline Descriptor sealed_file(const char *name, std::uint64_t bytes) {
     Descriptor file(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
     bool made = file.get() >= 0 && ::ftruncate(file.get(), static_cast<off_t>(bytes)) == 0 &&

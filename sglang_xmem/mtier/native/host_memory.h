@@ -1,5 +1,5 @@
-// How much host memory this process may still take. The kernel ends a process that takes more than its control group
-// has, without an error that anybody could handle, so it has to be asked before.
+// Host memory that is available to this process. The kernel kills a process that exceeds its control group's limit
+// without a recoverable error, so callers check before they allocate.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,14 @@ namespace mtier {
 
 class HostMemory {
   public:
-    // Bytes that the machine and the control groups above this process can give now. Page cache counts as free: the
-    // kernel drops it before it ends a process.
+    // Bytes available now in the machine and under the limits of this process's control groups. Page cache counts as
+    // free: the kernel drops it before it kills a process.
     static std::uint64_t available() { return least("MemAvailable:", true); }
-    // The same if nobody used any.
+    // The same, without any current use.
     static std::uint64_t capacity() { return least("MemTotal:", false); }
 
   private:
-    static constexpr std::uint64_t kNoLimit = 1ULL << 60;  // what control groups write is larger
+    static constexpr std::uint64_t kNoLimit = 1ULL << 60;  // control groups represent no limit by a larger number
 
     static std::uint64_t least(const char *field, bool less_used) {
         std::uint64_t bytes = UINT64_MAX;
@@ -74,7 +74,7 @@ class HostMemory {
         return most - std::min(most, used);
     }
 
-    // The number behind `name` at the start of a line; 0 without one.
+    // The number after `name` at the start of a line; 0 if it is missing.
     static std::uint64_t find(const std::string &path, const char *name) {
         std::uint64_t value = 0;
         lines(path, [&](const char *line) {

@@ -1,5 +1,5 @@
-// A file that says who has what, for the service that comes after this one: memory stays with a client while no service
-// runs. A line a change, in the order of changes; written anew when most of it has become history.
+// A file of grants and their owners for the next service: memory stays with a client while no service runs. One line
+// per change, in order; rewritten when most lines are obsolete.
 #pragma once
 
 #include <fcntl.h>
@@ -41,8 +41,8 @@ class Journal {
         if (records_.empty()) ::unlink(path_.c_str());
     }
 
-    // Reads what a service before this one left at `path`, since this machine started. False with a clause in `why`
-    // where the file cannot be written.
+    // Reads the file of an earlier service of this boot at `path`. False with a clause in `why` if the file cannot be
+    // written.
     bool open(const std::string &path, std::string *why) {
         path_ = path;
         struct stat info;
@@ -52,7 +52,7 @@ class Journal {
 
     const std::map<std::uint64_t, Record> &records() const { return records_; }
 
-    // False with a clause in `why` where it could not be written; then it is not there.
+    // False with a clause in `why` if it could not be written; the record then does not exist.
     bool add(const Record &record, std::string *why) {
         if (!write(line_of(record), why)) return false;
         records_[record.id] = record;
@@ -62,7 +62,7 @@ class Journal {
     void remove(std::uint64_t id) {
         if (records_.erase(id) == 0) return;
         std::string why;
-        // Left out, the next service would wait for a process that has given it back: until that ends.
+        // Without this line, the next service would wait for the end of a process that has already freed it.
         write("- " + std::to_string(id) + "\n", &why);
         if (lines_ > 1000 + 4 * records_.size()) rewrite(&why);
     }
@@ -85,7 +85,7 @@ class Journal {
         std::ifstream file(path_);
         std::string line;
         if (!std::getline(file, line) || line + "\n" != head()) return;
-        // A line without its end was being written when the service was killed.
+        // A line without its end was cut off when the service was killed.
         while (std::getline(file, line) && !file.eof()) {
             std::istringstream words(line);
             std::string sign;
@@ -121,7 +121,7 @@ class Journal {
             return true;
         }
         *why = path_ + " cannot be written (" + (n < 0 ? words_of(errno) : "no space is left") + ")";
-        if (n > 0 && ::ftruncate(fd_, before) != 0) *why += ", nor mended";  // half a line would spoil the next
+        if (n > 0 && ::ftruncate(fd_, before) != 0) *why += ", nor repaired";  // a partial line would corrupt the next
         return false;
     }
 

@@ -1,10 +1,10 @@
-// The process that outlives the service: it holds the service's socket and the descriptors of what has to survive it,
-// starts it again when it ends without a signal to stop, and does nothing else that could fail.
+// The process that survives the service: it holds the service's socket and the descriptors that must survive it,
+// restarts it when it ends without a stop signal, and does nothing else that could fail.
 //
-// The service is a child of it that is forked and not executed, so it has all descriptors by inheritance. It sends new
-// ones over a pair of sockets: what was sent is the keeper's, also where the service ends right behind the call. Memory
-// of which the keeper has a descriptor lives on: host memory, and GPU memory by the driver's descriptors, which takes
-// no CUDA in the keeper. When the keeper ends, however it does, the service does too.
+// The service is a forked child without exec, so it inherits all descriptors. It sends new ones over a socket pair; the
+// keeper has a descriptor as soon as it is sent, even if the service ends right after the call. Memory with a
+// descriptor in the keeper survives: host memory, and GPU memory by the driver's descriptors, for which the keeper
+// needs no CUDA. When the keeper ends, for any reason, the service ends too.
 #pragma once
 
 #include <poll.h>
@@ -39,14 +39,14 @@ namespace mtier {
 
 constexpr std::size_t kMaxKeptName = 200;
 
-// The service's end: what it finds, and what it leaves.
+// The service's view: descriptors that it finds and leaves.
 class Kept {
   public:
-    // `found`: what services before this one left.
+    // `found`: descriptors from earlier services.
     Kept(int keeper, std::map<std::string, Descriptor> found, unsigned restarts)
         : keeper_(keeper), found_(std::move(found)), restarts_(restarts) {}
 
-    // How often the service was started again.
+    // Number of restarts of the service.
     unsigned restarts() const { return restarts_; }
 
     std::vector<std::string> found(std::string_view prefix) const {
@@ -56,20 +56,20 @@ class Kept {
         }
         return names;
     }
-    // What was left under that name, once; -1 where nothing was.
+    // Returns the descriptor of that name, once; -1 if there is none.
     Descriptor take(const std::string &name) {
         auto node = found_.extract(name);
         return node.empty() ? Descriptor() : std::move(node.mapped());
     }
 
-    // Leaves a descriptor for the service after this one; it stays the caller's too. False where it cannot be left now.
+    // Leaves a copy of a descriptor for the next service. False if that fails now.
     bool leave(const std::string &name, int fd) { return send('+', name, fd); }
     void remove(const std::string &name) { send('-', name, -1); }
     void ready() { send('r', "", -1); }
     void beat() { send('b', "", -1); }
 
   private:
-    // Does not wait: the keeper may be stopped.
+    // Non-blocking: the keeper may be stopped.
     bool send(char what, std::string_view name, int fd) {
         std::string message = what + std::string(name.substr(0, kMaxKeptName));
         iovec part{message.data(), message.size()};
@@ -96,7 +96,7 @@ class Kept {
 
 class Keeper {
   public:
-    // Runs `serve` in a child until that ends as it should. Returns the status to end with.
+    // Runs `serve` in a child until a regular end. Returns the exit status.
     int run(const std::function<int(Kept &)> &serve) {
         sigset_t handled;
         sigemptyset(&handled);
@@ -105,27 +105,27 @@ class Keeper {
         sigset_t before;
         ::sigprocmask(SIG_BLOCK, &handled, &before);
         Descriptor signals(::signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK));
-        if (signals.get() < 0) return complain("signals cannot be waited for: " + words_of(errno));
+        if (signals.get() < 0) return complain("waiting for signals failed: " + words_of(errno));
         signals_ = signals.get();
         std::chrono::milliseconds pause = kFirstPause;
-        unsigned in_vain = 0;  // starts in a row that came to nothing
+        unsigned in_vain = 0;  // consecutive failed starts
         for (unsigned starts = 0;; ++starts) {
             int ends[2];
             if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) {
-                return complain("no sockets can be made: " + words_of(errno));
+                return complain("sockets cannot be created: " + words_of(errno));
             }
             Descriptor own(ends[0]), its(ends[1]);
             std::fflush(nullptr);
             pid_t keeper = ::getpid();
             pid_t service = ::fork();
-            if (service < 0) return complain("no process can be made: " + words_of(errno));
+            if (service < 0) return complain("a process cannot be created: " + words_of(errno));
             if (service == 0) {
                 ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-                if (::getppid() != keeper) std::_Exit(1);  // it has ended already
+                if (::getppid() != keeper) std::_Exit(1);  // the keeper has already ended
                 ::sigprocmask(SIG_SETMASK, &before, nullptr);
                 own = Descriptor();
                 signals = Descriptor();
-                std::exit(child(serve, its.release(), starts));  // no destructor of the keeper runs here
+                std::exit(child(serve, its.release(), starts));  // skips the keeper's destructors
             }
             its = Descriptor();
             ready_ = false;
@@ -138,11 +138,11 @@ class Keeper {
             in_vain = ready_ ? 0 : in_vain + 1;
             if (in_vain == kMostInVain) return complain("the service " + words_for(status) + " at every start");
             if (in_vain == kTrust && !kept_.empty()) {
-                complain("the service cannot start with what was left to it, so that is given up");
+                complain("the service cannot start with the old state, which is dropped now");
                 kept_.clear();
             }
             if (Clock::now() - begun > kLong) pause = kFirstPause;
-            complain("the service " + words_for(status) + " and is started again");
+            complain("the service " + words_for(status) + " and is restarted");
             if (rest(pause)) return 1;
             pause = std::min(pause * 2, kLongestPause);
         }
@@ -152,10 +152,10 @@ class Keeper {
     using Clock = std::chrono::steady_clock;
     static constexpr std::chrono::milliseconds kTurn{1000}, kFirstPause{20}, kLongestPause{5000};
     static constexpr std::chrono::seconds kLong{60};
-    static constexpr std::chrono::milliseconds kSilence{30'000}, kPatience{10'000};  // the second: once asked to stop
+    static constexpr std::chrono::milliseconds kSilence{30'000}, kPatience{10'000};  // the second: after a stop signal
     static constexpr unsigned kTrust = 3, kMostInVain = 8;
 
-    // With a service whose main loop is stuck.
+    // For a service with a stuck main loop.
     static std::chrono::milliseconds patience() {
 #ifdef MTIER_TESTING
         if (const char *chosen = std::getenv("MTIER_SILENCE_MS")) {
@@ -175,7 +175,7 @@ class Keeper {
     }
 
     static int complain(const std::string &sentence) {
-        // A pipe that nobody reads must not hold who watches the service.
+        // A full pipe must not block the process that watches the service.
         pollfd out{STDERR_FILENO, POLLOUT, 0};
         if (::poll(&out, 1, 0) == 1 && (out.revents & POLLOUT) != 0) {
             std::fprintf(stderr, "mtierd: %s.\n", sentence.c_str());
@@ -188,7 +188,7 @@ class Keeper {
         return "ended with status " + std::to_string(WEXITSTATUS(status));
     }
 
-    // Waits for the service's end and does meanwhile what it asks. Returns its status.
+    // Serves the service's requests until its end. Returns its status.
     int attend(pid_t service, int end) {
         std::chrono::milliseconds silent{0}, stopping{0};
         for (;;) {
@@ -196,7 +196,7 @@ class Keeper {
             pollfd entries[] = {{end, POLLIN, 0}, {signals_, POLLIN, 0}};
             auto most = notify_.beat().count() == 0 ? kTurn : std::min(kTurn, notify_.beat());
             ::poll(entries, 2, static_cast<int>(most.count()));
-            // This process may have been stopped itself.
+            // This process itself may have been stopped.
             auto turn = std::min(most, std::chrono::ceil<std::chrono::milliseconds>(Clock::now() - before));
             silent = drain(end) ? std::chrono::milliseconds(0) : silent + turn;
             if (has_to_stop() && !stopping_) {
@@ -212,12 +212,12 @@ class Keeper {
                 drain(end);
                 return status;
             }
-            // Its end is closed a moment before it has ended: that is no event to wait for.
+            // Its socket is closed shortly before it has ended, so that is not an event to wait for.
             if ((entries[0].revents & POLLHUP) != 0) ::usleep(1000);
         }
     }
 
-    // Does what messages of the service say. False where there was none.
+    // Handles the service's messages. False if there was none.
     bool drain(int end) {
         bool any = false;
         for (;;) {
@@ -248,7 +248,7 @@ class Keeper {
         }
     }
 
-    // Lets systemd's watchdog know that this process lives; whether the service does is this one's own concern.
+    // Notifies systemd's watchdog that this process is alive; this process itself watches the service.
     void beat() {
         if (notify_.beat().count() == 0 || Clock::now() - beat_at_ < notify_.beat()) return;
         beat_at_ = Clock::now();
@@ -264,7 +264,7 @@ class Keeper {
         return found;
     }
 
-    // True where it has to stop meanwhile.
+    // True if a stop signal arrived.
     bool rest(std::chrono::milliseconds pause) const {
         for (auto end = Clock::now() + pause; Clock::now() < end;) {
             pollfd entry{signals_, POLLIN, 0};

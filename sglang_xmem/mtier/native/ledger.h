@@ -1,4 +1,4 @@
-// Who has how much of which bank. Knows neither memory nor connections.
+// Accounts of banks and clients. Independent of memory and connections.
 #pragma once
 
 #include <sys/random.h>
@@ -17,10 +17,10 @@
 namespace mtier {
 
 enum class Stage {
-    kMaking,   // the bank makes it
-    kOffered,  // sent; the client has not said that it has it
+    kMaking,   // the bank is allocating it
+    kOffered,  // sent; the client has not confirmed it
     kHeld,     // the client has it
-    kLeaving,  // given up, and counted until nobody has it
+    kLeaving,  // given up, and counted until it is unused
 };
 
 struct Grant {
@@ -36,21 +36,21 @@ struct Account {
     std::size_t grants = 0;
 };
 
-// What one client has, over all its connections one after the other.
+// One client's grants, over all its successive connections.
 struct Lease {
     std::uint64_t id;
     std::shared_ptr<Process> process;
     std::uint64_t connection = 0;  // its number; 0 without one
     Account account;
     std::set<std::uint64_t> grants;
-    std::uint64_t departures = 0;  // how often its connection has ended
+    std::uint64_t departures = 0;  // number of its ended connections
 };
 
 class Ledger {
   public:
     explicit Ledger(std::size_t banks) : banks_(banks) {}
 
-    // `id`: as an earlier service knew the lease; 0 for a new one, whose id nobody can guess.
+    // `id`: the lease's id in an earlier service; 0 for a new one, with an unguessable id.
     Lease &open(std::shared_ptr<Process> process, std::uint64_t id = 0) {
         while (id == 0 || leases_.count(id) != 0) {
             if (::getrandom(&id, sizeof(id), 0) != sizeof(id)) id = leases_.size() + 1;
@@ -68,7 +68,7 @@ class Ledger {
         return found == grants_.end() ? nullptr : &found->second;
     }
 
-    // `id`: as an earlier service knew the grant; 0 for a new one.
+    // `id`: the grant's id in an earlier service; 0 for a new one.
     Grant &add(Lease &lease, std::size_t bank, std::uint64_t size, std::uint64_t id = 0) {
         id = id == 0 ? last_ + 1 : id;
         last_ = std::max(last_, id);
@@ -88,7 +88,7 @@ class Ledger {
         drop_if_empty(lease.id);
     }
 
-    // Nothing is left to say of a client that has neither memory nor a connection.
+    // Drops a client without memory and without a connection.
     void drop_if_empty(std::uint64_t lease) {
         auto found = leases_.find(lease);
         if (found == leases_.end()) return;

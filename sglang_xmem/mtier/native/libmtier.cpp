@@ -1,5 +1,5 @@
 // libmtier.so: the C interface of X-Mem's client library over mtierd's socket. All functions may be called from any
-// thread; calls of one process go to the service one after the other.
+// thread; calls of one process are serialized.
 
 #include <pthread.h>
 
@@ -35,7 +35,7 @@ namespace {
 using namespace mtier;
 
 constexpr int kDefaultTimeoutMs = 5000;
-// How long memory is asked for that a dead client's process may still hold, and the first pause between two attempts.
+// How long to retry for memory that a dead client's process may still hold, and the first pause between attempts.
 constexpr int kReclaimMs = 2000;
 constexpr int kFirstPauseMs = 50;
 
@@ -58,8 +58,8 @@ Request request_of(Op op) {
     return request;
 }
 
-// This process's lease, and its connection. There is one only while the process has memory of the service's, or has
-// something to give back: whoever only asks, as a launcher does, is no client for the rest of its life.
+// This process's lease and its connection. They exist only while the process has memory of the service, or memory to
+// give back: a process that only queries, such as a launcher, does not stay a client.
 class Client {
   public:
     Code init() {
@@ -107,7 +107,7 @@ class Client {
         if (!initialized_) return not_initialized();
         auto found = allocations_.find(address);
         if (found == allocations_.end()) {
-            return fail(kInvalidArgument, "mTierFree: the address is not of mTierMalloc, or is free already");
+            return fail(kInvalidArgument, "mTierFree: the address is not from mTierMalloc, or is already free");
         }
         Allocation allocation = found->second;
         unmap(allocation.mapping);
@@ -119,7 +119,7 @@ class Client {
 
     Code logs(char *buffer, std::size_t bytes, std::size_t *used) {
         std::lock_guard<std::mutex> guard(mutex_);
-        if (buffer == nullptr || bytes == 0) return fail(kInvalidArgument, "mTierGetLogs: there is no buffer");
+        if (buffer == nullptr || bytes == 0) return fail(kInvalidArgument, "mTierGetLogs: the buffer is empty");
         Request request = request_of(Op::kLogs);
         request.size = std::min<std::size_t>(bytes - 1, kMaxTextBytes);
         Reply reply;
@@ -152,7 +152,7 @@ class Client {
     };
 
     static Code not_initialized() {
-        return fail(kNotInitialized, "mTierInit has not succeeded in this process; a forked child calls it for itself");
+        return fail(kNotInitialized, "mTierInit has not succeeded in this process; a forked child must call it itself");
     }
 
     Code map_new(int bank, std::size_t bytes, void **out) {
@@ -182,7 +182,7 @@ class Client {
             return fail(code, "mapping " + std::to_string(reply.size) + " bytes of bank " + std::to_string(bank) +
                                   " failed: " + why);
         }
-        // What is not known to be kept is not had: the service would count it as free one day.
+        // Memory without a confirmed kKeep is dropped: the service may count it as free.
         code = keep(reply.allocation);
         if (code != kSuccess) {
             std::string words = last_error;
@@ -196,14 +196,15 @@ class Client {
     }
 
     Code keep(std::uint64_t id) {
-        if (!channel_.alive()) return fail(kServiceUnavailable, "the connection to mtierd is lost; ask again");
+        if (!channel_.alive()) return fail(kServiceUnavailable, "the connection to mtierd is lost; retry the call");
         Request request = request_of(Op::kKeep);
         request.allocation = id;
         Reply reply;
         return call(request, &reply);
     }
 
-    // Connects if there is no live connection: has the lease again, or a new one of a service that does not know it.
+    // Connects if there is no live connection: resumes the lease, or gets a new one from a service that does not know
+    //     it.
     Code connected(const Deadline &deadline) {
         if (!initialized_) return not_initialized();
         if (channel_.alive()) return kSuccess;
@@ -226,7 +227,7 @@ class Client {
         return pay(deadline);
     }
 
-    // Gives back, over a live connection, what is owed.
+    // Frees pending allocations over a live connection.
     Code pay(const Deadline &deadline) {
         std::string words;
         while (!owed_.empty()) {
@@ -235,10 +236,10 @@ class Client {
             request.allocation = id;
             Reply reply;
             int fd = -1;
-            // A service that does not know the lease has nothing of it to take back.
+            // A service that does not know the lease has nothing to free.
             Code code = lease == lease_ ? channel_.exchange(request, deadline, &reply, &words, &fd) : kSuccess;
             if (fd >= 0) ::close(fd);
-            // Given back already: the reply was lost, or somebody's mTierResetAll was first.
+            // Already freed: the reply was lost, or an mTierResetAll came first.
             if (code != kSuccess && code != kInvalidArgument) return fail(code, words);
             owed_.pop_back();
         }
@@ -249,7 +250,7 @@ class Client {
         if (allocations_.empty() && owed_.empty()) channel_.close();
     }
 
-    // A whole call. `text` and `fd` may be null: text then serves errors alone, and a descriptor is closed.
+    // A complete call. `text` and `fd` may be null: text is then used only for errors, and a descriptor is closed.
     Code call(const Request &request, Reply *reply, std::string *text = nullptr, int *fd = nullptr) {
         Deadline deadline(timeout_ms());
         Code code = connected(deadline);
@@ -267,7 +268,7 @@ class Client {
         return kSuccess;
     }
 
-    // A kMalloc call, repeated while the service's answer is that the memory may be free again in a moment.
+    // A kMalloc call, retried while the service answers that the memory may be free shortly.
     Code granted(const Request &request, Reply *reply, int *fd) {
         Deadline patience(kReclaimMs);
         for (int pause = kFirstPauseMs;; pause *= 2) {
@@ -280,7 +281,7 @@ class Client {
         }
     }
 
-    // Now, or when the service can be reached again.
+    // Now, or when the service is reachable again.
     Code give_back(std::uint64_t id, std::uint64_t lease) {
         owed_.emplace_back(id, lease);
         Deadline deadline(timeout_ms());
@@ -290,15 +291,15 @@ class Client {
     std::mutex mutex_;
     Channel channel_;
     bool initialized_ = false;
-    std::uint64_t lease_ = 0;  // as the service knows this client
+    std::uint64_t lease_ = 0;  // the service's id of this client
     std::unordered_map<void *, Allocation> allocations_;
-    std::vector<std::pair<std::uint64_t, std::uint64_t>> owed_;  // allocations to give back, with their leases
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> owed_;  // allocations to free, with their leases
 };
 
-// Never destroyed: threads may call until the process ends, and its end gives everything back.
+// Never destroyed: threads may call until the process ends, which frees everything.
 std::atomic<Client *> instance{nullptr};
 
-// The lock may be held by a thread that the child does not have, so the child starts with a client of its own.
+// A thread that does not exist in the child may hold the lock, so the child starts with a new client.
 void renew_in_child() {
     Client *inherited = instance.exchange(nullptr);
     if (inherited == nullptr) return;
@@ -351,5 +352,5 @@ MTIER_API int mTierResetAll() {
     return guarded([](Client &client) { return client.reset_all(); });
 }
 
-// The words of the calling thread's last error; valid until its next call.
+// The message of the calling thread's last error; valid until its next call.
 MTIER_API const char *mTierGetLastError() { return last_error.c_str(); }

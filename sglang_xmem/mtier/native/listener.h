@@ -1,4 +1,5 @@
-// The service's socket, and the lock next to it, by which a running service differs from the remains of a killed one.
+// The service's socket, and the lock next to it, which distinguishes a running service from the remains of a killed
+// one.
 #pragma once
 
 #include <fcntl.h>
@@ -39,7 +40,7 @@ class Listener {
 
     int fd() const { return fd_; }
 
-    // Takes the lock, so that the files next to the socket are this service's; returns a sentence where another has it.
+    // Takes the lock, so that this service owns the files next to the socket; returns a sentence if another has it.
     std::optional<std::string> lock(const std::string &path) {
         sockaddr_un address;
         if (!fill_address(path, &address)) return "the socket's path " + path + " is too long; give a shorter --socket";
@@ -48,19 +49,19 @@ class Listener {
         std::string folder = own_temporary_folder();
         if (path.rfind(folder + "/", 0) == 0) {
             if (::mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
-                return folder + " cannot be made (" + words_of(errno) + "); give another --socket";
+                return folder + " cannot be created (" + words_of(errno) + "); give another --socket";
             }
             if (!is_own_folder(folder)) {
-                return folder + " is another user's, or others may write there; give a --socket in another folder";
+                return folder + " belongs to another user, or others may write there; give a --socket elsewhere";
             }
-            // Who cleans temporary folders leaves those alone that are locked.
+            // Cleaners of temporary folders skip locked ones.
             folder_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
             ::flock(folder_, LOCK_SH | LOCK_NB);
         }
-        // A service that was killed is still there for a moment.
+        // A killed service may still exist for a moment.
         for (auto until = std::chrono::steady_clock::now() + kLeaveTaking;;) {
             std::optional<std::string> refused = take_lock();
-            // Somebody may have removed a running service's lock.
+            // A running service's lock may have been removed.
             if (!refused && answers(address)) refused = another();
             if (!refused || std::chrono::steady_clock::now() > until) return refused;
             let_go_of_lock();
@@ -68,13 +69,13 @@ class Listener {
         }
     }
 
-    // Returns a sentence where there can be no socket.
+    // Returns a sentence if the socket cannot be created.
     std::optional<std::string> listen() {
         sockaddr_un address;
         fill_address(path_, &address);
         struct stat info;
         if (::lstat(path_.c_str(), &info) == 0) {
-            if (!S_ISSOCK(info.st_mode)) return path_ + " is there and is not a socket; give another --socket";
+            if (!S_ISSOCK(info.st_mode)) return path_ + " exists and is not a socket; give another --socket";
             if (::unlink(path_.c_str()) != 0) {
                 return "the socket " + path_ + " of a dead service cannot be removed (" + words_of(errno) +
                        "); give another --socket";
@@ -88,7 +89,7 @@ class Listener {
         if (!bound || ::listen(fd, 64) != 0) {
             if (bound) error = errno;
             if (fd >= 0) ::close(fd);
-            return "no socket can be made at " + path_ + " (" + words_of(error) + "); give another --socket";
+            return "a socket cannot be created at " + path_ + " (" + words_of(error) + "); give another --socket";
         }
         fd_ = fd;
         ::lstat(path_.c_str(), &socket_);
@@ -109,7 +110,7 @@ class Listener {
         return one.st_ino == other.st_ino && one.st_dev == other.st_dev;
     }
 
-    // Another service may have put its own there since.
+    // Another service may have created its own there since.
     static void remove_if_own(const std::string &path, const struct stat &own) {
         struct stat there;
         if (::lstat(path.c_str(), &there) == 0 && same(own, there)) ::unlink(path.c_str());
@@ -118,7 +119,7 @@ class Listener {
     static bool answers(const sockaddr_un &address) {
         int fd = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         int failed = ::connect(fd, reinterpret_cast<const sockaddr *>(&address), sizeof(address));
-        bool there = failed == 0 || errno == EAGAIN;  // or its queue of connections is full
+        bool there = failed == 0 || errno == EAGAIN;  // or its connection queue is full
         if (fd >= 0) ::close(fd);
         return there;
     }
@@ -134,7 +135,7 @@ class Listener {
                 return another();
             }
             struct stat there;
-            // A service that has just ended may have removed the file that is locked here.
+            // A service that has just ended may have removed the locked file.
             if (::fstat(fd, &locked_) == 0 && ::lstat(lock_path_.c_str(), &there) == 0 && same(locked_, there)) {
                 lock_ = fd;
                 return std::nullopt;

@@ -1,5 +1,5 @@
-// The service's log: the latest lines for mTierGetLogs, and all of them on stderr. Holds numbers and the service's own
-// words, never a client's. For the main thread alone.
+// The service's log: the latest lines for mTierGetLogs, and all lines on stderr. Contains numbers and the service's own
+// text, never a client's. Only for the main thread.
 #pragma once
 
 #include <poll.h>
@@ -18,7 +18,7 @@
 
 namespace mtier {
 
-// What a client can cause as often as it likes, and so could drive everything else out of the log.
+// Events that a client can cause arbitrarily often, and so could flood the log.
 enum class Often : std::size_t { kGrant, kReturn, kRefusedConnection, kRefusedGrant, kMistake, kFault, kCount };
 
 class Log {
@@ -30,8 +30,8 @@ class Log {
         va_end(arguments);
     }
 
-    // As line(), but of one kind no more than kBurst at once and kPerSecond in the long run; the next line of the kind
-    // that is written says how many were not.
+    // As line(), but limited per kind to kBurst at once and kPerSecond on average; the next written line of the kind
+    // reports the number of dropped ones.
     __attribute__((format(printf, 3, 4))) void often(Often kind, const char *format, ...) {
         Budget &budget = budgets_[static_cast<std::size_t>(kind)];
         auto now = Clock::now();
@@ -43,7 +43,7 @@ class Log {
             return;
         }
         budget.left -= 1;
-        if (budget.left_out != 0) line("%" PRIu64 " lines such as the next were left out", budget.left_out);
+        if (budget.left_out != 0) line("%" PRIu64 " lines like the next one were dropped", budget.left_out);
         budget.left_out = 0;
         va_list arguments;
         va_start(arguments, format);
@@ -51,7 +51,7 @@ class Log {
         va_end(arguments);
     }
 
-    // The newest whole lines that fit into `bytes`.
+    // The newest complete lines that fit into `bytes`.
     std::string tail(std::uint64_t bytes) const {
         std::size_t total = 0;
         auto first = lines_.end();
@@ -85,7 +85,7 @@ class Log {
             bytes_ -= lines_.front().size();
             lines_.pop_front();
         }
-        // A terminal that is held, or a pipe that nobody reads, must not hold the thread that serves everybody.
+        // A stopped terminal or a full pipe must not block the thread that serves all clients.
         pollfd out{STDERR_FILENO, POLLOUT, 0};
         if (::poll(&out, 1, 0) == 1 && (out.revents & POLLOUT) != 0) std::fputs(lines_.back().c_str(), stderr);
     }

@@ -1,5 +1,5 @@
-// The service's main loop: what to do when a file descriptor is ready and when a time has come. One thread; an action
-// may watch and forget descriptors, its own included.
+// The service's main loop: actions for ready file descriptors and for timers. One thread; an action may watch and
+// forget descriptors, including its own.
 #pragma once
 
 #include <poll.h>
@@ -21,7 +21,7 @@ class Loop {
     using Action = std::function<void(short events)>;
     using Clock = std::chrono::steady_clock;
 
-    // Calls `action` while `fd` has one of `events`, or has ended. With no events it is left alone until change().
+    // Calls `action` while `fd` has one of `events`, or has ended. Without events it is ignored until change().
     void watch(int fd, short events, Action action) {
         watches_[fd] = {events, std::make_shared<Action>(std::move(action)), ++last_};
     }
@@ -49,7 +49,7 @@ class Loop {
             for (std::size_t i = 0; i < entries.size(); ++i) {
                 if (entries[i].revents == 0) continue;
                 auto found = watches_.find(entries[i].fd);
-                // An action before this one may have closed the descriptor, and another may have its number now.
+                // An earlier action may have closed the descriptor, and another may have its number now.
                 if (found == watches_.end() || found->second.serial != serials[i]) continue;
                 auto action = found->second.action;
                 (*action)(entries[i].revents);
@@ -65,7 +65,7 @@ class Loop {
   private:
     struct Watch {
         short events;
-        std::shared_ptr<Action> action;  // stays while it runs
+        std::shared_ptr<Action> action;  // kept while it runs
         std::uint64_t serial;
     };
 

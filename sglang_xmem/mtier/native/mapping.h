@@ -1,4 +1,4 @@
-// How a client maps what a bank grants, and unmaps it: one pair of functions a kind of memory.
+// Mapping and unmapping of grants in a client: one pair of functions per kind of memory.
 #pragma once
 
 #include <fcntl.h>
@@ -30,10 +30,10 @@ struct Mapping {
     MemoryKind kind = MemoryKind::kNone;
     void *address = nullptr;
     std::uint64_t size = 0;
-    cuda::Context context = nullptr;  // of GPU memory: where it was asked for
+    cuda::Context context = nullptr;  // of GPU memory: the caller's context
 };
 
-// Whether a grant's numbers make sense; what is checked here cannot become an overflow later.
+// Whether a grant's numbers are valid, so that they cannot overflow later.
 inline bool is_sound(const Reply &reply, std::uint64_t bytes, int fd) {
     std::uint64_t granule = reply.granularity;
     return fd >= 0 && granule >= 4096 && (granule & (granule - 1)) == 0 && granule <= (1ULL << 40) &&
@@ -44,17 +44,17 @@ inline bool is_sound(const Reply &reply, std::uint64_t bytes, int fd) {
 inline Code map_host_file(int fd, std::uint64_t bytes, std::uint64_t alignment, Mapping *out, std::string *why) {
     struct stat info;
     if (::fstat(fd, &info) != 0 || info.st_size < 0 || static_cast<std::uint64_t>(info.st_size) < bytes) {
-        *why = "the service granted a file that is smaller than it says";  // touching it would be a SIGBUS
+        *why = "the service granted a file that is smaller than the grant";  // touching it would raise SIGBUS
         return kServerError;
     }
-    // Or its size could be another by tomorrow.
+    // Otherwise its size could change later.
     int seals = ::fcntl(fd, F_GET_SEALS);
     if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
         *why = "the service granted a file that may shrink";
         return kServerError;
     }
     auto failed = [&](void *start, std::uint64_t size) {
-        *why = words_of(errno) + "; free host memory or ask for less";
+        *why = words_of(errno) + "; free host memory or request less";
         if (start != MAP_FAILED) ::munmap(start, size);
         return kMallocError;
     };
@@ -68,20 +68,20 @@ inline Code map_host_file(int fd, std::uint64_t bytes, std::uint64_t alignment, 
     if (aligned > start) ::munmap(reserved, aligned - start);
     ::munmap(reinterpret_cast<void *>(aligned + bytes), start + alignment - aligned);
     ::madvise(address, bytes, MADV_HUGEPAGE);  // a hint
-    // A forked child would keep the memory after this process, whose it is, has ended.
+    // A forked child would keep the memory after this process has ended.
     ::madvise(address, bytes, MADV_DONTFORK);
-    // Missing memory has to be this call's error and not a later SIGBUS, nor the end of a process that takes more than
-    // its container has; others take memory meanwhile, so it is asked for step by step.
+    // Missing memory must be an error of this call, not a later SIGBUS, nor SIGKILL at the container's limit. Other
+    // processes allocate too, so it is populated step by step.
     for (std::uint64_t done = 0; done < bytes; done += kPopulateStep) {
         std::uint64_t available = HostMemory::available(), left = bytes - done;
         if (available < left + left / 256 + kSpare) {
             *why = "this process can have " + amount(available) + " more of host memory, and " + amount(left) +
-                   " are missing; free host memory, raise the container's limit, or ask for less";
+                   " are missing; free host memory, raise the container's limit, or request less";
             ::munmap(address, bytes);
             return kMallocError;
         }
         auto *from = static_cast<char *>(address) + done;
-        // Kernels before 5.14 do not know the request.
+        // Kernels before 5.14 do not support the request.
         if (::madvise(from, std::min(left, kPopulateStep), MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
             return failed(address, bytes);
         }
@@ -109,7 +109,7 @@ inline Code map_gpu_memory(int fd, std::uint64_t bytes, std::uint64_t alignment,
         return kMallocError;
     }
     cuda::Handle handle = 0;
-    // The driver takes the descriptor itself in the pointer's place.
+    // The driver takes the descriptor itself instead of a pointer.
     result = driver->MemImportFromShareableHandle(&handle, reinterpret_cast<void *>(static_cast<std::intptr_t>(fd)),
                                                   cuda::kFileDescriptor);
     if (result != cuda::kOk) {
@@ -132,7 +132,7 @@ inline Code map_gpu_memory(int fd, std::uint64_t bytes, std::uint64_t alignment,
         cuda::Access access{{cuda::kOnDevice, gpu}, cuda::kReadWrite};
         result = driver->MemSetAccess(address, bytes, &access, 1);
     }
-    // From here on the mapping alone keeps the memory.
+    // From here on the mapping keeps the memory.
     cuda::Result released = driver->MemRelease(handle);
     if (result == cuda::kOk && released != cuda::kOk) {
         call = "cuMemRelease";
@@ -153,8 +153,8 @@ inline void unmap_gpu_memory(const Mapping &mapping) {
     std::string why;
     const cuda::Driver *driver = cuda::Driver::get(&why);
     if (driver == nullptr) return;
-    // As cudaFree: what the context still does with the memory comes first, for a copy into memory that is gone would
-    // take the context down. A context that has been destroyed does nothing more.
+    // As in cudaFree: waits for the context's work with the memory first, since a copy to unmapped memory would fail
+    // the context. A destroyed context has no more work.
     if (driver->CtxPushCurrent(mapping.context) == cuda::kOk) {
         driver->CtxSynchronize();
         cuda::Context popped = nullptr;
@@ -178,7 +178,7 @@ inline Code map_grant(const Reply &reply, std::uint64_t bytes, int fd, Mapping *
                 break;
         }
     }
-    *why = "the service granted memory of a kind that this library does not know; build both from one release";
+    *why = "the service granted a kind of memory that this library does not support; build both from one release";
     return kServerError;
 }
 

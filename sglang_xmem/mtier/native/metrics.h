@@ -31,7 +31,7 @@ class Metrics {
         if (listener_ >= 0) ::close(listener_);
     }
 
-    // `port`: 0 for one that is free. Returns a sentence where it is unavailable.
+    // `port`: 0 for any free port. Returns a sentence if it is unavailable.
     std::optional<std::string> listen(std::uint16_t port) {
         sockaddr_in address{};
         address.sin_family = AF_INET;
@@ -68,7 +68,7 @@ class Metrics {
     void admit() {
         int fd = ::accept4(listener_, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0) {
-            loop_.change(listener_, 0);  // no descriptor is left
+            loop_.change(listener_, 0);  // no free descriptor
             loop_.after(kPatience, [this] { loop_.change(listener_, POLLIN); });
             return;
         }
@@ -103,7 +103,7 @@ class Metrics {
 
     std::string answer(const std::string &request) const {
         bool found = request.rfind("GET /metrics ", 0) == 0;
-        std::string body = found ? text_() : "there is /metrics alone\n";
+        std::string body = found ? text_() : "only /metrics exists\n";
         return std::string("HTTP/1.1 ") + (found ? "200 OK" : "404 Not Found") +
                "\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: " +
                std::to_string(body.size()) + "\r\nConnection: close\r\n\r\n" + body;

@@ -1,10 +1,10 @@
-// mtierd: owns banks of memory and hands them out to processes of its own user over a Unix socket.
+// mtierd: owns banks of memory and grants it to processes of its user over a Unix socket.
 //
-// Two processes: the keeper (keeper.h), which this is at first, and the service, its child.
+// Two processes: the keeper (keeper.h), which is the started process, and the service, its child.
 //
-// One thread answers (loop.h, connections.h, service.h), and each bank has one of its own, since the driver may take
-// its time. What a client has is its process's and comes back when nobody has it any more. Nothing that a client sends
-// or leaves unread may stop the service or make it wait.
+// One thread serves requests (loop.h, connections.h, service.h), and each bank has its own thread, since driver calls
+// may be slow. A client's memory belongs to its process and is reclaimed when it is unused. A client can neither stop
+// nor block the service by what it sends or does not read.
 
 #include <sys/signalfd.h>
 
@@ -38,7 +38,7 @@ int complain(const std::string &sentence, int status = kFailed) {
     return status;
 }
 
-// Asks a running service for one thing, and prints the text of its answer if there is one.
+// Sends one request to a running service, and prints the text of its answer.
 int ask(const std::string &path, std::uint16_t op) {
     Channel channel;
     Deadline deadline(kStatusTimeoutMs);
@@ -55,7 +55,7 @@ int ask(const std::string &path, std::uint16_t op) {
     return 0;
 }
 
-// Returns a sentence where a device is unavailable.
+// Returns a sentence if a device is unavailable.
 std::optional<std::string> open_devices(const Options &options, Kept &kept,
                                         std::vector<std::unique_ptr<pages::DaxSlabs>> *devices) {
     for (const BankOption &bank : options.banks) {
@@ -85,7 +85,7 @@ std::vector<std::unique_ptr<pages::SlabSource>> slab_sources(const Options &opti
     return sources;
 }
 
-// Grants and pages over the same connections.
+// Handles grants and pages over the same connections.
 class Both : public Handler {
   public:
     Both(Service &service, pages::PageService &pages, unsigned restarts)
@@ -117,11 +117,11 @@ class Both : public Handler {
     const unsigned restarts_;
 };
 
-// Stops end the loop; nothing else may end the process. Blocked before the first thread and the socket are
-// there, so that none can be hit and leave the socket behind.
+// Stop signals end the loop; no other signal may end the process. Blocked before the first thread and the socket exist,
+// so that no signal leaves the socket behind.
 int take_signals() {
-    ::signal(SIGPIPE, SIG_IGN);  // nobody reads the log
-    ::signal(SIGXFSZ, SIG_IGN);  // a limit of file sizes counts for memory too: an error of one allocation
+    ::signal(SIGPIPE, SIG_IGN);  // the log's reader is gone
+    ::signal(SIGXFSZ, SIG_IGN);  // a file size limit applies to memory files too: an error of one allocation
     sigset_t stops;
     sigemptyset(&stops);
     add_stops(&stops);
@@ -136,7 +136,7 @@ void raise_file_limit() {
     ::setrlimit(RLIMIT_NOFILE, &files);
 }
 
-// Returns a sentence where a bank cannot be served.
+// Returns a sentence if a bank cannot be served.
 std::optional<std::string> open_banks(const Options &options, std::vector<std::unique_ptr<Bank>> *banks) {
     std::uint64_t in_host = 0;
     for (const BankOption &bank : options.banks) {
@@ -153,7 +153,7 @@ std::optional<std::string> open_banks(const Options &options, std::vector<std::u
         banks->push_back(std::make_unique<HostBank>(bank.bytes, options.granularity));
         if (std::uint64_t most = HostMemory::capacity(); bank.bytes > most || in_host > most) {
             return "--bank " + bank.text + ": banks of " + amount(in_host) + " do not fit into the " + amount(most) +
-                   " of memory that this machine, or this container's limit, has; give less";
+                   " of memory of this machine, or of this container's limit; give less";
         }
     }
     return std::nullopt;
@@ -165,10 +165,10 @@ void beat(Loop &loop, Kept &kept, pages::PageService &pages) {
     loop.after(kBeat, [&] { beat(loop, kept, pages); });
 }
 
-// The service itself, on a socket that listens.
+// The service itself, on a listening socket.
 int serve(const Options &options, int listener, Kept &kept) {
     int signals = take_signals();
-    if (signals < 0) return complain("signals cannot be waited for: " + words_of(errno));
+    if (signals < 0) return complain("waiting for signals failed: " + words_of(errno));
     std::vector<std::unique_ptr<Bank>> banks;
     if (auto refused = open_banks(options, &banks)) return complain(*refused);
     std::vector<std::unique_ptr<pages::DaxSlabs>> devices;
@@ -215,15 +215,15 @@ int serve(const Options &options, int listener, Kept &kept) {
         in_time = service.idle_within(kStopPatience);
     }
     ::close(signals);
-    if (!in_time) {  // a call of the driver hangs, and its thread with it
-        log.line("a bank does not finish; ending without it");
+    if (!in_time) {  // a driver call hangs
+        log.line("a bank does not finish; stopping without it");
         std::_Exit(kFailed);
     }
     return 0;
 }
 
 int keep(const Options &options) {
-    ::signal(SIGPIPE, SIG_IGN);  // nobody reads what it says
+    ::signal(SIGPIPE, SIG_IGN);  // the reader is gone
     raise_file_limit();
     Listener listener;
     if (auto refused = listener.lock(options.socket)) return complain(*refused);
@@ -237,7 +237,7 @@ int run(int argc, char **argv) {
     if (options.socket.empty()) options.socket = socket_path();
     if (options.status) return ask(options.socket, static_cast<std::uint16_t>(Op::kReport));
     if (options.flush) return ask(options.socket, static_cast<std::uint16_t>(pages::PagesOp::kForget));
-    if (options.banks.empty()) return complain("there is no bank to serve; give --bank host:BYTES", kWrongOptions);
+    if (options.banks.empty()) return complain("no bank is given; give --bank host:BYTES", kWrongOptions);
     return keep(options);
 }
 

@@ -1,4 +1,4 @@
-// What the service reports to systemd (Type=notify, WatchdogSec): a word on the socket that NOTIFY_SOCKET names.
+// Notifications to systemd (Type=notify, WatchdogSec) on the socket in NOTIFY_SOCKET.
 #pragma once
 
 #include <sys/socket.h>
@@ -15,7 +15,7 @@ namespace mtier {
 
 class Notify {
   public:
-    // Does nothing where systemd does not ask.
+    // Does nothing without systemd.
     void send(const std::string &word) const {
         const char *path = std::getenv("NOTIFY_SOCKET");
         sockaddr_un address{};
@@ -31,7 +31,7 @@ class Notify {
         ::close(fd);
     }
 
-    // How often the watchdog wants a word; 0 where there is none.
+    // Interval of the watchdog; 0 without one.
     std::chrono::milliseconds beat() const {
         const char *wanted = std::getenv("WATCHDOG_USEC");
         const char *pid = std::getenv("WATCHDOG_PID");

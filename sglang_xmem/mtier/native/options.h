@@ -1,4 +1,4 @@
-// mtierd's arguments, all in bytes and milliseconds: the command `sglang-xmem mtierd` gives them to it.
+// mtierd's arguments, in bytes and milliseconds, as passed by the command `sglang-xmem mtierd`.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace mtier {
 
 struct BankOption {
-    std::optional<int> gpu;  // none, and no device: host memory
+    std::optional<int> gpu;  // without gpu and device: host memory
     std::string device;      // a devdax's node
     std::uint64_t bytes = 0;
     std::string text;
@@ -20,7 +20,7 @@ struct BankOption {
 
 struct Options {
     std::string socket;
-    std::string library;  // announced on stdout once the service can be reached
+    std::string library;  // printed to stdout once the service is reachable
     std::vector<BankOption> banks;
     std::uint64_t quota = 0;  // 0: none
     std::uint64_t granularity = 2 << 20;
@@ -30,7 +30,7 @@ struct Options {
     std::uint64_t share = 100;  // percent of a host bank
     bool status = false;
     bool flush = false;
-    bool lazy = false;  // make nothing of the page bank's memory present ahead
+    bool lazy = false;  // populate no memory of the page bank ahead
 };
 
 inline bool parse_number(const std::string &text, std::uint64_t *value) {
@@ -57,7 +57,7 @@ inline bool parse_bank(const std::string &text, BankOption *bank) {
     return true;
 }
 
-// Takes one argument's value. Returns a sentence where it is wrong.
+// Parses one argument's value. Returns a sentence if it is invalid.
 inline std::optional<std::string> parse_value(const std::string &name, const std::string &value, Options *options) {
     std::uint64_t number = 0;
     bool is_number = parse_number(value, &number);
@@ -88,7 +88,7 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
         if (!is_number) return name + " is " + value + "; give a number of bytes";
         (name == "--quota" ? options->quota : options->granularity) = number;
     } else {
-        return "the option " + name + " is not known; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
+        return "the option " + name + " is unknown; known: --bank host:BYTES, --bank gpu:ORDINAL:BYTES, "
                "--bank dax:PATH:BYTES, "
                "--socket PATH, --quota BYTES, --granularity BYTES, --rest-after MILLISECONDS, --metrics PORT, "
                "--library PATH, --share PERCENT, --allow-reset, --status, --flush";
@@ -96,7 +96,7 @@ inline std::optional<std::string> parse_value(const std::string &name, const std
     return std::nullopt;
 }
 
-// Returns a sentence where the arguments are wrong.
+// Returns a sentence if the arguments are invalid.
 inline std::optional<std::string> parse(int argc, char **argv, Options *options) {
     for (int i = 1; i < argc; ++i) {
         std::string name = argv[i];

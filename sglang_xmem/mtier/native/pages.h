@@ -1,16 +1,16 @@
-// Page frames that engines share: who holds which, and what lies in them. No I/O, so that it is tested alone.
+// Page frames that engines share: their holders and contents. No I/O, so it can be tested separately.
 //
-// A *space* has frames of one size. Its *ledger* lies in memory that the service and every engine of the space map:
-// engines claim, pin and release frames there by atomic operations and so need no answer of the service, not even a
-// living one. The *index* says which page lies where; it is the service's own, with one thread that writes it.
+// A *space* has frames of one size. Its *ledger* is in memory that the service and every engine of the space map:
+// engines claim, pin and release frames there by atomic operations, without a reply of the service, even if it is dead.
+// The *index* maps pages to frames; it is private to the service, and one thread writes it.
 //
-// A frame is free, owned by the session that fills it, or valid: then its bytes and key do not change until a session
-// that finds it unpinned takes it. Each time that a frame becomes somebody's its generation grows, so that an entry
-// made before is known to be old.
+// A frame is free, owned by the session that fills it, or valid. The bytes and key of a valid frame do not change until
+// a session takes it while it is unpinned. Every change of the owner increments the frame's generation, so that older
+// entries are recognizable.
 //
-// The ledger outlives the service, and the service after it makes its index of it anew: a frame that is valid has its
-// key next to it, and a seal, a sum over both that was written before the frame became valid. A frame without it is
-// nobody's page, whatever else is there.
+// The ledger survives the service, and the next service rebuilds its index from it: a valid frame has its key in the
+// ledger, and a seal, a checksum of both that is written before the frame becomes valid. A frame without a correct seal
+// has no page.
 #pragma once
 
 #include <algorithm>
@@ -27,14 +27,14 @@
 
 namespace mtier::pages {
 
-constexpr int kSessions = 64;  // of a space: a bit of a frame's pins each
+constexpr int kSessions = 64;  // per space: one bit of a frame's pins each
 
 struct Key {
     std::array<std::uint8_t, 32> bytes;
     bool operator==(const Key &other) const { return bytes == other.bytes; }
 };
 
-// Keys are SHA-256 sums: any part of one is as good as another.
+// Keys are SHA-256 digests: every part is uniformly distributed.
 struct KeyHash {
     std::size_t operator()(const Key &key) const {
         std::size_t part;
@@ -47,10 +47,10 @@ constexpr std::uint64_t kGenerations = 1ULL << 48;
 
 enum class Phase : std::uint64_t { kFree = 0, kOwned = 1, kValid = 2, kEvicting = 3 };
 
-// What a frame's state word says.
+// The contents of a frame's state word.
 struct State {
     Phase phase;
-    int session;               // of kOwned and kEvicting, 0 else
+    int session;               // of kOwned and kEvicting, otherwise 0
     std::uint64_t generation;  // below kGenerations
 
     static State of(std::uint64_t word) {
@@ -64,34 +64,34 @@ struct State {
 struct alignas(64) Frame {
     std::atomic<std::uint64_t> state;
     std::atomic<std::uint64_t> pins;  // bit s: session s holds it
-    std::atomic<std::uint64_t> used;  // when, by the ledger's clock
-    std::atomic<std::uint64_t> seal;  // of a valid frame that can be found; the service's, as the key
+    std::atomic<std::uint64_t> used;  // last use, by the ledger's clock
+    std::atomic<std::uint64_t> seal;  // of a valid frame in the index; the service writes it and the key
     Key key;                          // of a valid frame; written by the service before it is valid
 };
 
 struct alignas(64) LedgerHead {
     std::atomic<std::uint64_t> clock;
-    std::atomic<std::int64_t> free;  // frames that are free, about: a killed session may leave it wrong
-    std::atomic<std::uint64_t> evicted;  // pages that made place for others
+    std::atomic<std::int64_t> free;  // approximate number of free frames: a killed session may leave it wrong
+    std::atomic<std::uint64_t> evicted;  // evicted pages
 };
 
 static_assert(sizeof(Frame) == 64 && sizeof(LedgerHead) == 64);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
-// A sum of memory, of whole words, that another word anywhere changes.
+// A checksum of whole words; a change of any word changes it.
 inline std::uint64_t sum_of(const void *memory, std::size_t bytes, std::uint64_t sum) {
     const char *at = static_cast<const char *>(memory);
     for (const char *end = at + bytes; at < end; at += sizeof(std::uint64_t)) {
         std::uint64_t word = 0;
         std::memcpy(&word, at, sizeof(word));
-        sum = (sum ^ word) * 0x9E3779B97F4A7C15ULL;  // odd, so that it can be undone, as the next step
+        sum = (sum ^ word) * 0x9E3779B97F4A7C15ULL;  // odd, so the step is invertible, as is the next one
         sum ^= sum >> 32;
     }
     return sum;
 }
 
-// A view of a ledger in memory that somebody else keeps. Zeros are a ledger whose frames are all free, but for the
-// count of them.
+// A view of a ledger in memory that the caller keeps. Zeroed memory is a ledger with all frames free, except for their
+// count.
 class Ledger {
   public:
     Ledger(void *memory, std::uint64_t frames)
@@ -107,16 +107,16 @@ class Ledger {
 
     // ---- for sessions ----
 
-    // Takes up to `n` frames for `session`: free ones, then the least recently used of the unpinned valid ones that a
-    // look at some finds. `*hand` is where the caller looks next.
+    // Takes up to `n` frames for `session`: free ones, then the least recently used of a sample of unpinned valid ones.
+    // `*hand` is the caller's next position.
     std::uint64_t claim(int session, std::uint64_t n, std::uint64_t *out, std::uint64_t *hand) {
         std::uint64_t got = 0;
-        // A frame may be on its way to another session, or be put back by it, while this one looks.
+        // Another session may be taking a frame, or putting it back, at the same time.
         for (int pass = 0; pass < kPasses && got < n; ++pass) got += sweep(session, n - got, out + got, hand);
         return got;
     }
 
-    // Pins a frame if it is still the valid one of that generation and key.
+    // Pins a frame if it is still valid with that generation and key.
     bool pin(int session, std::uint64_t frame, std::uint64_t generation, const Key &key) {
         Frame &it = frames_[frame];
         it.pins.fetch_or(bit(session));
@@ -125,12 +125,12 @@ class Ledger {
         return false;
     }
 
-    // Whether a frame that the session has pinned holds this.
+    // Whether a frame that the session has pinned has this generation and key.
     bool holds(std::uint64_t frame, std::uint64_t generation, const Key &key) const {
         return is_valid(frame, generation) && frames_[frame].key == key;
     }
 
-    // Gives up a frame: a valid one stays for others, one of the session's own is free.
+    // Releases a frame: a valid one stays for others, an owned one becomes free.
     void drop(int session, std::uint64_t frame) {
         Frame &it = frames_[frame];
         std::uint64_t word = it.state.load();
@@ -138,14 +138,14 @@ class Ledger {
         free_owned(session, frame, word);
     }
 
-    // Notes that frames are used now, the first of them last: a page is of no use without those before it.
+    // Marks frames as used now, the first one last: a page is useless without its predecessors.
     void touch(std::uint64_t n, const std::uint64_t *frames) {
         std::uint64_t latest = head_->clock.fetch_add(n) + n;
         for (std::uint64_t i = 0; i < n; ++i) frames_[frames[i]].used.store(latest - i, std::memory_order_relaxed);
     }
 
-    // The two halves of taking an unpinned valid frame. A session that ends between them leaves the frame kEvicting,
-    // and nothing was written to it.
+    // The two steps of taking an unpinned valid frame. A session that ends between them leaves the frame kEvicting and
+    // unchanged.
     bool begin_evict(int session, std::uint64_t frame) {
         Frame &it = frames_[frame];
         std::uint64_t word = it.state.load();
@@ -157,8 +157,8 @@ class Ledger {
     bool finish_evict(int session, std::uint64_t frame) {
         Frame &it = frames_[frame];
         std::uint64_t generation = state(frame).generation;
-        // Whoever pins sets its bit and then looks at the state; this set the state and then looks at the bits. So one
-        // of the two sees the other.
+        // A pin sets its bit and then reads the state; this sets the state and then reads the bits. So at least one
+        // sees the other.
         if (it.pins.load() != 0) {
             it.state.store(State{Phase::kValid, 0, generation}.word());
             return false;
@@ -173,9 +173,9 @@ class Ledger {
 
     struct Use {
         std::uint64_t free = 0;
-        std::uint64_t cached = 0;  // valid, and nobody holds them
+        std::uint64_t cached = 0;  // valid and unpinned
         std::uint64_t shared = 0;  // held by several sessions
-        std::uint64_t pages = 0;   // that can be found
+        std::uint64_t pages = 0;   // in the index
         std::array<std::uint64_t, kSessions> held{};
     };
 
@@ -200,18 +200,18 @@ class Ledger {
         return now.phase == Phase::kValid && now.generation == generation;
     }
 
-    // Makes a session's own frame valid. False where it is not its own any more.
+    // Makes a session's frame valid. False if the session no longer owns it.
     bool publish(int session, std::uint64_t frame, std::uint64_t generation, const Key &key) {
-        if (generation >= kGenerations) return false;  // a word would not hold all of it
+        if (generation >= kGenerations) return false;  // does not fit into a state word
         std::uint64_t word = State{Phase::kOwned, session, generation}.word();
         if (frames_[frame].state.load() != word) return false;
-        // Should the session let go of the frame now, the key means nothing: only this function makes a frame valid.
+        // If the session releases the frame now, the key is ignored: only this function makes a frame valid.
         frames_[frame].key = key;
         frames_[frame].seal.store(seal_of(frame, generation, key));
         return frames_[frame].state.compare_exchange_strong(word, State{Phase::kValid, 0, generation}.word());
     }
 
-    // The key of a page that a service before this one published, and its generation.
+    // The key and generation of a page that an earlier service published.
     std::optional<std::pair<Key, std::uint64_t>> published(std::uint64_t frame) const {
         State now = state(frame);
         if (now.phase != Phase::kValid) return std::nullopt;
@@ -220,10 +220,10 @@ class Ledger {
         return std::make_pair(key, now.generation);
     }
 
-    // Lets no service after this one find what is in a frame now.
+    // Hides a frame's current page from later services.
     void unseal(std::uint64_t frame) { frames_[frame].seal.store(0); }
 
-    // Takes back everything of a session whose process has ended.
+    // Reclaims all frames of a session whose process has ended.
     void fence(int session) {
         std::int64_t free = 0;
         for (std::uint64_t frame = 0; frame < count_; ++frame) {
@@ -252,7 +252,7 @@ class Ledger {
     void free_owned(int session, std::uint64_t frame, std::uint64_t word) {
         State state = State::of(word);
         if (state.phase != Phase::kOwned || state.session != session) return;
-        // The service may be publishing it, as late as a message can be: then it is valid, and nobody's.
+        // A late message may have published it: then it is valid and unpinned.
         std::uint64_t freed = State{Phase::kFree, 0, state.generation + 1}.word();
         if (frames_[frame].state.compare_exchange_strong(word, freed)) head_->free.fetch_add(1);
     }
@@ -272,7 +272,7 @@ class Ledger {
     std::uint64_t sweep(int session, std::uint64_t n, std::uint64_t *out, std::uint64_t *hand) {
         std::uint64_t got = 0;
         const std::uint64_t enough = 4 * n + 64;
-        std::vector<std::pair<std::uint64_t, std::uint64_t>> candidates;  // when used, frame
+        std::vector<std::pair<std::uint64_t, std::uint64_t>> candidates;  // last use, frame
         for (std::uint64_t looked = 0; looked < count_ && got < n; ++looked) {
             if (candidates.size() >= enough && head_->free.load() <= 0) break;
             std::uint64_t frame = *hand;
@@ -296,15 +296,15 @@ class Ledger {
     std::uint64_t count_;
 };
 
-// What one session holds, for a process with several threads: a frame may be held by several pages, so its pin goes
-// with the last of them.
+// A session's frames, for a process with several threads: several pages may hold a frame, and its pin is cleared with
+// the last one.
 class Holding {
   public:
     Holding(Ledger ledger, int session)
         : ledger_(ledger), session_(session), held_(ledger.frames()),
           hand_(ledger.frames() * static_cast<std::uint64_t>(session) / kSessions) {}
 
-    // Takes `n` empty frames, or none. True if it could.
+    // Takes `n` empty frames, or none. True on success.
     bool claim(std::uint64_t n, std::uint64_t *out) {
         std::lock_guard<std::mutex> turn(lock_);
         std::uint64_t got = ledger_.claim(session_, n, out, &hand_);
@@ -315,7 +315,7 @@ class Holding {
         return false;
     }
 
-    // Takes a frame that the service named, if it still holds that page.
+    // Adopts a frame that the service named, if it still holds that page.
     bool adopt(std::uint64_t frame, std::uint64_t generation, const Key &key) {
         if (!has(frame)) return false;
         std::lock_guard<std::mutex> turn(lock_);
@@ -338,14 +338,14 @@ class Holding {
         }
     }
 
-    // Whether nobody else can have found the frame, so that it may be written.
+    // Whether the frame is private, so that it may be written.
     bool owns(std::uint64_t frame) const {
         if (!has(frame)) return false;
         State state = ledger_.state(frame);
         return state.phase == Phase::kOwned && state.session == session_;
     }
 
-    // 0, which is nobody's page, where there is no such frame.
+    // 0, which means no page, if the frame does not exist.
     std::uint64_t generation(std::uint64_t frame) const { return has(frame) ? ledger_.state(frame).generation : 0; }
 
     // Pages that hold a frame.
@@ -355,7 +355,7 @@ class Holding {
     }
 
   private:
-    // Frames come from messages, and from whoever has their addresses: each may be none.
+    // Frame numbers come from messages and from callers' addresses, so any may be invalid.
     bool has(std::uint64_t frame) const { return frame < ledger_.frames(); }
 
     void let_go(std::uint64_t frame) {
@@ -373,9 +373,9 @@ class Holding {
 };
 
 enum class Verdict : std::uint8_t {
-    kNew = 0,    // others find the page from now on
-    kHave = 1,   // it was there already; the session keeps its own copy for itself
-    kStale = 2,  // the frame is not the session's
+    kNew = 0,    // others can now find the page
+    kHave = 1,   // the bank already had it; the session's copy stays private
+    kStale = 2,  // the session does not own the frame
 };
 
 struct Place {
@@ -383,7 +383,7 @@ struct Place {
     std::uint64_t generation;
 };
 
-// Which page lies in which frame of one space. An entry whose frame has a new owner is found out by its generation.
+// The pages and frames of one space. The generation reveals an entry whose frame has a new owner.
 class Index {
   public:
     explicit Index(std::uint64_t frames) : key_of_(frames) {}
@@ -410,8 +410,7 @@ class Index {
         return Verdict::kNew;
     }
 
-    // A page is found no more, nor by a service after this one; its frame stays with those who hold it. False where it
-    // was not to be found.
+    // Removes a page, also for later services; its holders keep the frame. False if it was not in the index.
     bool forget(Ledger *ledger, Place place) {
         if (place.frame >= key_of_.size() || !key_of_[place.frame]) return false;
         auto found = places_.find(*key_of_[place.frame]);
@@ -424,13 +423,13 @@ class Index {
         return true;
     }
 
-    // No page is found any more, nor by a service after this one; frames that are pinned stay with those who hold them.
+    // Removes all pages, also for later services; holders keep pinned frames.
     void forget(Ledger *ledger) {
         places_.clear();
         for (std::uint64_t frame = 0; frame < ledger->frames(); ++frame) ledger->unseal(frame);
     }
 
-    // Finds what a service before this one published.
+    // Restores the pages that earlier services published.
     void restore(const Ledger &ledger) {
         for (std::uint64_t frame = 0; frame < ledger.frames(); ++frame) {
             auto page = ledger.published(frame);

@@ -1,5 +1,5 @@
-// libpages.so: what an engine does with the frames of its session, for Python. None of it asks the service, and nothing
-// but mapping and unmapping waits.
+// libpages.so: an engine's operations on the frames of its session, for Python. They do not use the service, and only
+// mapping and unmapping block.
 
 #include <sys/mman.h>
 
@@ -19,7 +19,7 @@ namespace {
 using namespace mtier::pages;
 
 struct Session {
-    // `start`, `size`: the mapping that the ledger lies in.
+    // `start`, `size`: the mapping with the ledger.
     Session(void *start, std::uint64_t size, void *ledger, std::uint64_t frames, int number)
         : memory(start), nbytes(size), holding(Ledger(ledger, frames), number) {}
     ~Session() { ::munmap(memory, nbytes); }
@@ -31,8 +31,7 @@ struct Session {
 
 }  // namespace
 
-// `fd` stays the caller's, with the ledger at `offset`; what is mapped begins and ends at multiples of `granule`.
-// nullptr where it cannot be mapped.
+// Maps the ledger at `offset` of `fd`, which the caller closes; mappings are aligned to `granule`. nullptr on failure.
 EXPORT Session *pages_open(int fd, std::uint64_t offset, std::uint64_t frames, int number, std::uint64_t granule) {
     std::uint64_t start = offset / granule * granule;
     std::uint64_t nbytes = (offset - start + Ledger::bytes_for(frames) + granule - 1) / granule * granule;
@@ -46,8 +45,8 @@ EXPORT Session *pages_open(int fd, std::uint64_t offset, std::uint64_t frames, i
     }
 }
 
-// Maps a slab of GPU memory for the GPU of the calling thread's CUDA context. nullptr with a clause in `why`, of
-// 512 characters at most.
+// Maps a slab of GPU memory for the GPU of the calling thread's CUDA context. nullptr with a clause in `why` (at most
+// 512 characters) on failure.
 EXPORT mtier::Mapping *pages_map_gpu(int fd, std::uint64_t bytes, std::uint64_t alignment, char *why) {
     mtier::Mapping mapping;
     std::string words;
@@ -61,7 +60,7 @@ EXPORT mtier::Mapping *pages_map_gpu(int fd, std::uint64_t bytes, std::uint64_t 
 
 EXPORT void *pages_address(const mtier::Mapping *mapping) { return mapping->address; }
 
-// Waits for the context that it was mapped in.
+// Waits for the context of the mapping.
 EXPORT void pages_unmap_gpu(mtier::Mapping *mapping) {
     mtier::unmap(*mapping);
     delete mapping;
@@ -69,12 +68,12 @@ EXPORT void pages_unmap_gpu(mtier::Mapping *mapping) {
 
 EXPORT void pages_close(Session *session) { delete session; }
 
-// 1 if all of `n` frames could be claimed, 0 if none was.
+// Claims `n` frames: 1 on success, 0 without any claim.
 EXPORT int pages_claim(Session *session, std::uint64_t n, std::uint64_t *out) {
     return session->holding.claim(n, out) ? 1 : 0;
 }
 
-// How many of the first `n` places are adopted; their frames go to `out`.
+// Adopts leading places of `n`; returns their number, and their frames in `out`.
 EXPORT std::uint64_t pages_adopt(Session *session, std::uint64_t n, const Place *places, const Key *keys,
                                  std::uint64_t *out) {
     std::uint64_t i = 0;
@@ -93,7 +92,7 @@ EXPORT void pages_touch(Session *session, std::uint64_t n, const std::uint64_t *
     session->holding.touch(n, frames);
 }
 
-// 1 for each frame that the session may write to, 0 for the others.
+// Sets 1 for each frame that the session may write, otherwise 0.
 EXPORT void pages_owned(Session *session, std::uint64_t n, const std::uint64_t *frames, std::uint8_t *out) {
     for (std::uint64_t i = 0; i < n; ++i) out[i] = session->holding.owns(frames[i]) ? 1 : 0;
 }

@@ -1,5 +1,5 @@
-// The messages of the page bank, on mtierd's socket, next to those of the C interface: a Request whose `op` is one of
-// these, and behind it what the op says. Replies are as the others, with what was asked for as their text.
+// The messages of the page bank on mtierd's socket, in addition to those of the C interface: a Request with one of
+// these `op`s, followed by the op's data. Replies are as for other requests, with the result as their text.
 #pragma once
 
 #include "pages.h"
@@ -7,9 +7,9 @@
 
 namespace mtier::pages {
 
-// In kJoin. A client of another version is refused there, before it can misread anything.
+// In kJoin, which refuses a client of another version.
 constexpr std::uint32_t kPagesVersion = 4;
-// Keys, or pages, of one message.
+// Maximum keys, or pages, per message.
 constexpr std::size_t kMaxPages = 256;
 
 enum class PagesOp : std::uint16_t {
@@ -18,48 +18,47 @@ enum class PagesOp : std::uint16_t {
     // are there where none is given, or of pages that are not there yet), size (of these, bytes for pages that are not
     // there yet), granularity (what a slab's size is a multiple of).
     kInfo = 32,
-    // Behind it: JoinRequest. Reply: the ledger's descriptor, and where it begins there in `available`; num_banks: the
-    // session's number; total: frames of the space; size: bytes of its slab; allocation: the space's epoch, which no
-    // other space ever has; granularity: mappings of the descriptor begin and end at its multiples. A connection has one
-    // session; what that holds outlives the connection, and comes back when the process has ended or says kLeave.
+    // Data: JoinRequest. Reply: the ledger's descriptor, and its offset there in `available`; num_banks: the
+    // session's number; total: frames of the space; size: bytes of its slab; allocation: the space's unique epoch;
+    // granularity: alignment of mappings of the descriptor. A connection has one session. Its frames survive the
+    // connection, and are reclaimed when the process has ended or sends kLeave.
     //
-    // kMallocError: the slab is being made or cleared; ask again in a moment, for as long as it takes.
+    // kMallocError: the slab is being made or cleared; retry until it is done.
     //
-    // A client that lost its connection says kJoin on a new one, with the same `session` and `again` 1. Where the reply
-    // has the epoch, number, frames and bytes of the first one, it has what it had: same ledger, same slab, all of its
-    // pins and frames; whatever it claimed or released meanwhile counts. The descriptor is then of what it maps already.
-    // kInvalidArgument: the service knows no such session. The client's slab is then its own alone, for good: it may go
-    // on with the frames that it has and claim more, and finds and publishes nothing.
+    // A client that lost its connection sends kJoin on a new one, with the same `session` and `again` 1. If the reply
+    // has the epoch, number, frames and bytes of the first one, the client keeps its ledger, slab, pins and frames,
+    // including claims and releases in between. The descriptor is then of memory that it already maps.
+    // kInvalidArgument: the service does not know the session. The client's slab is then private permanently: it may
+    // use its frames and claim more, but finds and publishes nothing.
     kJoin = 33,
-    // Reply: the slab's descriptor, and where it begins there in `available`; size: its bytes; kind; granularity.
+    // Reply: the slab's descriptor, and its offset there in `available`; size: its bytes; kind; granularity.
     kSlab = 34,
-    // Behind it: `size` keys. Reply: as text a Place for each of the first of them that are there.
+    // Data: `size` keys. Reply: as text a Place for each leading key that is in the bank.
     kFind = 35,
-    // Behind it: `size` times a Publication. Reply: as text a Verdict for each.
+    // Data: `size` Publications. Reply: as text a Verdict for each.
     kPublish = 36,
-    // The client touches none of its frames any more.
+    // The client no longer uses its frames.
     kLeave = 37,
-    // Every page of every space is found no more.
+    // Removes all pages of all spaces.
     kForget = 38,
-    // Behind it: `size` keys. Reply: as text a Place for each of them, of generation 0 for one that is not there.
+    // Data: `size` keys. Reply: as text a Place for each, with generation 0 if it is not in the bank.
     kLook = 39,
-    // Behind it: `size` Places that the session holds. Their pages are damaged: they are found no more, and stay with
-    // those who hold them.
+    // Data: `size` Places that the session holds. Removes their damaged pages; holders keep the frames.
     kDamaged = 40,
 };
 
 struct JoinRequest {
     std::uint32_t version;
-    std::uint32_t is_private;  // 1: a space for this session alone, which goes with it; `space` is not looked at
+    std::uint32_t is_private;  // 1: a private space of this session, dropped with it; `space` is ignored
     std::uint64_t frame_bytes;
-    std::uint64_t frames;  // that the session will hold at most
+    std::uint64_t frames;  // maximum that the session will hold
     Key space;
-    char label[64];         // for people; ends with a zero
-    std::uint64_t session;  // a random number of the client's, not 0: the session's name in every kJoin
+    char label[64];         // for reports; zero-terminated
+    std::uint64_t session;  // the client's random number, not 0: identifies the session in every kJoin
     MemoryKind kind;        // of the slab
-    std::uint32_t again;    // 1: only as the session that the process has already
-    // Of all spaces that the client's pages are spread over, this one's included: a new space gets as much of a bank's
-    // share as it has of these.
+    std::uint32_t again;    // 1: only resume the process's existing session
+    // Bytes of all spaces of the client's pages, including this one: a new space gets the same fraction of a bank's
+    // share.
     std::uint64_t pool_bytes;
 };
 

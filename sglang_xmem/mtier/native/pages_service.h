@@ -32,7 +32,7 @@ class PageService : public Handler {
   public:
     using Note = std::function<void(const std::string &)>;
 
-    // `share`: percent of a bank that one space gets where its engines ask for less.
+    // `share`: percentage of a bank for one space beyond its engines' requests.
     PageService(Processes &processes, Kept &kept, std::vector<std::unique_ptr<SlabSource>> banks, unsigned share,
                 Note note)
         : processes_(processes), kept_(kept), banks_(std::move(banks)), share_(share), note_(std::move(note)) {
@@ -96,17 +96,17 @@ class PageService : public Handler {
     Answer not_sent(const Peer &peer, const Reply &, const std::string &why) override {
         auto session = session_of(peer);
         joined_.erase(peer.number);
-        // One that has its memory already may ask again.
+        // A session that already has its memory may retry.
         if (session != sessions_.end() && !session->second.mapped) end(session, "its memory could not be sent");
         return Answer::error(kServerError, "the memory's descriptor cannot be sent now: " + why);
     }
 
     bool keeps(const Peer &peer) override { return session_of(peer) != sessions_.end(); }
 
-    // The session stays: the process may live, and use what it has pinned.
+    // The session stays: the process may be alive and use its pinned frames.
     void closed(const Peer &peer) override { joined_.erase(peer.number); }
 
-    // Looks after what is made present ahead of engines.
+    // Manages memory that is populated ahead of engines.
     void tend() {
         for (const auto &bank : banks_) bank->tend();
         for (const auto &bank : banks_) {
@@ -115,14 +115,13 @@ class PageService : public Handler {
             std::string &said = said_[bank->name()];
             if (!why.empty() && said != why) {
                 note_("bank " + bank->name() + " has " + amount(ahead->present()) + " of " + amount(ahead->bytes()) +
-                      " present and makes no more so: " + why + "; engines wait for the rest, give it less");
+                      " populated and stops: " + why + "; engines wait for the rest, make the bank smaller");
             }
             said = why;
         }
     }
 
-    // Members of the report's JSON object, in about `most` bytes: of so many sessions that they do not fit, the rest is
-    // left out.
+    // Members of the report's JSON object, in about `most` bytes; sessions that do not fit are omitted.
     std::string json(std::size_t most) const {
         std::string text = "\"open\": [";
         for (std::size_t i = 0; i < banks_.size(); ++i) {
@@ -233,7 +232,7 @@ class PageService : public Handler {
     };
 
     struct Space {
-        // `memory`: of the slab's record and ledger, mapped; unmapped with this.
+        // `memory`: the mapped record and ledger of the slab; unmapped with this.
         Space(std::size_t bank, std::shared_ptr<Slab> its, void *memory, std::uint64_t frames)
             : bank(bank),
               slab(std::move(its)),
@@ -257,7 +256,7 @@ class PageService : public Handler {
         std::uint64_t verdicts[3] = {};
         std::uint64_t found = 0;
         std::uint64_t damaged = 0;
-        std::size_t restored = 0;  // pages that were there when the service started
+        std::size_t restored = 0;  // pages restored at the service's start
     };
 
     struct Session {
@@ -266,7 +265,7 @@ class PageService : public Handler {
         std::uint64_t quota;
         std::shared_ptr<Process> process;
         std::uint64_t published = 0;
-        bool mapped = false;  // it has asked for its slab, and may hold frames
+        bool mapped = false;  // it has requested its slab, and may hold frames
     };
     using Sessions = std::unordered_map<std::uint64_t, Session>;
 
@@ -276,9 +275,9 @@ class PageService : public Handler {
     }
 
     static Answer not_so() {
-        return Answer::error(kInvalidArgument, "the message is not of the size that its kind has");
+        return Answer::error(kInvalidArgument, "the message has the wrong size for its kind");
     }
-    static Answer no_descriptor() { return Answer::error(kServerError, "the service has no descriptor left"); }
+    static Answer no_descriptor() { return Answer::error(kServerError, "the service has no free descriptor"); }
 
     bool is_connected(std::uint64_t id) const {
         return std::any_of(joined_.begin(), joined_.end(), [id](const auto &each) { return each.second == id; });
@@ -335,16 +334,16 @@ class PageService : public Handler {
         JoinRequest asked;
         std::memcpy(&asked, behind.data(), sizeof(asked));
         if (asked.version != kPagesVersion) {
-            return Answer::error(kServerError, "the client and the service speak other versions of the page bank's "
+            return Answer::error(kServerError, "the client and the service use different versions of the page bank's "
                                                "messages; start both from one release");
         }
         if (asked.frame_bytes == 0 || asked.frame_bytes > (1ULL << 40) || asked.frames == 0 ||
             asked.frames > (1ULL << 32) || asked.is_private > 1 || asked.label[sizeof(asked.label) - 1] != '\0' ||
             asked.session == 0 || asked.again > 1) {
-            return Answer::error(kInvalidArgument, "a session of a size that no bank has was asked for");
+            return Answer::error(kInvalidArgument, "the requested session size exceeds every bank");
         }
         if (joined_.count(peer.number) != 0) {
-            return Answer::error(kInvalidArgument, "the connection has joined a space already");
+            return Answer::error(kInvalidArgument, "the connection has already joined a space");
         }
         auto known = sessions_.find(asked.session);
         if (known != sessions_.end() && known->second.process->key() == peer.process->key()) {
@@ -364,7 +363,7 @@ class PageService : public Handler {
         std::string why;
         Space *space = space_for(asked, &why);
         if (space == nullptr && why.empty()) {
-            return Answer::error(kMallocError, "the bank's memory is being made ready");
+            return Answer::error(kMallocError, "the bank's memory is being prepared");
         }
         if (space == nullptr) return Answer::error(kOutOfMemory, why);
         int bit = 0;
@@ -378,11 +377,11 @@ class PageService : public Handler {
         append(&words, " of %" PRIu64 " frames of %" PRIu64 " bytes", space->ledger.frames(), space->head().frame_bytes);
         note_(words);
         Answer answer = answer_as(peer, session);
-        if (answer.fd < 0) end(session, "no descriptor was left for it");
+        if (answer.fd < 0) end(session, "there was no free descriptor for it");
         return answer;
     }
 
-    // The connection is the session's from now on.
+    // Binds the connection to the session.
     Answer answer_as(const Peer &peer, Sessions::iterator session) {
         const Space &space = *session->second.space;
         Answer answer;
@@ -402,31 +401,31 @@ class PageService : public Handler {
         return answer;
     }
 
-    // A space of that session's alone.
+    // A private space of that session.
     static Key private_key(std::uint64_t session) {
         Key key{};
         std::memcpy(key.bytes.data(), &session, sizeof(session));
         return key;
     }
 
-    // The space that is asked for, with enough frames for one session more. nullptr with a sentence, or without where
-    // it is being made.
+    // The requested space, with enough frames for one more session. nullptr with a sentence, or without one while it is
+    // being made.
     Space *space_for(const JoinRequest &asked, std::string *why) {
         auto found = spaces_.find(asked.space);
         if (found != spaces_.end()) {
             Space &space = *found->second;
             if (space.head().frame_bytes != asked.frame_bytes) {
-                append(why, "the space has frames of %" PRIu64 " bytes, and %" PRIu64 " were asked for",
+                append(why, "the space has frames of %" PRIu64 " bytes, but %" PRIu64 " were requested",
                        space.head().frame_bytes, asked.frame_bytes);
                 return nullptr;
             }
             if (banks_[space.bank]->kind() != asked.kind) {
-                *why = "the pages are in another kind of the service's memory; let all engines of a model name the same";
+                *why = "the pages are in another kind of the service's memory; set the same for all engines of a model";
                 return nullptr;
             }
             std::uint64_t frames = space.ledger.frames();
             if (space.bits == UINT64_MAX) {
-                append(why, "%d ranks share these pages, which is as many as can", kSessions);
+                append(why, "%d ranks share these pages, which is the maximum", kSessions);
                 return nullptr;
             }
             if (asked.frames <= frames - space.promised) return &space;
@@ -437,7 +436,7 @@ class PageService : public Handler {
                        static_cast<double>(frames * asked.frame_bytes) / 1e9);
                 return nullptr;
             }
-            drop(asked.space);  // too small, and nobody uses it
+            drop(asked.space);  // too small, and unused
         }
         auto begun = making_.find(asked.space);
         if (begun == making_.end()) {
@@ -449,15 +448,15 @@ class PageService : public Handler {
         Making made = std::move(begun->second);
         making_.erase(begun);
         if (made.slab->state == Slab::State::kFailed) {
-            *why = "the service could not make a slab: " + made.slab->why;
+            *why = "the service could not allocate a slab: " + made.slab->why;
             return nullptr;
         }
         Space *space = open(made, why);
-        // Others may have asked for another size.
+        // Another session may have requested another size.
         return space == nullptr || made.asked.frame_bytes == asked.frame_bytes ? space : space_for(asked, why);
     }
 
-    // Has a slab made for a space. False with a sentence where no bank has the memory.
+    // Starts to allocate a slab for a space. False with a sentence if no bank has the memory.
     bool begin(const JoinRequest &asked, std::string *why) {
         std::uint64_t needed = asked.frames > UINT64_MAX / asked.frame_bytes ? UINT64_MAX
                                                                              : asked.frames * asked.frame_bytes;
@@ -468,7 +467,7 @@ class PageService : public Handler {
                 if (bank.kind() != asked.kind) continue;
                 std::uint64_t available = bank.available(asked.frame_bytes);
                 most = std::max(most, available);
-                if (needed > available) continue;  // which is in whole granules
+                if (needed > available) continue;  // available is in whole granules
                 std::uint64_t granule = bank.granularity();
                 std::uint64_t least = (needed + granule - 1) / granule * granule;
                 double part = static_cast<double>(needed) / static_cast<double>(std::max(needed, asked.pool_bytes));
@@ -483,7 +482,7 @@ class PageService : public Handler {
             }
             if (may_drop && !drop_idle()) break;
         }
-        append(why, "the pool needs %.2f GB and the bank has %.2f GB for it", static_cast<double>(needed) / 1e9,
+        append(why, "the pool needs %.2f GB, but the bank has %.2f GB for it", static_cast<double>(needed) / 1e9,
                static_cast<double>(most) / 1e9);
         return false;
     }
@@ -494,7 +493,7 @@ class PageService : public Handler {
         std::shared_ptr<Slab> slab;
     };
 
-    // The space of a slab that is ready. nullptr with a sentence.
+    // Makes the space of a ready slab. nullptr with a sentence.
     Space *open(const Making &made, std::string *why) {
         Slab &slab = *made.slab;
         std::uint64_t frames = slab.memory.bytes / made.asked.frame_bytes;
@@ -527,16 +526,16 @@ class PageService : public Handler {
         return slab.control.map(control_bytes(frames));
     }
 
-    // ---- what services before this one left ----
+    // ---- state of earlier services ----
 
     void restore() {
         for (std::size_t i = 0; i < banks_.size(); ++i) {
             for (const std::shared_ptr<Slab> &slab : banks_[i]->left()) restore(i, slab);
         }
-        for (const std::string &name : kept_.found("")) kept_.remove(name);  // halves, and processes without sessions
+        for (const std::string &name : kept_.found("")) kept_.remove(name);  // partial or unused state
         for (const auto &[key, space] : spaces_) {
             std::string words;
-            append(&words, "%zu pages of %s are still there, and %d sessions", space->restored, space->head().label,
+            append(&words, "restored %zu pages of %s, and %d sessions", space->restored, space->head().label,
                    __builtin_popcountll(space->bits));
             note_(words);
         }
@@ -564,8 +563,8 @@ class PageService : public Handler {
         if (space.promised == 0 && head->is_private != 0) drop(head->key);
     }
 
-    // Who a session's line speaks of; nullptr where that has ended. One of which nobody can say whether it lives has no
-    // pidfd, and keeps its session until it comes back.
+    // The process of a session's record; nullptr if it has ended. A process of unknown state has no pidfd, and keeps
+    // its session until it reconnects.
     std::shared_ptr<Process> process_of(const SessionLine &line) {
         auto pid = static_cast<pid_t>(line.pid);
         Descriptor fd = kept_.take(name_of(pid, line.process));
@@ -592,9 +591,9 @@ class PageService : public Handler {
         spaces_.erase(found);
     }
 
-    // Drops the space that nobody has used for the longest time. False where all are in use.
+    // Drops the least recently used unused space. False if all are in use.
     bool drop_idle() {
-        for (auto it = making_.begin(); it != making_.end(); ++it) {  // whoever asked for it asks no more
+        for (auto it = making_.begin(); it != making_.end(); ++it) {  // its requester has stopped asking
             banks_[it->second.bank]->advance(*it->second.slab);
             if (it->second.slab->state == Slab::State::kMaking) continue;
             if (it->second.slab->state == Slab::State::kReady) banks_[it->second.bank]->discard(*it->second.slab);
@@ -607,7 +606,7 @@ class PageService : public Handler {
             if (oldest == spaces_.end() || it->second->last_join < oldest->second->last_join) oldest = it;
         }
         if (oldest == spaces_.end()) return false;
-        note_("the pages of " + std::string(oldest->second->head().label) + " make place for another model's");
+        note_("the pages of " + std::string(oldest->second->head().label) + " are evicted for another model's");
         drop(Key(oldest->first));
         return true;
     }
@@ -618,7 +617,7 @@ class PageService : public Handler {
         space->record->erase(session->second.bit);
         space->bits &= ~(1ULL << session->second.bit);
         space->promised -= session->second.quota;
-        note_(session->second.process->name() + " is no session of " + space->head().label + " any more (" + why + ")");
+        note_(session->second.process->name() + " left " + space->head().label + " (" + why + ")");
         std::shared_ptr<Process> process = session->second.process;
         sessions_.erase(session);
         bool has_others = std::any_of(sessions_.begin(), sessions_.end(),
@@ -630,7 +629,7 @@ class PageService : public Handler {
         }
     }
 
-    // `all`: also of those behind one that is not there.
+    // `all`: include keys after a missing one.
     static Answer find(Space &space, std::uint64_t count, std::string_view behind, bool all) {
         if (count > kMaxPages || behind.size() != count * sizeof(Key)) return not_so();
         Answer answer;
@@ -673,7 +672,7 @@ class PageService : public Handler {
         space.damaged += forgotten;
         std::string words;
         append(&words, "%s finds %" PRIu64 " pages of ", session.process->name().c_str(), forgotten);
-        note_(words + space.head().label + " damaged; they are found no more");
+        note_(words + space.head().label + " damaged; they are removed");
         return Answer{};
     }
 

@@ -1,4 +1,4 @@
-// Where the service's socket is by default: in a folder that no other user can put anything into.
+// The default path of the service's socket, in a folder that only this user can write to.
 #pragma once
 
 #include <sys/stat.h>
@@ -11,17 +11,17 @@
 
 namespace mtier {
 
-// Whether `folder` is this user's, and nobody else may write there.
+// Whether `folder` belongs to this user, and only this user may write there.
 inline bool is_own_folder(const std::string &folder) {
     struct stat info;
     return ::lstat(folder.c_str(), &info) == 0 && S_ISDIR(info.st_mode) && info.st_uid == ::geteuid() &&
            (info.st_mode & 022) == 0;
 }
 
-// Used where the system has no folder for this user's sockets; the service makes it.
+// Used if the system has no folder for this user's sockets; the service creates it.
 inline std::string own_temporary_folder() { return "/tmp/mtierd-" + std::to_string(::geteuid()); }
 
-// $MTIER_SOCKET, else mtierd.sock in $XDG_RUNTIME_DIR or /run/user/UID where that is this user's folder, else in
+// $MTIER_SOCKET, else mtierd.sock in $XDG_RUNTIME_DIR or /run/user/UID if that is this user's folder, else in
 // own_temporary_folder().
 inline std::string socket_path() {
     const char *chosen = std::getenv("MTIER_SOCKET");

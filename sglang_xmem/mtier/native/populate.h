@@ -1,4 +1,4 @@
-// Memory of a file that is made present before anybody maps it: whoever pins it then has no page to wait for.
+// Populates memory of a file before it is mapped, so that pinning it later is fast.
 #pragma once
 
 #include <sys/mman.h>
@@ -23,10 +23,10 @@
 
 namespace mtier {
 
-// Threads that do it in small steps, and stop before a control group's limit. What lies in the file stays as it is.
+// Threads that work in small steps, and stop before a control group's limit. The file's contents do not change.
 class Populating {
   public:
-    // `fd`: a descriptor of the caller's, not needed any more when this returns.
+    // `fd`: the caller's descriptor; not used after the constructor returns.
     Populating(int fd, std::uint64_t bytes) : bytes_(bytes) {
         address_ = static_cast<char *>(::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
         if (address_ == MAP_FAILED) {
@@ -48,9 +48,9 @@ class Populating {
 
     std::uint64_t bytes() const { return bytes_; }
     std::uint64_t present() const { return present_; }
-    // No thread is at it any more.
+    // Whether all threads have ended.
     bool ended() const { return running_ == 0; }
-    // Why it ended before all was present: a clause; empty where it did not.
+    // Why it ended early: a clause; empty if all is populated.
     std::string why() const {
         std::lock_guard<std::mutex> turn(lock_);
         return why_;

@@ -1,4 +1,4 @@
-// A client's process, held by a pidfd: a process id may be another process's by tomorrow, a pidfd may not.
+// A client's process, held by a pidfd, which is never reused, unlike a process id.
 #pragma once
 
 #include <poll.h>
@@ -25,14 +25,14 @@ namespace mtier {
 
 class Process {
   public:
-    // The process at the other end of `socket`, whose id the kernel gives as `pid`: 0 where it is in a PID namespace
-    // that this one does not see.
+    // The process at the other end of `socket`, with the kernel's `pid`: 0 if it is in a PID namespace that is not
+    // visible here.
     static std::shared_ptr<Process> of_peer(int socket, pid_t pid) {
         int fd = -1;
         socklen_t length = sizeof(fd);
         if (::getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &fd, &length) != 0) {  // before Linux 6.5
             fd = open_pid(pid);
-            // While the peer still holds its end, its id cannot have become another process's.
+            // While the peer still holds its end, its id has not been reused.
             pollfd entry{socket, 0, 0};
             if (fd >= 0 && (::poll(&entry, 1, 0) != 0 || gone(fd))) {
                 ::close(fd);
@@ -42,8 +42,8 @@ class Process {
         return std::make_shared<Process>(pid, fd, key_of(pid, fd));
     }
 
-    // The process that a service before this one knew by `key`; nullptr where it is gone. One that cannot be looked for
-    // has no pidfd.
+    // The process that an earlier service identified by `key`; nullptr if it is gone. A process that cannot be looked
+    // up has no pidfd.
     static std::shared_ptr<Process> of_key(pid_t pid, const std::string &key) {
         if (pid == 0) return std::make_shared<Process>(pid, -1, key);
         int fd = open_pid(pid);
@@ -62,15 +62,15 @@ class Process {
     }
 
     pid_t pid() const { return pid_; }
-    int fd() const { return fd_; }  // readable once the process has ended; -1 where the kernel does not give it
-    // Of this process alone as long as the machine runs.
+    int fd() const { return fd_; }  // readable once the process has ended; -1 if the kernel does not provide it
+    // Unique for the process until the machine reboots.
     const std::string &key() const { return key_; }
     // "process 123"
     std::string name() const {
         return pid_ != 0 ? "process " + std::to_string(pid_) : "process " + key_ + " of another PID namespace";
     }
     bool gone() const { return fd_ >= 0 && gone(fd_); }
-    // Takes the pidfd of another object of the same process.
+    // Moves the pidfd from another object of the same process.
     void know(Process &other) { fd_ = std::exchange(other.fd_, -1); }
 
   private:
@@ -88,7 +88,7 @@ class Process {
     static std::string key_of(pid_t pid, int fd) {
         struct statfs filesystem;
         struct stat info;
-        // Each process has an inode number of its own there, since Linux 6.9.
+        // Unique inode numbers per process exist since Linux 6.9.
         if (fd >= 0 && ::fstatfs(fd, &filesystem) == 0 && filesystem.f_type == kPidfs && ::fstat(fd, &info) == 0) {
             return "i" + std::to_string(info.st_ino);
         }
@@ -98,7 +98,7 @@ class Process {
         return "u" + std::to_string(::getpid()) + "." + std::to_string(++unknown);
     }
 
-    // Ticks since the machine's start; empty where /proc does not have the process.
+    // Start time in ticks since boot; empty if /proc does not have the process.
     static std::string start_of(pid_t pid) {
         std::string path = "/proc/" + std::to_string(pid) + "/stat";
         std::FILE *file = pid > 0 ? std::fopen(path.c_str(), "re") : nullptr;
@@ -106,7 +106,7 @@ class Process {
         char text[1024];
         text[std::fread(text, 1, sizeof(text) - 1, file)] = '\0';
         std::fclose(file);
-        // Behind the name in parentheses, which may hold anything: state is field 3, the start is field 22.
+        // After the name in parentheses, which may contain anything: state is field 3, the start time is field 22.
         const char *at = std::strrchr(text, ')');
         for (int field = 2; at != nullptr && field < 22; ++field) at = std::strchr(at + 1, ' ');
         return at == nullptr ? "" : std::to_string(std::strtoull(at, nullptr, 10));

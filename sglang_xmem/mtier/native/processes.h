@@ -1,4 +1,4 @@
-// The processes that hold memory or are connected: one object each, and word of their end.
+// The processes that hold memory or are connected: one object each, with a notification of their end.
 #pragma once
 
 #include <functional>
@@ -17,10 +17,10 @@ class Processes {
   public:
     explicit Processes(Loop &loop) : loop_(loop) {}
 
-    // Calls `action` when a process has ended that somebody still has from shared().
+    // Calls `action` when a process with a live shared() object has ended.
     void when_gone(std::function<void(const Process &)> action) { actions_.push_back(std::move(action)); }
 
-    // The object that all who know the process share.
+    // The shared object of the process.
     std::shared_ptr<Process> shared(const std::shared_ptr<Process> &process) {
         std::weak_ptr<Process> &known = known_[process->key()];
         if (std::shared_ptr<Process> found = known.lock()) {

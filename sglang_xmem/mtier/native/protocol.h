@@ -1,12 +1,10 @@
-// What libmtier.so and mtierd say to each other: one request and one reply a message over a SOCK_SEQPACKET Unix socket.
-// Both ends run on one machine and are built together, so the structures go over as they lie in memory. A message is a
-// whole structure (or one with a whole number of others behind it, see pages_protocol.h) or it is refused; nothing has
-// to be put together from parts.
+// The protocol of libmtier.so and mtierd: one request or reply per message over a SOCK_SEQPACKET Unix socket. Both ends
+// run on one machine and are built together, so messages are the structures' bytes. A message is a complete structure
+// (or one followed by a whole number of others, see pages_protocol.h), or it is refused; messages are never partial.
 //
-// A client's allocations belong to its lease, and a lease to a process. A client that has lost its connection says
-// kHello with its lease's number on a new one and has its allocations again, also of a service that was started anew.
-// What kMalloc grants is the client's for good once it has said kKeep. What it has not said kKeep for when it comes
-// back with kHello, it says that it does not have.
+// A client's allocations belong to its lease, and a lease to a process. After a lost connection a client sends kHello
+// with its lease's number on a new one and resumes its allocations, also with a restarted service. A grant of kMalloc
+// is final once the client has sent kKeep. By sending kHello, a client gives up grants without kKeep.
 #pragma once
 
 #include <cstddef>
@@ -18,11 +16,11 @@ namespace mtier {
 constexpr std::uint32_t kMagic = 0x5249544d;  // "MTIR"
 constexpr std::uint16_t kVersion = 2;
 
-// Text that may stand behind a reply: an error's words, the log, the report.
+// Maximum text after a reply: an error message, the log, the report.
 constexpr std::size_t kMaxTextBytes = 64 << 10;
 
 enum class Op : std::uint16_t {
-    kRefused = 0,  // of a reply alone, to no request: the service does not take the connection
+    kRefused = 0,  // an unsolicited reply: the service refuses the connection
     kHello = 1,
     kStatus = 2,
     kBankStatus = 3,
@@ -34,7 +32,7 @@ enum class Op : std::uint16_t {
     kKeep = 9,
 };
 
-// What is asked with this and above is in pages_protocol.h, and has more behind the request.
+// Ops from here on are in pages_protocol.h, and have data after the request.
 constexpr std::uint16_t kFirstPagesOp = 32;
 constexpr std::size_t kMaxRequestBytes = 16 << 10;
 
@@ -51,23 +49,23 @@ enum Code : std::int32_t {
     kMallocError = -8,
 };
 
-// What the file descriptor behind a kMalloc reply is, and so how a client maps it.
+// The kind of a kMalloc reply's file descriptor, which determines how a client maps it.
 enum class MemoryKind : std::uint32_t {
     kNone = 0,
     kHostFile = 1,   // a sealed memfd: mmap it shared
     kGpuMemory = 2,  // the CUDA driver's: import it as a POSIX file descriptor
-    kDevice = 3,     // of the page bank alone: a range of a devdax, mmap it shared
+    kDevice = 3,     // only of the page bank: a range of a devdax, mmap it shared
 };
 
 struct Request {
     std::uint32_t magic;
     std::uint16_t version;
     std::uint16_t op;
-    std::uint64_t id;          // comes back in the reply
+    std::uint64_t id;          // returned in the reply
     std::int32_t bank;         // kBankStatus, kMalloc
     std::uint32_t reserved;    // 0
-    std::uint64_t size;        // kMalloc: bytes; kLogs: bytes of text wanted at most
-    std::uint64_t allocation;  // kFree, kKeep: what kMalloc's reply named; kHello: the lease to have again, or 0
+    std::uint64_t size;        // kMalloc: bytes; kLogs: maximum bytes of text
+    std::uint64_t allocation;  // kFree, kKeep: from kMalloc's reply; kHello: the lease to resume, or 0
 };
 
 struct Reply {
@@ -76,14 +74,14 @@ struct Reply {
     std::uint16_t op;
     std::uint64_t id;
     std::int32_t code;
-    std::uint32_t text_bytes;  // behind this structure, without a terminating zero
+    std::uint32_t text_bytes;  // after this structure, without a terminating zero
     std::int32_t num_banks;    // kStatus
-    MemoryKind kind;           // kMalloc; with kMallocError: of a bank whose memory may be free again in a moment
+    MemoryKind kind;           // kMalloc; with kMallocError: of a bank whose memory may be free shortly
     std::uint64_t total;       // kStatus: the smallest bank's bytes; kBankStatus: this bank's
     std::uint64_t available;   // kBankStatus
     std::uint64_t size;        // kMalloc: bytes granted, whole granules
     std::uint64_t granularity; // kMalloc: alignment of the address to map at
-    std::uint64_t allocation;  // kMalloc: its name in kKeep and kFree; kHello: the lease, a new one where it is another
+    std::uint64_t allocation;  // kMalloc: its id for kKeep and kFree; kHello: the lease, which may be a new one
 };
 
 static_assert(sizeof(Request) == 40 && std::is_trivially_copyable_v<Request>);

@@ -1,4 +1,4 @@
-// What requests mean: memory of banks for leases, with everything counted.
+// Handles requests: memory of banks for leases, fully accounted.
 #pragma once
 
 #include <sys/resource.h>
@@ -33,7 +33,7 @@ struct Rules {
 
 class Service : public Handler {
   public:
-    // `journal`: of what an earlier service granted; lives as long as this.
+    // `journal`: the grants of earlier services; must outlive this.
     Service(Loop &loop, Log &log, Processes &processes, Journal &journal, std::vector<std::unique_ptr<Bank>> banks,
             const Rules &rules)
         : loop_(loop),
@@ -51,7 +51,7 @@ class Service : public Handler {
             banks_.push_back(std::make_unique<BankThread>(std::move(bank), mailbox_));
         }
         rlimit files{};
-        // The rest are connections, their processes and what the driver has.
+        // The rest are for connections, their processes and the driver.
         if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur != RLIM_INFINITY) {
             most_grants_ = std::min<rlim_t>(most_grants_, files.rlim_cur - std::min<rlim_t>(600, files.rlim_cur / 2));
         }
@@ -59,10 +59,10 @@ class Service : public Handler {
         restore();
     }
 
-    // Where connections are, for answers that come later.
+    // The connections, for later answers.
     void answer_over(Connections &connections) { connections_ = &connections; }
 
-    // Takes bytes of a bank of host memory for the page bank, which makes and keeps the memory itself.
+    // Reserves bytes of a host bank for the page bank, which allocates and keeps the memory itself.
     void set_aside(std::size_t index, std::uint64_t bytes) { set_aside_[index] += bytes; }
     void give_back(std::size_t index, std::uint64_t bytes) { set_aside_[index] -= bytes; }
     std::size_t banks() const { return banks_.size(); }
@@ -72,13 +72,13 @@ class Service : public Handler {
         return total - std::min(total, used);  // an earlier service may have had a larger bank
     }
 
-    // What a bank is to do on its own thread, for the page bank; see BankThread::post.
+    // Posts the page bank's work to a bank's thread; see BankThread::post.
     template <typename Work, typename Done>
     void have_done(std::size_t index, Work work, Done done) {
         banks_[index]->post(std::move(work), std::move(done));
     }
 
-    // Whether the banks have done what was asked of them, within a time each.
+    // Whether each bank finishes its work within the given time.
     bool idle_within(std::chrono::milliseconds time) {
         return std::all_of(banks_.begin(), banks_.end(), [&](auto &bank) { return bank->idle_within(time); });
     }
@@ -120,12 +120,12 @@ class Service : public Handler {
             case Op::kRefused:
                 break;
         }
-        return Answer::error(kInvalidArgument, "the request is of no known kind");
+        return Answer::error(kInvalidArgument, "the request has an unknown kind");
     }
 
     Answer not_sent(const Peer &peer, const Reply &reply, const std::string &why) override {
         Answer answer = Answer::error(kMallocError, "the memory's descriptor cannot be sent now: " + why +
-                                                        "; some process of this user leaves descriptors unread");
+                                                        "; a process of this user does not read its descriptors");
         answer.fields.kind = reply.kind;  // may pass
         log_.often(Often::kFault, "%s: %s", peer.process->name().c_str(), answer.text.c_str());
         if (Grant *grant = grant_of(peer, reply.allocation)) {
@@ -147,7 +147,7 @@ class Service : public Handler {
         leases_.erase(peer.number);
         for (std::uint64_t id : std::set<std::uint64_t>(lease->grants)) {
             Grant &grant = *ledger_.grant(id);
-            // What is being made was not sent, and what was sent may have been read.
+            // Memory that is being allocated was not sent; sent memory may have been read.
             if (grant.stage == Stage::kMaking) {
                 give_up(grant);
             } else {
@@ -189,7 +189,7 @@ class Service : public Handler {
         return text;
     }
 
-    // JSON of banks and of the clients that hold memory.
+    // JSON of banks and of clients with memory.
     std::string report() const {
         std::string text;
         append(&text, "{\"pid\": %d, \"quota\": %" PRIu64 ", \"banks\": [", static_cast<int>(::getpid()), rules_.quota);
@@ -203,7 +203,7 @@ class Service : public Handler {
         const char *comma = "";
         for (const auto &[id, lease] : ledger_.leases()) {
             if (lease.grants.empty()) continue;
-            if (text.size() > kMaxTextBytes / 2) break;  // the page bank's part comes behind it
+            if (text.size() > kMaxTextBytes / 2) break;  // the page bank's part follows
             append(&text, "%s{\"pid\": %d, \"process\": \"%s\", \"bytes\": %" PRIu64 ", \"allocations\": %zu, ", comma,
                    static_cast<int>(lease.process->pid()), lease.process->key().c_str(), lease.account.bytes,
                    lease.grants.size());
@@ -221,7 +221,7 @@ class Service : public Handler {
 
     static constexpr std::size_t kMaxGrants = 1 << 16;
     static constexpr std::chrono::milliseconds kFirstLook{10}, kLastLook{1000};
-    // How long a client whose process the kernel does not show may be away before it counts as ended.
+    // How long a client with an invisible process may be disconnected before it counts as ended.
     static constexpr std::chrono::milliseconds kAway{60'000};
 
     std::string label(std::size_t index) const { return bank(index).label(); }
@@ -262,7 +262,7 @@ class Service : public Handler {
         auto i = static_cast<std::size_t>(index);
         Answer answer;
         answer.fields.total = bank(i).total();
-        // Whole granules, so that an allocation of what is available succeeds.
+        // Whole granules, so that an allocation of all available bytes succeeds.
         std::uint64_t granule = bank(i).granularity();
         answer.fields.available = std::min(available(i), quota_left(peer)) / granule * granule;
         return answer;
@@ -270,7 +270,7 @@ class Service : public Handler {
 
     std::optional<Answer> allocate(const Peer &peer, const Request &request) {
         if (!has_bank(request.bank)) return unknown_bank(request.bank);
-        if (request.size == 0) return Answer::error(kInvalidArgument, "an allocation of 0 bytes was asked for");
+        if (request.size == 0) return Answer::error(kInvalidArgument, "an allocation of 0 bytes was requested");
         auto index = static_cast<std::size_t>(request.bank);
         std::uint64_t size = bank(index).rounded(request.size);
         if (auto refused = refuses(peer, index, size, request.size)) {
@@ -286,18 +286,18 @@ class Service : public Handler {
         return std::nullopt;
     }
 
-    // A clause where an allocation of `size` bytes, as many as `asked` needs, is more than there is or may be.
+    // A clause if an allocation of `size` bytes (`asked`, rounded up) exceeds the free capacity or a limit.
     std::optional<std::string> refuses(const Peer &peer, std::size_t index, std::uint64_t size,
                                        std::uint64_t asked) const {
         std::string why;
         if (size == 0 || size > available(index)) {
-            append(&why, "bank %zu has %s of %s available and %s were asked for", index,
+            append(&why, "bank %zu has %s of %s available, but %s were requested", index,
                    amount(available(index)).c_str(), amount(bank(index).total()).c_str(), amount(asked).c_str());
             return why;
         }
         Account account = ledger_.of_process(*peer.process);
         if (size > quota_left(peer)) {
-            append(&why, "%s may have %s, has %s and asked for %s; start the service with a larger --quota",
+            append(&why, "%s has a quota of %s, has %s and requested %s; start the service with a larger --quota",
                    peer.process->name().c_str(), amount(rules_.quota).c_str(), amount(account.bytes).c_str(),
                    amount(asked).c_str());
             return why;
@@ -310,13 +310,13 @@ class Service : public Handler {
         return std::nullopt;
     }
 
-    // The bank has made an allocation, or has not.
+    // The bank has finished an allocation, successfully or not.
     void offer(const Peer &peer, std::uint64_t id, const Made &made) {
         Grant *grant = ledger_.grant(id);
-        if (grant == nullptr || grant->stage != Stage::kMaking) {  // given up, or reset, meanwhile
+        if (grant == nullptr || grant->stage != Stage::kMaking) {  // given up or reset in the meantime
             if (made.fd >= 0) ::close(made.fd);
             if (grant != nullptr && made.fd < 0) remove(id);
-            connections_->answer(peer.number, Answer::error(kMallocError, "the allocation was reset meanwhile"));
+            connections_->answer(peer.number, Answer::error(kMallocError, "the allocation was reset"));
             return;
         }
         std::size_t index = grant->bank;
@@ -328,7 +328,7 @@ class Service : public Handler {
         if (made.fd < 0 || !written) {
             ++counts_[index].failed;
             std::string words;
-            append(&words, "bank %zu could not make %s: %s", index, amount(grant->size).c_str(), why.c_str());
+            append(&words, "bank %zu could not allocate %s: %s", index, amount(grant->size).c_str(), why.c_str());
             log_.often(Often::kFault, "%s", words.c_str());
             Answer answer = Answer::error(kMallocError, words);
             if (made.may_pass) answer.fields.kind = bank(index).kind();
@@ -356,10 +356,10 @@ class Service : public Handler {
 
     std::optional<Answer> reset_all(const Peer &peer) {
         if (!rules_.allow_reset) {
-            return Answer::error(kFailure, "mtierd takes nobody's memory away; start it with --allow-reset to let "
-                                           "mTierResetAll empty all accounts");
+            return Answer::error(kFailure, "mtierd does not reclaim memory in use; start it with --allow-reset to let "
+                                           "mTierResetAll clear all accounts");
         }
-        log_.line("%s resets all banks: what others map stays mapped, and is not counted any more",
+        log_.line("%s resets all banks: mapped memory stays mapped, but is no longer counted",
                   peer.process->name().c_str());
         std::vector<std::vector<std::uint64_t>> of_bank(banks_.size());
         std::vector<std::uint64_t> ids;
@@ -388,7 +388,7 @@ class Service : public Handler {
 
     Answer unknown_bank(std::int32_t bank) const {
         std::string words;
-        append(&words, "there is no bank %d; the service has %zu, counted from 0", bank, banks_.size());
+        append(&words, "bank %d does not exist; the service has %zu, counted from 0", bank, banks_.size());
         return Answer::error(kInvalidArgument, words);
     }
 
@@ -396,7 +396,7 @@ class Service : public Handler {
         return Answer::error(kInvalidArgument, "the client has no such allocation");
     }
 
-    // A process's quota is one, however often it connects.
+    // A process has one quota for all its connections.
     std::uint64_t quota_left(const Peer &peer) const {
         if (rules_.quota == 0) return UINT64_MAX;
         return rules_.quota - std::min(rules_.quota, ledger_.of_process(*peer.process).bytes);
@@ -416,7 +416,7 @@ class Service : public Handler {
         return lease;
     }
 
-    // The client of a lease is there again, on another connection.
+    // The client of a lease has reconnected.
     void resume(Lease &lease, const Peer &peer) {
         leases_.erase(lease.connection);
         lease.connection = peer.number;
@@ -426,12 +426,12 @@ class Service : public Handler {
             if (grant.stage == Stage::kHeld) {
                 watched_.erase(id);
             } else if (grant.stage != Stage::kLeaving) {
-                give_up(grant);  // it says so
+                give_up(grant);  // the client gives it up
             }
         }
     }
 
-    // An allocation that the client has, or is offered.
+    // An allocation that the client has or was offered.
     Grant *grant_of(const Peer &peer, std::uint64_t id) {
         Grant *grant = ledger_.grant(id);
         Lease *lease = lease_of(peer);
@@ -448,7 +448,7 @@ class Service : public Handler {
         });
     }
 
-    // ---- the way back ----
+    // ---- reclaiming ----
 
     void give_up_all_of(const Process &process) {
         std::uint64_t bytes = 0;
@@ -459,18 +459,18 @@ class Service : public Handler {
             ids.insert(ids.end(), lease.grants.begin(), lease.grants.end());
         }
         if (ids.empty()) return;
-        log_.often(Often::kReturn, "%s has ended: %s in %zu allocations come back", process.name().c_str(),
+        log_.often(Often::kReturn, "%s has ended: %s in %zu allocations are reclaimed", process.name().c_str(),
                    amount(bytes).c_str(), ids.size());
         for (std::uint64_t id : ids) give_up(*ledger_.grant(id));
     }
 
-    // Who had it says that it does not, or has ended. `asked_by`: a connection to answer when the bank has looked.
+    // Its client has given it up or ended. `asked_by`: a connection to answer once the bank has checked.
     void give_up(Grant &grant, std::uint64_t asked_by = 0) {
         grant.stage = Stage::kLeaving;
         watch(grant, asked_by);
     }
 
-    // Looks now, and from time to time, whether nobody has it any more.
+    // Checks now, and periodically, whether it is unused.
     void watch(const Grant &grant, std::uint64_t asked_by = 0) {
         watched_.insert(grant.id);
         look(grant, asked_by);
@@ -509,7 +509,7 @@ class Service : public Handler {
         ledger_.remove(id);
     }
 
-    // ---- the service before this one ----
+    // ---- earlier services ----
 
     void restore() {
         std::vector<std::uint64_t> lost;
@@ -531,12 +531,12 @@ class Service : public Handler {
         }
         for (std::uint64_t id : lost) journal_.remove(id);
         if (bytes != 0) {
-            log_.line("%s are still with %zu clients of the service before this one", amount(bytes).c_str(),
+            log_.line("%s are still held by %zu clients of the previous service", amount(bytes).c_str(),
                       ledger_.leases().size());
         }
     }
 
-    // The bank that a record speaks of; none where this service has none of its memory.
+    // The bank of a record; none if this service does not have its memory.
     std::optional<std::size_t> bank_of(const Record &record) const {
         if (record.bank < banks_.size() && label(record.bank) == record.label) return record.bank;
         for (std::size_t i = 0; i < banks_.size(); ++i) {
@@ -557,7 +557,7 @@ class Service : public Handler {
     std::vector<std::uint64_t> set_aside_;
     std::size_t most_grants_ = kMaxGrants;
     std::unordered_map<std::uint64_t, std::uint64_t> leases_;  // by the connection's number
-    std::set<std::uint64_t> watched_;                          // grants that may come back
+    std::set<std::uint64_t> watched_;                          // grants to check
     std::chrono::milliseconds pause_{kFirstLook};
     bool looking_ = false;
     std::vector<std::unique_ptr<BankThread>> banks_;  // ends first: its threads use the mailbox

@@ -1,5 +1,5 @@
-// Slabs of the page bank out of the service's banks: one class a kind of memory. A slab is memory for frames and, next to
-// it, memory that the CPU of service and engines can reach for its record and ledger (space_record.h).
+// Slabs of the page bank from the service's banks: one class per kind of memory. A slab is memory for frames, plus
+// CPU-addressable memory for its record and ledger (space_record.h).
 #pragma once
 
 #include <sys/mman.h>
@@ -31,7 +31,7 @@ struct Part {
     Descriptor fd;
     std::uint64_t offset = 0;
     std::uint64_t bytes = 0;
-    std::uint64_t granule = 4096;  // that lengths of mappings are whole multiples of
+    std::uint64_t granule = 4096;  // lengths of mappings are multiples of this
 
     std::uint64_t mapped(std::uint64_t size) const { return (size + granule - 1) / granule * granule; }
     // Maps the first `size` bytes, for mapped(size) of munmap. MAP_FAILED with errno.
@@ -43,38 +43,37 @@ struct Part {
 struct Slab {
     enum class State { kMaking, kReady, kFailed };
     State state = State::kMaking;
-    std::string why;  // of one that failed: a clause
-    std::uint64_t id = 0;  // of this one alone, for ever
+    std::string why;  // of a failed one: a clause
+    std::uint64_t id = 0;  // unique
     Part memory, control;
-    std::shared_ptr<Populating> populating;  // where its memory is being made present
-    bool deserted = false;  // certainly no engine has it
+    std::shared_ptr<Populating> populating;  // while its memory is being populated
+    bool deserted = false;  // no engine has it
 };
 
 class SlabSource {
   public:
     virtual ~SlabSource() = default;
     virtual MemoryKind kind() const = 0;
-    // Of this source alone in the service, also in one that is started anew.
+    // Unique for this source in the service, also after a restart.
     virtual std::string name() const = 0;
     virtual std::uint64_t total() const = 0;
-    // Bytes that one more slab can have, whose frames are of that size.
+    // Maximum bytes of one more slab with frames of that size.
     virtual std::uint64_t available(std::uint64_t frame_bytes) const = 0;
     virtual std::uint64_t granularity() const = 0;
-    // Of an engine's mappings.
+    // Granule of an engine's mappings.
     virtual std::uint64_t mapping_granule() const { return 4096; }
-    // Begins to make a slab of zeroed memory of whole granules, no more than available(), where they are missing until
-    // it is discarded or has failed.
+    // Starts to allocate a slab of zeroed memory of whole granules, at most available(), from which it is deducted
+    // until it is discarded or has failed.
     virtual std::shared_ptr<Slab> make(std::uint64_t bytes, std::uint64_t control) = 0;
-    // Looks whether a slab is made by now; called before its state is looked at.
+    // Updates a slab's state; called before the state is read.
     virtual void advance(Slab &) {}
-    // Slabs that services before this one made; each once.
+    // Returns the slabs of earlier services, each once.
     virtual std::vector<std::shared_ptr<Slab>> left() = 0;
-    // Lets go of a slab, whoever maps it.
+    // Releases a slab, even if it is mapped.
     virtual void discard(Slab &slab) = 0;
-    // Looks after memory that is made present ahead of the engines; called when grants or slabs changed, and from time
-    // to time.
+    // Manages memory that is populated ahead of engines; called after changes of grants or slabs, and periodically.
     virtual void tend() {}
-    // What is being made present, or was: of a slab that no engine has yet. nullptr without one.
+    // The population of a slab that no engine has yet. nullptr without one.
     virtual const Populating *ahead() const { return nullptr; }
 };
 
@@ -86,7 +85,7 @@ inline std::uint64_t random_number() {
     return number;
 }
 
-// The head of a slab's record; none where it is not whole, or of another start of the machine.
+// The head of a slab's record; none if it is incomplete, or of another boot.
 inline std::optional<SpaceHead> read_head(const Part &control) {
     if (control.bytes < kLedgerOffset) return std::nullopt;
     void *memory = control.map(kLedgerOffset);
@@ -97,7 +96,7 @@ inline std::optional<SpaceHead> read_head(const Part &control) {
     return head;
 }
 
-// Slabs of a bank that has an account with the service, whose descriptors the keeper has.
+// Slabs of a bank with an account in the service; the keeper has their descriptors.
 class SlabsOfBank : public SlabSource {
   public:
     SlabsOfBank(Service &service, std::size_t bank, Kept &kept) : service_(service), bank_(bank), kept_(kept) {}
@@ -138,7 +137,7 @@ class SlabsOfBank : public SlabSource {
     }
 
   protected:
-    // One whose bytes are set aside and its record's memory there; kFailed where that is not to be had.
+    // A slab with reserved bytes and memory for its record; kFailed if that fails.
     std::shared_ptr<Slab> begin(std::uint64_t bytes, std::uint64_t control) {
         auto slab = std::make_shared<Slab>();
         slab->id = random_number();
@@ -152,10 +151,10 @@ class SlabsOfBank : public SlabSource {
 
     void finish(Slab &slab) {
         slab.state = Slab::State::kReady;
-        // One without the other is nothing: the slab first.
+        // Both are needed: the slab first.
         if (!kept_.leave(kept_name("slab", slab), slab.memory.fd.get()) ||
             !kept_.leave(kept_name("control", slab), slab.control.fd.get())) {
-            std::fprintf(stderr, "mtierd: pages of a slab cannot outlast this service (%s).\n",
+            std::fprintf(stderr, "mtierd: pages of a slab will not survive this service (%s).\n",
                          words_of(errno).c_str());
         }
     }
@@ -166,9 +165,9 @@ class SlabsOfBank : public SlabSource {
         discard(slab);
     }
 
-    // Whether what was left has so many bytes.
+    // Whether the old memory has these bytes.
     virtual bool has(const Slab &slab, std::uint64_t bytes) const = 0;
-    // A slab that was left is in use again.
+    // An old slab is in use again.
     virtual void resume(Slab &slab) = 0;
 
     static std::uint64_t size_of(const Descriptor &fd) {
@@ -191,11 +190,11 @@ class SlabsOfBank : public SlabSource {
     Kept &kept_;
 };
 
-// Anonymous files, which engines map and pin. The memory of the next slab, of the size that one usually gets, is made
-// present before an engine asks for it, as long as nobody else wants the bank's bytes.
+// Anonymous files, which engines map and pin. The memory of the next slab, of the usual size, is populated before an
+// engine requests it, unless the bank's bytes are needed otherwise.
 class HostSlabs : public SlabsOfBank {
   public:
-    // `usual`: bytes of a slab where engines ask for less; 0: make nothing present ahead.
+    // `usual`: minimum bytes of a slab; 0: populate nothing ahead.
     HostSlabs(Service &service, std::size_t bank, Kept &kept, std::uint64_t usual)
         : SlabsOfBank(service, bank, kept), usual_(usual) {}
 
@@ -239,7 +238,7 @@ class HostSlabs : public SlabsOfBank {
     std::shared_ptr<Populating> next_;
 };
 
-// Memory of a GPU, by the driver's descriptors. The service itself maps none of it but to clear it.
+// Memory of a GPU, by the driver's descriptors. The service maps it only to clear it.
 class GpuSlabs : public SlabsOfBank {
   public:
     using SlabsOfBank::SlabsOfBank;
@@ -267,7 +266,7 @@ class GpuSlabs : public SlabsOfBank {
     }
 
   protected:
-    // The driver keeps the size to itself; who maps another one is refused.
+    // The driver does not report the size; it refuses to map another size.
     bool has(const Slab &, std::uint64_t) const override { return true; }
     void resume(Slab &slab) override {
         service_.have_done(
@@ -275,7 +274,7 @@ class GpuSlabs : public SlabsOfBank {
     }
 
   private:
-    // In the bank: no grant's name.
+    // In the bank; not a grant's id.
     static std::uint64_t name_of(const Slab &slab) { return slab.id | 1ULL << 63; }
 };
 

@@ -1,8 +1,8 @@
-// What lies in front of a space's ledger: what the space is and who its sessions are, for the service after this one.
+// The record before a space's ledger: the space and its sessions, for the next service.
 //
-// The service alone writes and maps it; engines map the ledger. The head never changes, and a session's line has a sum
-// that is written last and cleared first. So a service that is killed leaves nothing that the next one could misread:
-// what has no right sum is not there.
+// Only the service writes and maps it; engines map the ledger. The head never changes, and a session's entry has a
+// checksum that is written last and cleared first. So the next service cannot misread an entry of a killed service:
+// entries with a wrong checksum do not exist.
 #pragma once
 
 #include <cstddef>
@@ -17,27 +17,27 @@
 
 namespace mtier::pages {
 
-// Of the running system, which no other has; what lies in memory that survives services does not survive it.
+// Unique for the running system; memory that survives services does not survive a reboot.
 inline std::string boot_id() {
     std::string id;
     std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
     return id;
 }
 
-// Copies text into a field, with a zero behind it.
+// Copies text into a field, zero-terminated.
 template <std::size_t kBytes>
 void put_text(char (&field)[kBytes], const std::string &text) {
     std::memset(field, 0, kBytes);
     std::memcpy(field, text.data(), std::min(text.size(), kBytes - 1));
 }
 
-// Whether a field ends with a zero, so that it may be read as text.
+// Whether a field is zero-terminated, so that it can be read as text.
 template <std::size_t kBytes>
 bool is_text(const char (&field)[kBytes]) {
     return std::memchr(field, 0, kBytes) != nullptr;
 }
 
-// As much of a label as any log and JSON can show.
+// A label's printable form for logs and JSON.
 inline std::string printable(const char *label) {
     std::string text = label;
     for (char &c : text) {
@@ -60,7 +60,7 @@ struct SpaceHead {
 
     static constexpr std::uint64_t kMagic = 0x3153'4547'4150'544dULL;  // with the layout's version
     std::uint64_t right_sum() const { return sum_of(this, offsetof(SpaceHead, sum), kMagic); }
-    // Engines can write here, though they have no business to: a right sum says that the head is whole, and no more.
+    // Engines can write here, although they must not: a correct checksum shows only that the head is complete.
     bool is_sound() const {
         return magic == kMagic && sum == right_sum() && is_text(label) && printable(label) == label && is_text(bank) &&
                is_text(boot) && boot_id() == boot && frame_bytes != 0 && frames != 0 &&
@@ -99,14 +99,14 @@ struct SpaceRecord {
     }
 
   private:
-    // What was written before is there before the sum is, whenever this process ends.
+    // Earlier writes are visible before the checksum, even if this process is killed.
     static void seal(SessionLine &line, std::uint64_t sum) {
         __atomic_signal_fence(__ATOMIC_SEQ_CST);
         __atomic_store_n(&line.sum, sum, __ATOMIC_SEQ_CST);
     }
 };
 
-// Where the ledger begins: whole pages of every machine.
+// Offset of the ledger: whole pages on every machine.
 constexpr std::uint64_t kLedgerOffset = 64 << 10;
 
 static_assert(sizeof(SpaceRecord) <= kLedgerOffset && std::is_trivially_copyable_v<SpaceRecord>);

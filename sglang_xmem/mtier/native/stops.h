@@ -1,11 +1,11 @@
-// Signals that end keeper and service in order.
+// Signals that stop keeper and service cleanly.
 #pragma once
 
 #include <signal.h>
 
 namespace mtier {
 
-// SIGTERM, SIGINT, and the SIGHUP of a terminal that goes away, unless `nohup` has said that it is nothing.
+// SIGTERM, SIGINT, and SIGHUP of a closed terminal, unless `nohup` ignores it.
 inline void add_stops(sigset_t *set) {
     sigaddset(set, SIGTERM);
     sigaddset(set, SIGINT);

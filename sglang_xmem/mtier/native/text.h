@@ -1,4 +1,4 @@
-// Words for people: errors of the system, and amounts of memory.
+// Text for users: system errors, and amounts of memory.
 #pragma once
 
 #include <cinttypes>

@@ -32,7 +32,7 @@ def test_a_machine_without_a_gpu_is_one_sentence(device: str | None, capsys: pyt
     assert end.value.code == 78
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "no GPU" in said
+    assert "no usable GPU" in said
     assert "SGLANG_USE_CPU_ENGINE=1" in said
     with pytest.raises(ConfigError, match="SGLANG_USE_CPU_ENGINE=1"):
         flags.ServerArgsFactory(argparse.Namespace)(hicache_use_xmem=True, device=device)
