@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the tables of SGLang's versions with SGLang's sources: check_versions.py [SOURCE ...]
+"""Compare the tables of SGLang's versions with SGLang's sources: check_versions.py [SOURCE ...]
 
-SOURCE is a wheel of SGLang, or a folder with one unpacked; without any, the wheels of all versions that have a table
-are fetched with pip. Reads syntax trees, imports nothing of SGLang, and takes seconds. Prints a line per finding, and
-ends with status 1 if there is one.
+SOURCE is a wheel of SGLang, or a folder with an unpacked one; by default pip fetches the wheels of all versions with a
+table. Reads syntax trees without importing SGLang, in seconds. Prints one line per finding. Exit status 1 if there are
+findings.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sglang_xmem.engines.sglang.versions import VersionTable  # noqa: E402
 
 ADAPTER = REPOSITORY / "sglang_xmem" / "engines" / "sglang"
 RESULTS = REPOSITORY / "docs" / "results" / "versions.jsonl"
-#: Engines that the tests take through a hit in the tier, by version: the newest has every kind of pool that runs on a
-#: CPU (tests/e2e/kinds.py), the oldest one kind (tests/e2e/test_other_sglang.py).
+#: Versions whose engines the tests run with a hit in the tier: the newest with every pool kind that runs on a CPU
+#: (tests/e2e/kinds.py), the oldest with one kind (tests/e2e/test_other_sglang.py).
 ENGINES_RUN = {"0.5.23": ("mha", "mla", "dsa", "swa", "asymmetric", "gdn", "draft", "mtp"), "0.5.21": ("mha",)}
 
 #: Variables of the adapter's modules that are instances of SGLang's classes.
@@ -43,17 +43,17 @@ INSTANCES = {
     "storage.py": ("pool",),
     "transfer.py": ("transfer", "t", "self", "event", "completion"),
 }
-#: Members of these variables that are not SGLang's: this package's own, or those of Python's types.
+#: Members of these variables that are not SGLang's: of this package, or of Python's types.
 OURS = frozenset({"layers", "section", "slots", "arena", "narrow", "host_layer", "__self__"})
 
 
 class Report(NamedTuple):
-    """What was looked up in one version's sources.
+    """The look-ups in one version's sources.
 
     Attributes:
-        targets: functions that are patched.
-        members: everything else.
-        findings: what is missing or other than its table says, a line each.
+        targets: patched functions.
+        members: all other names.
+        findings: missing names and differences from the table, one line each.
     """
 
     version: str
@@ -62,7 +62,7 @@ class Report(NamedTuple):
     findings: list[str]
 
     def row(self) -> dict[str, object]:
-        """The row of docs/results/versions.jsonl."""
+        """Make the row of docs/results/versions.jsonl."""
         return {
             "bench": "versions",
             "version": self.version,
@@ -87,12 +87,12 @@ def check(root: Path) -> Report:
     for hook in hooks:
         found = sources.find(hook.target)
         if found is None:
-            findings.append(f"{hook.target} is not there, needed to {hook.why}")
+            findings.append(f"{hook.target} does not exist, needed to {hook.why}")
         elif found.parameters != hook.parameters:
             takes = "nothing" if found.parameters is None else f"({', '.join(found.parameters)})"
-            findings.append(f"{hook.target} takes {takes} and not ({', '.join(hook.parameters)}): {found.where}")
+            findings.append(f"{hook.target} takes {takes} instead of ({', '.join(hook.parameters)}): {found.where}")
     names = {*table.members, *_imported(table), *_listed(table)}
-    findings += [f"{name} is not there" for name in sorted(names) if not _is_there(sources, name)]
+    findings += [f"{name} does not exist" for name in sorted(names) if not _is_there(sources, name)]
     return Report(sources.version, len(hooks), len(names), findings)
 
 
@@ -101,7 +101,7 @@ def _is_there(sources: Sources, name: str) -> bool:
         return True
     owner, _, member = name.rpartition(".")
     members = sources.members(owner)
-    # What `__getattr__` gives is named in text somewhere in its module.
+    # A name that `__getattr__` provides occurs in a string of its module.
     return member in members or ("__getattr__" in members and member in sources.words(owner.rpartition(".")[0]))
 
 
@@ -110,11 +110,12 @@ def _listed(table: VersionTable) -> Iterator[str]:
         yield from (f"{owner}.{member}" for member in members.split())
 
 
-# ----------------------------------------------------------------------------------------------- what the adapter reads
+# ----------------------------------------------------------------------------------------------- reads of the adapter
 
 
 def _imported(table: VersionTable) -> set[str]:
-    """Names that the adapter imports from SGLang, and what it reads of those that are modules or their instances."""
+    """Collect names that the adapter imports from SGLang, and the members that it reads of modules and their
+    instances."""
     found = set()
     for path in sorted(ADAPTER.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -126,14 +127,14 @@ def _imported(table: VersionTable) -> set[str]:
         }
         found |= set(bound.values())
         for node in ast.walk(tree):
-            # Classes' members are in the table, where they can be looked up by everybody.
+            # Members of classes are in the table.
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
                 found.add(f"{bound[node.value.id]}.{node.attr}")
     return found
 
 
 def unlisted() -> list[str]:
-    """Members that the adapter reads of instances of SGLang, and no version's table lists."""
+    """List members of SGLang's instances that the adapter reads and no version's table lists."""
     listed = {name.rpartition(".")[2] for version in versions.known() for name in _listed(versions.load(version))}
     members = {name.rpartition(".")[2] for version in versions.known() for name in versions.load(version).members}
     findings = []
@@ -145,7 +146,7 @@ def unlisted() -> list[str]:
 
 
 def _read(tree: ast.Module, variables: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """(line, variable, member) of reads of these variables; classes of the adapter's own are skipped."""
+    """Yield (line, variable, member) of reads of these variables; skips the adapter's own classes."""
     own = {
         id(inner)
         for node in tree.body
@@ -175,16 +176,16 @@ def _named(function: ast.expr, *names: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where unpacked wheels are kept: SGLANG_XMEM_CACHE_DIR, else ~/.cache/sglang_xmem."""
+    """Return the folder of unpacked wheels: SGLANG_XMEM_CACHE_DIR, else ~/.cache/sglang_xmem."""
     named = os.environ.get("SGLANG_XMEM_CACHE_DIR")
     return (Path(named) if named else Path.home() / ".cache" / "sglang_xmem") / "sglang_sources"
 
 
 def fetch(version: str) -> Path:
-    """Unpack the wheel of a version of SGLang, from pip where it is not here yet: a folder for PYTHONPATH.
+    """Unpack the wheel of a version of SGLang, fetched by pip if missing; return a folder for PYTHONPATH.
 
     Raises:
-        OSError: pip cannot have it.
+        OSError: pip cannot fetch it.
     """
     folder = cache_folder() / version
     if folder.is_dir():
@@ -198,7 +199,7 @@ def fetch(version: str) -> Path:
     wheels = list(partial.glob("*.whl"))
     if done.returncode or not wheels:
         partial.rmdir()
-        raise OSError(f"pip cannot have sglang=={version}: {done.stderr.strip().splitlines()[-1:]}")
+        raise OSError(f"pip cannot fetch sglang=={version}: {done.stderr.strip().splitlines()[-1:]}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extractall(partial)
     wheels[0].unlink()
@@ -207,7 +208,7 @@ def fetch(version: str) -> Path:
 
 
 def main() -> int:
-    """Check sources, and write the rows."""
+    """Check the sources, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE")
     parser.add_argument("--output", type=Path, help=f"write rows to this file, such as {RESULTS.name}")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps record of what ran on GPUs, and says what has changed since: gpu_runs.py record|check
+"""Record test runs on GPUs, and list the changes since: gpu_runs.py record|check
 
     python scripts/gpu_runs.py record copies tiers -- python -m pytest tests/gpu -m "gpu or gpus"
     python scripts/gpu_runs.py check
 
-`record` runs the command and appends a row for each subject to docs/results/gpu_runs.jsonl: when, on which GPUs, how it
-ended, and a digest of each file of the code under test. On a machine without git, give --output FILE and append its
-rows to that file later. `check` compares these digests with the files as they are and prints a line for each subject.
-Changes are reported and are no failure; --strict makes them one. Needs the standard library alone.
+`record` runs the command and appends a row per subject to docs/results/gpu_runs.jsonl: date, GPUs, result, and a digest
+of each file of the code under test. On a machine without git, set --output FILE and append its rows to that file later.
+`check` compares these digests with the current files and prints one line per subject. Changes are a failure only with
+--strict. Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ENGINE = (
     "sglang_xmem/engines/sglang/*.py",
     "sglang_xmem/engines/sglang/versions/*.py",
 )
-#: What can be tested on GPUs: by name, the files whose change makes a run out of date.
+#: Subjects of tests on GPUs, with the files whose change makes a run out of date.
 SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "copies": _COPIES,
     "tiers": (*_MEMORY, "sglang_xmem/tiers/dram.py", "sglang_xmem/tiers/peer.py"),
@@ -59,7 +59,7 @@ SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "metrics": ("sglang_xmem/metrics.py", "sglang_xmem/scrape.py", "sglang_xmem/top.py"),
     "bench": ("sglang_xmem/bench/*.py",),
 }
-#: Files of the package that do the same with and without a GPU.
+#: Files of the package whose behaviour does not depend on a GPU.
 WITHOUT_GPU = (
     "sglang_xmem/__init__.py",
     "sglang_xmem/cli.py",
@@ -76,7 +76,7 @@ _C_COMMENTS = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])')|//[^\n]*|/
 
 
 def code_of(path: Path) -> str:
-    """A file's text without comments, docstrings, and blank lines, so that better prose asks for no new run."""
+    """Return a file's text without comments, docstrings and blank lines, so that prose changes need no new run."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = _without_docstrings(text)
@@ -102,7 +102,7 @@ def _without_docstrings(text: str) -> str:
 
 
 def files_of(subject: str, root: Path = ROOT) -> dict[str, str]:
-    """Digest of each file of a subject's code, by its path in the repository."""
+    """Digest each file of a subject's code, by its path in the repository."""
     found = {path for pattern in SUBJECTS[subject] for path in root.glob(pattern) if path.is_file()}
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(code_of(path).encode()).hexdigest()[:12]
@@ -115,7 +115,7 @@ def files_of(subject: str, root: Path = ROOT) -> dict[str, str]:
 
 
 def gpus() -> list[str]:
-    """Names of this machine's GPUs, by the driver's own tool."""
+    """List this machine's GPUs by nvidia-smi."""
     return _nvidia_smi("name")
 
 
@@ -129,7 +129,7 @@ def _nvidia_smi(field: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a run depends on."""
+    """Return the versions that a run depends on."""
     found = {"python": sys.version.split()[0]}
     for package in ("torch", "sglang", "triton"):
         try:
@@ -142,7 +142,7 @@ def versions() -> dict[str, str]:
 
 
 def counts_in(output: str) -> dict[str, int]:
-    """pytest's closing counts, by word; empty where the output has none."""
+    """Parse pytest's final counts, by word; empty without them."""
     for line in reversed(output.splitlines()):
         found = {word.rstrip("s") if word.startswith("error") else word: int(n) for n, word in _COUNT.findall(line)}
         if found and re.search(r"\bin [0-9.]+s\b", line):
@@ -151,7 +151,7 @@ def counts_in(output: str) -> dict[str, int]:
 
 
 def run_command(command: Sequence[str]) -> tuple[int, str]:
-    """Exit status and output of a command, whose output is also shown as it comes."""
+    """Run a command and show its output; return exit status and output."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     assert process.stdout is not None
     lines = []
@@ -163,12 +163,12 @@ def run_command(command: Sequence[str]) -> tuple[int, str]:
 
 
 def rows_of(subjects: Sequence[str], command: Sequence[str], root: Path = ROOT) -> list[dict[str, Any]]:
-    """Run a command and describe the run, a row for each subject; digests are those of before the run."""
+    """Run a command and return a row per subject; digests are those before the run."""
     files = {subject: files_of(subject, root) for subject in subjects}
     begun = datetime.now(timezone.utc)
     status, output = run_command(command)
     counts = counts_in(output)
-    # Where all tests were skipped, nothing ran.
+    # If all tests were skipped, nothing ran.
     passed = status == 0 and (not counts or counts.get("passed", 0) > 0)
     run = {
         "bench": "gpu_runs",
@@ -188,18 +188,18 @@ def rows_of(subjects: Sequence[str], command: Sequence[str], root: Path = ROOT) 
 
 
 def latest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The last passed run of each subject."""
+    """Return the last passed run of each subject."""
     return {row["subject"]: row for row in sorted(rows, key=lambda row: row["date"]) if row["passed"] and row["gpus"]}
 
 
 def changed(row: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """Files that are new, gone or other than at a run."""
+    """List files that were added, removed or changed since a run."""
     then: Mapping[str, str] = row["files"]
     return sorted(path for path in {*then, *now} if then.get(path) != now.get(path))
 
 
 def report(rows: Sequence[Mapping[str, Any]], root: Path = ROOT) -> Iterator[tuple[bool, str]]:
-    """Of each subject, whether its code is as it ran on GPUs, and a line that says so."""
+    """Report for each subject whether its code is unchanged since its run on GPUs, and a line about it."""
     last = latest(rows)
     for subject in SUBJECTS:
         row = last.get(subject)
@@ -216,7 +216,7 @@ def report(rows: Sequence[Mapping[str, Any]], root: Path = ROOT) -> Iterator[tup
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file; none without that file, as in a source distribution."""
+    """Read all rows of a file; none if the file is missing, as in a source distribution."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -226,9 +226,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="action", required=True)
     record = commands.add_parser("record", help="run a command on this machine's GPUs, append rows")
-    record.add_argument("subjects", nargs="+", metavar="SUBJECT", help=f"what it tests: {', '.join(SUBJECTS)}")
+    record.add_argument("subjects", nargs="+", metavar="SUBJECT", help=f"subjects under test: {', '.join(SUBJECTS)}")
     record.add_argument("--output", type=Path, default=root / RUNS, help="file to append to")
-    check = commands.add_parser("check", help="report what has changed since it ran on GPUs")
+    check = commands.add_parser("check", help="list the changes since the last runs on GPUs")
     check.add_argument("--runs", type=Path, default=root / RUNS, help="file with the rows")
     check.add_argument("--strict", action="store_true", help="end with status 1 if a subject is out of date")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     if unknown:
         parser.error(f"{', '.join(unknown)}: not a subject. Give one or more of {', '.join(SUBJECTS)}.")
     if not command:
-        parser.error("no command to run. Give it behind `--`.")
+        parser.error("no command to run. Give it after `--`.")
     if not gpus():
         parser.error("nvidia-smi lists no GPU. Run this on a machine with one.")
     rows = rows_of(options.subjects, command, root)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Finds words that a reader has to look up or read twice: lint_prose.py [FILE...]
+"""Find words that a reader must look up or read twice: lint_prose.py [FILE...]
 
-Checks Markdown and scripts whole, and comments, docstrings and strings of Python, C++ and CUDA: an identifier is not
-prose. A phrase is found across a line break too. Exit status: 1 if there are findings.
+Checks entire Markdown files and scripts, and comments, docstrings and strings of Python, C++ and CUDA, but not
+identifiers. Finds phrases across line breaks too. Exit status 1 if there are findings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = {".py", ".md", ".cu", ".h", ".cpp", ".sh", ".service"}
-#: Regular expressions, a space for any white space, and what to write instead.
+#: Regular expressions, with a space for any white space, and replacements.
 WORDS = {
     r"pass(?:es|ed|ing)? (?:\w+ )?over": "skip, skipped",
     r"way out": "fix, remedy",
@@ -43,16 +43,16 @@ PATTERN = re.compile(
 )
 
 _STRINGS = {getattr(tokenize, name) for name in ("STRING", "FSTRING_MIDDLE") if hasattr(tokenize, name)}
-#: A comment, a string or a character of C++, whichever begins first.
+#: A comment, a string or a character literal of C++, whichever starts first.
 _CPP = re.compile(r"(?P<prose>//[^\n]*|/\*.*?\*/|\"(?:[^\"\\\n]|\\.)*\")|'(?:[^'\\\n]|\\.)+'", re.DOTALL)
-#: What begins a line of a comment.
+#: The mark at the start of a comment line.
 _MARKS = re.compile(r"^([ \t]*)(#:?|///?|\*)(?= )", re.MULTILINE)
-#: Expressions in an f-string, which Python 3.10 and 3.11 give as part of it.
+#: Expressions in an f-string, which Python 3.10 and 3.11 include in the token.
 _FIELDS = re.compile(r"\{[^{}]*\}")
 
 
 def found_in(text: str, suffix: str = ".md") -> list[tuple[int, str, str]]:
-    """Line, words and what to write instead, of each finding."""
+    """Return (line, words, replacement) of each finding."""
     prose = _prose(text, suffix)
     found = []
     for match in PATTERN.finditer(prose):
@@ -63,7 +63,7 @@ def found_in(text: str, suffix: str = ".md") -> list[tuple[int, str, str]]:
 
 
 def _prose(text: str, suffix: str) -> str:
-    """`text` with spaces instead of what is not prose, so that lines keep their numbers."""
+    """Replace everything but prose by spaces, so that line numbers do not change."""
     if suffix == ".py":
         text = _only(text, _python_spans(text))
     elif suffix in (".cpp", ".cu", ".h"):
@@ -74,7 +74,7 @@ def _prose(text: str, suffix: str) -> str:
 def _only(text: str, spans: Iterator[tuple[int, int]]) -> str:
     blank = list(re.sub(r"[^\n]", " ", text))
     for start, end in spans:
-        # Quotes go too, so that adjacent strings read as one.
+        # Drop quotes too, so that adjacent strings read as one.
         blank[start:end] = text[start:end].replace('"', " ")
     return "".join(blank)
 
@@ -97,7 +97,7 @@ def _python_spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def files() -> list[Path]:
-    """What git tracks, but for this script, its test and results."""
+    """List the tracked files, without this script and its test."""
     listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
     own = {"scripts/lint_prose.py", "tests/scripts/test_lint_prose.py"}
     paths = [path for path in listing.stdout.split("\0") if path and path not in own]
@@ -106,7 +106,7 @@ def files() -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all that git tracks")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all tracked files")
     count = 0
     for path in parser.parse_args().files or files():
         for line, words, instead in found_in(path.read_text(encoding="utf-8"), path.suffix):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes a small random model in Hugging Face format, without a tokenizer: make_tiny_model.py DIR [options].
+"""Write a small random model in Hugging Face format, without a tokenizer: make_tiny_model.py DIR [options].
 
-`--kind` says which pools SGLang keeps for it:
+`--kind` selects the pools that SGLang keeps for it:
   mha         Qwen3: K and V
   mla         DeepSeek V2: latents
   dsa         DeepSeek V3.2: latents, and keys of an indexer
@@ -10,9 +10,9 @@
   gdn         Qwen3-Next: K and V of full layers, and states of linear ones
   mtp         MiMo: K and V, also of a layer that drafts
 
-A plain random model attends to all tokens alike, so its greedy output hardly depends on the prompt's prefix and a
-damaged load goes unnoticed. Here the attention is sharpened and made to outweigh the rest of each layer, so much in
-each kind that the output depends on each of its pools.
+A plain random model attends to all tokens equally, so its greedy output hardly depends on the prompt's prefix and a
+damaged load goes unnoticed. Here attention is sharpened and outweighs the rest of each layer, in each kind so much that
+the output depends on each of its pools.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VOCABULARY = 1024
 
 
 def common(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the configurations of all kinds have."""
+    """Settings of all kinds' configurations."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": arguments.hidden_size,
@@ -60,7 +60,7 @@ def make_mha(arguments: argparse.Namespace) -> Any:
 
 
 def latent_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the configurations of DeepSeek's models have."""
+    """Settings of the configurations of DeepSeek's models."""
     dim = arguments.head_dim // 2
     return {
         **common(arguments),
@@ -71,14 +71,15 @@ def latent_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
         "qk_rope_head_dim": dim,
         "qk_nope_head_dim": dim,
         "v_head_dim": dim,
-        # Dense in all layers; SGLang wants the experts to be described nevertheless.
+        # Dense in all layers; SGLang still requires a description of the experts.
         "n_routed_experts": 4,
         "n_shared_experts": 1,
         "num_experts_per_tok": 2,
-        "first_k_dense_replace": arguments.layers + 1,  # SGLang also asks about the layer behind the last
+        "first_k_dense_replace": arguments.layers + 1,  # SGLang also reads the entry after the last layer
         "n_group": 1,
         "topk_group": 1,
-        # Scales nothing (factor 1), but SGLang has DeepSeek's attention for a CPU with its own rotary embedding alone.
+        # Scales nothing (factor 1), but SGLang supports DeepSeek's attention on a CPU only with its own rotary
+        # embedding.
         "rope_scaling": {
             "type": "yarn",
             "rope_type": "yarn",
@@ -94,7 +95,7 @@ def latent_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_mla(arguments: argparse.Namespace) -> Any:
-    """DeepSeek V2: one pool of latents, which are K and V at once."""
+    """DeepSeek V2: one pool of latents, which are both K and V."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
     config = DeepseekV2Config(**latent_sizes(arguments), q_lora_rank=None, topk_method="greedy")
@@ -112,7 +113,7 @@ def make_dsa(arguments: argparse.Namespace) -> Any:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
-        """Named as SGLang's class, which is what the configuration says then."""
+        """Named as SGLang's class, so that the configuration contains that name."""
 
     ranks = {"q_lora_rank": 128, "index_topk": 32, "index_n_heads": 2, "index_head_dim": 128}
     config = DeepseekV3Config(**latent_sizes(arguments), **ranks)
@@ -152,7 +153,7 @@ def make_swa(arguments: argparse.Namespace) -> Any:
     for layer, kind in zip(model.model.layers, config.layer_types, strict=True):
         layer.self_attn.q_norm.weight.fill_(arguments.sharpness)
         layer.self_attn.k_norm.weight.fill_(arguments.sharpness / 2)
-        # What lies outside the window reaches the output through full layers alone.
+        # Tokens outside the window reach the output only through full layers.
         layer.self_attn.o_proj.weight.mul_(40.0 if kind == "full_attention" else 6.0)
         layer.mlp.down_proj.weight.mul_(0.3)
     return model
@@ -177,7 +178,7 @@ def make_asymmetric(arguments: argparse.Namespace) -> Any:
         if hasattr(layer.self_attn, "sinks"):
             del layer.self_attn.sinks
         layer.self_attn.q_proj.weight.mul_(0.75 * arguments.sharpness)
-        # What lies outside the window reaches the output through full layers alone.
+        # Tokens outside the window reach the output only through full layers.
         layer.self_attn.o_proj.weight.mul_(40.0 if kind == "full_attention" else 6.0)
         layer.mlp.down_proj.weight.mul_(0.3)
     # SGLang reads the published model's names, and cannot read the rotary embeddings that Transformers writes for each
@@ -201,13 +202,13 @@ def make_asymmetric(arguments: argparse.Namespace) -> Any:
 
 
 def make_mtp(arguments: argparse.Namespace) -> Any:
-    """MiMo: Qwen2 with a layer that drafts. Its drafts are random, so none is ever right."""
+    """MiMo: Qwen2 with a draft layer. Its drafts are random, so none is accepted."""
     from torch import nn
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
     class MiMoForCausalLM(Qwen2ForCausalLM):
-        """Named as SGLang's class, which is what the configuration says then."""
+        """Named as SGLang's class, so that the configuration contains that name."""
 
     config = Qwen2Config(**common(arguments), num_nextn_predict_layers=1)
     model = MiMoForCausalLM(config)
@@ -271,7 +272,7 @@ KINDS: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 
 def make_model(arguments: argparse.Namespace) -> Any:
-    """The model in bfloat16; equal arguments give equal weights."""
+    """Make the model in bfloat16; equal arguments give equal weights."""
     import torch
 
     torch.manual_seed(arguments.seed)
@@ -280,7 +281,7 @@ def make_model(arguments: argparse.Namespace) -> Any:
 
 
 def has_gpu() -> bool:
-    """Whether the driver's own tool lists a GPU."""
+    """Whether nvidia-smi lists a GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return False
@@ -302,12 +303,12 @@ def main() -> None:
         "--sharpness",
         type=float,
         default=4.0,
-        help="of attention; at 4 rounding alone changes the outputs of a deep model, at 2 it does not",
+        help="sharpness of attention; at 4 rounding alone changes the outputs of a deep model, at 2 it does not",
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1" and not has_gpu():
-        # Transformers would fail to import an SGLang environment's CUDA build of torchvision, many lines deep.
+        # Otherwise Transformers fails deep inside with an SGLang environment's CUDA build of torchvision.
         sys.exit("make_tiny_model.py: this machine has no GPU; set SGLANG_USE_CPU_ENGINE=1 and try again")
     make_model(arguments).save_pretrained(arguments.directory)
 

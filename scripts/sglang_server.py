@@ -1,4 +1,4 @@
-"""Starts an SGLang server as a child process, talks to it over HTTP and stops it. Standard library only."""
+"""Start an SGLang server as a child process, use it over HTTP and stop it. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Any
 
 HOST = "127.0.0.1"
-#: The line that sglang_xmem's scheduler logs once at start.
+#: The line that sglang_xmem's scheduler logs once at startup.
 TIER_LINE = re.compile(r"sglang_xmem: tier=(\w+)")
-#: What SGLang needs to run a small model on a machine without a GPU.
+#: Options for a small model on a machine without a GPU.
 CPU_OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "attention_backend": "torch_native",
@@ -31,19 +31,19 @@ CPU_OPTIONS: dict[str, Any] = {
 
 
 class ServerFailed(RuntimeError):
-    """The server ended, or was not ready in time; the message holds the end of its log."""
+    """The server ended, or was not ready in time; the message contains the end of its log."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one prompt.
+    """The reply to one prompt.
 
     Attributes:
         output_ids: generated tokens.
         logprobs: their log probabilities, if asked for.
         cached: prompt tokens served from a cache, by location: device, host, storage.
         ttft_ms: time from sending the request to its first token.
-        verifications: how often the model looked at drafts; 0 without speculative decoding.
+        verifications: number of draft verifications; 0 without speculative decoding.
     """
 
     output_ids: list[int]
@@ -54,7 +54,7 @@ class Answer:
 
 
 def answer_from(reply: Mapping[str, Any], ttft_ms: float) -> Answer:
-    """Read SGLang's reply to /generate or Engine.generate, complete or the last piece of a stream."""
+    """Parse SGLang's reply to /generate or Engine.generate, complete or the last piece of a stream."""
     meta = reply["meta_info"]
     details = meta.get("cached_tokens_details") or {}
     return Answer(
@@ -67,7 +67,7 @@ def answer_from(reply: Mapping[str, Any], ttft_ms: float) -> Answer:
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """Command line for keywords of sgl.Engine: True gives the bare flag, None leaves the option out."""
+    """Convert keywords of sgl.Engine to a command line: True gives the bare flag, None omits the option."""
     flags: list[str] = []
     for name, value in options.items():
         if value is None:
@@ -83,20 +83,20 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def tier_in(log: str) -> str | None:
-    """The tier that the server says it uses; None where sglang_xmem is not at work."""
+    """Return the tier in the server's log; None without sglang_xmem."""
     match = TIER_LINE.search(log)
     return match.group(1) if match else None
 
 
 class Server:
-    """A running server; a context manager that leaves no process behind.
+    """A running server, as a context manager that ends all its processes.
 
     Args:
-        command: how to start it, e.g. [python, "-m", "sglang.launch_server"].
+        command: its command, e.g. [python, "-m", "sglang.launch_server"].
         options: keywords of sgl.Engine, turned into flags.
         log_path: file that receives its stdout and stderr.
-        environment: variables on top of this process's own.
-        arguments: given behind the options as they are, so they win over them.
+        environment: variables in addition to this process's.
+        arguments: appended to the options, so they take precedence.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Server:
 
     def _start(self, words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with self.log_path.open("wb") as log:
-            # A session of its own: its process group holds SGLang's children and nothing else.
+            # A separate session: its process group contains only SGLang's processes.
             return subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
@@ -133,14 +133,14 @@ class Server:
         self.stop()
 
     def log(self) -> str:
-        """All that the server wrote so far."""
+        """Return the server's log so far."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Return once the server answers its health check.
+        """Wait until the server passes its health check.
 
         Raises:
-            ServerFailed: it ended first, or time ran out.
+            ServerFailed: it ended before, or the time is up.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -154,7 +154,7 @@ class Server:
         raise ServerFailed(f"the server was not ready after {timeout_s:g} s: {self._reason()}")
 
     def request(self, method: str, path: str, timeout_s: float = 60) -> tuple[int, bytes]:
-        """One HTTP request without a body; returns status and body."""
+        """Send one HTTP request without a body; return status and body."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
         try:
             connection.request(method, path)
@@ -166,7 +166,7 @@ class Server:
     def generate(
         self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False, **fields: Any
     ) -> Answer:
-        """Greedy generation over /generate, streamed in order to time the first token; `fields` are the request's."""
+        """Generate greedily over /generate, streamed to time the first token; `fields` are added to the request."""
         body = {
             "input_ids": list(input_ids),
             "sampling_params": {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True},
@@ -199,7 +199,7 @@ class Server:
         return answer_from(last, ttft_ms)
 
     def stop(self, first: signal.Signals = signal.SIGTERM, grace_s: float = 20) -> int:
-        """Signal the server, then kill what is left of its process group; returns the server's exit status."""
+        """Signal the server, then kill the rest of its process group; return the server's exit status."""
         if self.process.poll() is None:
             self.process.send_signal(first)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -209,7 +209,7 @@ class Server:
         return self.process.wait()
 
     def _reason(self) -> str:
-        """What sglang_xmem refused with, or else the end of the log."""
+        """Return sglang_xmem's refusal, or else the end of the log."""
         lines = self.log().splitlines()
         refusals = [line for line in lines if line.startswith("sglang_xmem: ")]
         # SGLang logs its whole configuration in one line of many kilobytes.

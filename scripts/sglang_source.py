@@ -1,4 +1,4 @@
-"""SGLang's sources as data: what a dotted name is in a wheel, read from its syntax tree without importing anything."""
+"""SGLang's sources as data: look up dotted names in a wheel's syntax trees without importing anything."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Found:
-    """What a dotted name means.
+    """The definition of a dotted name.
 
     Attributes:
         kind: "module", "class", "function", "property", "value" (of a module or class) or "attribute" (of an instance).
         where: `path:line` of the definition.
         parameters: names of a function's parameters in order, as `inspect.signature` would give them for the dotted
-            name; of a class those of its `__init__`; None where there are none to speak of.
+            name; of a class those of its `__init__`; None if not applicable.
         text: the definition in short: a signature with defaults, or a value's source.
     """
 
@@ -53,16 +53,16 @@ class Sources:
         """Open `root`.
 
         Raises:
-            FileNotFoundError: there is no package `sglang` in it.
+            FileNotFoundError: it has no package `sglang`.
         """
         self._files = _ZipFiles(root) if root.is_file() else _FolderFiles(root)
         if not self._files.has("sglang/__init__.py"):
-            raise FileNotFoundError(f"{root} holds no package sglang")
+            raise FileNotFoundError(f"{root} has no package sglang")
         self.version = self._files.version() or root.name
         self._modules: dict[str, _Module | None] = {}
 
     def find(self, dotted: str) -> Found | None:
-        """What `dotted` means, None if it is not there. Follows imports, bases and attributes of instances."""
+        """Look up `dotted`; None if it does not exist. Follows imports, bases and attributes of instances."""
         parts = dotted.split(".")
         for length in range(len(parts), 0, -1):
             module = self._module(".".join(parts[:length]))
@@ -71,7 +71,7 @@ class Sources:
         return None
 
     def members(self, dotted: str) -> dict[str, Found]:
-        """All members of a class, inherited ones included."""
+        """Return all members of a class, including inherited ones."""
         owner = self._class_named(dotted)
         if owner is None:
             return {}
@@ -83,7 +83,7 @@ class Sources:
         return {name: item for name, item in found.items() if item is not None}
 
     def words(self, module: str) -> frozenset[str]:
-        """All strings in a module."""
+        """Return all strings in a module."""
         found = self._module(module)
         tree = ast.parse(self._files.read(found.path)) if found is not None else ast.Module([], [])
         return frozenset(n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
@@ -138,7 +138,7 @@ class Sources:
         return _found(module, node, None)
 
     def _of_value(self, module: _Module, node: ast.AST, rest: list[str]) -> Found | None:
-        """A member of a module's global that is an instance of a class, such as `envs = Envs()`."""
+        """Look up a member of a module's global that is an instance, such as `envs = Envs()`."""
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Call):
             function = node.value.func
             if isinstance(function, ast.Name):
@@ -162,7 +162,7 @@ class Sources:
 
     @functools.cache  # noqa: B019  (lives as long as the command)
     def _fields(self) -> dict[str, Found]:
-        """Fields of ServerArgs, which it collects from classes in a folder of their own."""
+        """Return the fields of ServerArgs, which it collects from classes in a separate folder."""
         fields: dict[str, Found] = {}
         for path in self._files.list("sglang/srt/arg_groups/fields"):
             module = self._module(path.removesuffix(".py").replace("/", "."))
@@ -173,7 +173,7 @@ class Sources:
         return fields
 
     def _mro(self, owner: _Class) -> list[_Class]:
-        """The class and its bases as far as they are SGLang's, nearest first."""
+        """Yield the class and its bases within SGLang, nearest first."""
         order, queue, seen = [], [owner], set()
         while queue:
             current = queue.pop(0)
@@ -282,7 +282,7 @@ class _ZipFiles:
 
 
 def _flat(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a body, with those of its conditions and `try` blocks, which depend on the machine."""
+    """Yield the statements of a body, including those in conditions and `try` blocks, which depend on the machine."""
     for statement in statements:
         if isinstance(statement, (ast.If, ast.Try, ast.With)):
             for part in ("body", "orelse", "finalbody"):
@@ -311,7 +311,7 @@ def _add_global(module: _Module, statement: ast.stmt) -> None:
                 module.imports[alias.asname or alias.name] = (source, alias.name)
     else:
         for name in _bound_names(statement):
-            # A class that is assembled anew under its own name (ServerArgs) is read where it is written.
+            # A class that is reassembled under its own name (ServerArgs) is read at its definition.
             if not (isinstance(statement, ast.Assign) and isinstance(module.names.get(name), ast.ClassDef)):
                 module.names[name] = statement
 
@@ -368,7 +368,7 @@ def _decorator(node: ast.expr) -> str:
 
 
 def _parameters(arguments: ast.arguments) -> tuple[str, ...]:
-    """Names in the order of `inspect.signature`."""
+    """Return the names in the order of `inspect.signature`."""
     names = [item.arg for item in (*arguments.posonlyargs, *arguments.args)]
     if arguments.vararg:
         names.append(arguments.vararg.arg)
@@ -379,7 +379,7 @@ def _parameters(arguments: ast.arguments) -> tuple[str, ...]:
 
 
 def _signature(arguments: ast.arguments) -> str:
-    """A signature without annotations: names, defaults, stars."""
+    """Format a signature without annotations: names, defaults, stars."""
     positional = [*arguments.posonlyargs, *arguments.args]
     first_default = len(positional) - len(arguments.defaults)
     parts = [

@@ -1,4 +1,4 @@
-"""The paged allocator of SGLang 0.5.21, which has Triton kernels alone; later versions never call what is here."""
+"""The paged allocator of SGLang 0.5.21, which has only Triton kernels; later versions never call this module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Launch:
-    """A function that is called as a Triton kernel is: kernel[grid](arguments)."""
+    """A function with the call syntax of a Triton kernel: kernel[grid](arguments)."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
@@ -50,7 +50,7 @@ def alloc_decode(
 
 
 def register() -> None:
-    """Put both where 0.5.21 has its kernels."""
+    """Replace both kernels of 0.5.21."""
     from sglang.srt.mem_cache.allocator import paged
 
     paged.alloc_extend_kernel = Launch(alloc_extend)

@@ -1,9 +1,9 @@
 """Stock HiCache's copies between device and host pool in torch and NumPy.
 
-Names and parameters are those of `sgl_kernel.kvcacheio` and of SGLang's own kernels for Mamba states. All layouts but
-page_head are there. Everything is copied as bytes, because torch cannot index every KV dtype (fp8) on CPU.
+Names and parameters are those of `sgl_kernel.kvcacheio` and of SGLang's own kernels for Mamba states. All layouts
+except page_head are supported. Everything is copied as bytes, because torch cannot index every KV dtype (fp8) on CPU.
 
-`lf` is layer_first, `pf` page_first: a token's rows of all layers lie one behind the other, `layout_dim` bytes for all.
+`lf` is layer_first, `pf` page_first: a token's rows of all layers are contiguous, `layout_dim` bytes in total.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Negative control: with this set to 1 a load puts K where V belongs and V where K belongs, and a test that compares
-#: outputs has to notice. (Tokens in wrong order would not do: K carries its position, attention sums over tokens.)
+#: Negative control: with this set to 1 a load swaps K and V, and a test that compares outputs must fail. (Reordered
+#: tokens would not suffice: K contains its position, and attention sums over tokens.)
 SWAP_KV_ENV = "SGLANG_CPU_SWAP_KV_ON_LOAD"
 
 
@@ -36,7 +36,7 @@ def _copy_rows(
     src_offset: int = 0,
     dst_offset: int = 0,
 ) -> None:
-    """Copy row_bytes of each row; memory is given as a tensor or an address, rows are row_bytes apart or a stride."""
+    """Copy row_bytes of each row; memory is a tensor or an address; the row distance is row_bytes or a stride."""
     if len(src_indices) == 0:
         return
     src_rows = _rows(src, src_indices, row_bytes, src_stride, src_offset)
@@ -51,7 +51,7 @@ def _rows(
     count, stride = int(indices.max()) + 1, stride or row_bytes
     if isinstance(memory, torch.Tensor):
         room = memory.untyped_storage().nbytes() - memory.storage_offset() * memory.element_size()
-        assert offset + (count - 1) * stride + row_bytes <= room, "a row lies behind the end of its buffer"
+        assert offset + (count - 1) * stride + row_bytes <= room, "a row exceeds its buffer"
     buffer = (ctypes.c_uint8 * ((count - 1) * stride + row_bytes)).from_address(address + offset)
     return np.ndarray((count, row_bytes), dtype=np.uint8, buffer=memoryview(buffer), strides=(stride, 1))
 
@@ -108,7 +108,7 @@ def transfer_kv_all_layer(
     num_layers: int,
     **launch: Any,
 ) -> None:
-    """Back up all layers to layer_first: they come as tables of addresses (uint64)."""
+    """Back up all layers to layer_first, given as tables of addresses (uint64)."""
     for src, dst in ((src_k_layers, dst_k_layers), (src_v_layers, dst_v_layers)):
         transfer_kv_all_layer_mla(src, dst, src_indices, dst_indices, item_size, num_layers)
 
@@ -130,7 +130,7 @@ def transfer_kv_all_layer_lf_pf(
         transfer_kv_all_layer_mla_lf_pf(src, dst, src_indices, dst_indices, item_size, dst_layout_dim, num_layers)
 
 
-# ---- io backend kernel: one array a layer, as MLA's latents ----
+# ---- io backend kernel: one array per layer, as for MLA latents ----
 
 
 def transfer_kv_per_layer_mla(
@@ -170,7 +170,7 @@ def transfer_kv_all_layer_mla(
     num_layers: int,
     **launch: Any,
 ) -> None:
-    """Back up all layers to layer_first: they come as tables of addresses (uint64)."""
+    """Back up all layers to layer_first, given as tables of addresses (uint64)."""
     for src, dst in zip(src_layers.tolist(), dst_layers.tolist(), strict=True):
         _copy_rows(src, dst, src_indices, dst_indices, item_size)
 
@@ -192,7 +192,7 @@ def transfer_kv_all_layer_mla_lf_pf(
         )
 
 
-#: SGLang's own kernels for Mamba states do what those for latents do, a slot for a token.
+#: SGLang's kernels for Mamba states work like those for latents, with slots instead of tokens.
 transfer_kv_mamba_pf_lf = transfer_kv_per_layer_mla_pf_lf
 
 
@@ -230,7 +230,7 @@ def transfer_kv_direct(
 
 
 def _pages(host: torch.Tensor, layer: int, page_size: int) -> tuple[int, int, int]:
-    """Bytes of a page of one layer and of all layers, and where the layer's begin; host is [page, layer, ...]."""
+    """Return bytes of a page of one layer and of all layers, and the layer's offset; host is [page, layer, ...]."""
     page_bytes = host[0, 0].numel() * host.element_size()
     assert host[0, 0].shape[0] == page_size or page_size == 1
     return page_bytes, host.stride(0) * host.element_size(), layer * host.stride(1) * host.element_size()
@@ -269,7 +269,7 @@ def transfer_kv_all_layer_direct_lf_pf(
         _copy_rows(src, dst, src_pages, dst_pages, page_bytes, dst_stride=stride, dst_offset=offset)
 
 
-#: SGLang's modules that import these by name, on CUDA alone. Each is given all of them.
+#: SGLang's modules that import these by name, only on CUDA. Each gets all of them.
 MODULES = (
     "sglang.srt.mem_cache.pool_host.mha",
     "sglang.srt.mem_cache.pool_host.mla",

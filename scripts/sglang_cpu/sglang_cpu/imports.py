@@ -1,5 +1,5 @@
-"""Import hooks for two packages that SGLang imports and that do not load without CUDA. Standard library only:
-this runs at the start of every interpreter."""
+"""Import hooks for two packages that SGLang imports and that do not load without CUDA. Imports only the standard
+library."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, NoReturn
 
-#: Environment variable: with 1 SGLang uses its CPU engine.
+#: Environment variable: 1 selects SGLang's CPU engine.
 VARIABLE = "SGLANG_USE_CPU_ENGINE"
-#: Modules that are stood in for, and where their functions are. These are imported on first use: they need torch.
+#: Replaced modules, and the modules of their functions, which are imported on first use since they need torch.
 STAND_INS = {"sgl_kernel": "sglang_cpu.speculative", "sgl_kernel.mamba": "sglang_cpu.linear_attention"}
 
 
@@ -45,10 +45,10 @@ def _missing_kernel(module: str, name: str) -> Callable[..., NoReturn]:
 
 
 class SglKernelFinder(MetaPathFinder):
-    """Finds a stand-in for `sgl_kernel`, whose wheels all need CUDA.
+    """Provides a stand-in for `sgl_kernel`, whose wheels all need CUDA.
 
-    Of its submodules it has those alone of which it has functions: SGLang imports others (`sgl_kernel.scalar_type`)
-    inside `try` and goes on without them.
+    It has only the submodules with functions here: SGLang imports others (`sgl_kernel.scalar_type`) inside `try` and
+    continues without them.
     """
 
     def find_spec(
@@ -56,7 +56,7 @@ class SglKernelFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname == "sgl_kernel":
             return ModuleSpec(fullname, _StandInLoader(), is_package=True)
-        # An installed sgl_kernel keeps to its own submodules.
+        # An installed sgl_kernel has its own submodules.
         parent = getattr(sys.modules.get("sgl_kernel"), "__spec__", None)
         if fullname in STAND_INS and parent is not None and isinstance(parent.loader, _StandInLoader):
             return ModuleSpec(fullname, _StandInLoader())
@@ -87,9 +87,9 @@ class TorchvisionFinder(MetaPathFinder):
 
 
 class SglangFinder(MetaPathFinder):
-    """Says what is missing where SGLang does not load, on a machine without a GPU that is not set to its CPU engine.
+    """Explains why SGLang does not load on a machine without a GPU if its CPU engine is not selected.
 
-    SGLang's plugins come later than that: the package's first lines import what needs CUDA.
+    SGLang's plugins load too late: the package's first lines import modules that need CUDA.
     """
 
     def find_spec(
@@ -104,7 +104,7 @@ class SglangFinder(MetaPathFinder):
 
 
 class _ExplainingLoader(Loader):
-    """A loader that ends the process with one sentence where its module cannot be loaded."""
+    """A loader that ends the process with one sentence if its module cannot be loaded."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -128,7 +128,7 @@ class _ExplainingLoader(Loader):
 
 
 def at_start() -> None:
-    """What an interpreter of the environment does first: `install`, where SGLang is to use its CPU engine."""
+    """Run at the start of every interpreter of the environment: `install`, if SGLang's CPU engine is selected."""
     if os.environ.get(VARIABLE) == "1":
         install()
     else:
@@ -136,9 +136,9 @@ def at_start() -> None:
 
 
 def install() -> None:
-    """Install both finders, once an interpreter."""
+    """Install both finders, once per interpreter."""
     if any(isinstance(finder, SglKernelFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, TorchvisionFinder())
-    # Last, so that an installed sgl_kernel wins.
+    # Last, so that an installed sgl_kernel has precedence.
     sys.meta_path.append(SglKernelFinder())

@@ -1,6 +1,6 @@
 """Torch versions of the functions of `sgl_kernel` that gated delta networks (Qwen3-Next) call on a CPU.
 
-They compute token by token in float32: right, and slow; prompts should be short.
+They compute token by token in float32: correct but slow, so prompts should be short.
 """
 
 from __future__ import annotations

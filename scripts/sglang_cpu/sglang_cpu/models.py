@@ -1,6 +1,6 @@
-"""What SGLang's models and its torch attention have for accelerators alone; hooks and functions for `plugin`.
+"""CPU versions of functions that SGLang's models and its torch attention have only for accelerators.
 
-Nothing here knows about HiCache, and each function acts for the models that call it.
+This module is independent of HiCache; each function serves the models that call it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-#: Targets of HookRegistry and what goes around them.
+#: Targets of HookRegistry and their hooks.
 AROUND: dict[str, Callable[..., Any]] = {}
 
 
@@ -40,7 +40,7 @@ def read_window_pool(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Read K and V of a sliding-window layer where they are; the torch attention translates where it writes alone."""
+    """Translate the read location of a sliding-window layer's K and V; the torch attention translates only writes."""
     window = kwargs.get("sliding_window_size")
     if self.use_sliding_window_kv_pool and window is not None and window > -1:
         slots = self.token_to_kv_pool.translate_loc_from_full_to_swa(req_to_token.reshape(-1).long())
@@ -52,7 +52,7 @@ def read_window_pool(
 def gated_rms_norm(
     original: Callable[..., Any], self: Any, x: torch.Tensor, g: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Normalise x and gate it: Qwen3-Next's norm behind its linear attention."""
+    """Normalise x and gate it: Qwen3-Next's norm after its linear attention."""
     normed = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
     return (normed * F.silu(g.float())).to(x.dtype)
 
@@ -87,25 +87,25 @@ def gate_shared_expert(
 def torch_attention(
     original: Callable[..., Any], self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Take what models give other backends too: sinks that they do not have, drafts to verify, and tokens to look at.
+    """Accept arguments for other backends: absent sinks, drafts to verify, and selected tokens.
 
-    Each request is extended by a chain of drafts, which its batch does not say; the rest is causal attention.
+    Each request is extended by a chain of drafts, which is not in its batch; the rest is causal attention.
     """
     picked = kwargs.pop("topk_indices", None)
     if kwargs.pop("sinks", None) is not None:
-        raise NotImplementedError("SGLang's torch attention has no sinks")
+        raise NotImplementedError("SGLang's torch attention does not support sinks")
     if batch.forward_mode.is_target_verify():
         prefixes = batch.seq_lens
         drafts = torch.full_like(prefixes, batch.spec_info.draft_token_num)
         batch = copy.copy(batch)
         batch.extend_prefix_lens, batch.extend_seq_lens, batch.seq_lens = prefixes, drafts, prefixes + drafts
-    # With tokens picked, for what it writes.
+    # With selected tokens, only for its writes.
     output = original(self, q, k, v, layer, batch, *args, **kwargs)
     return output if picked is None else _attend_to(picked, self, q, layer)
 
 
 def _attend_to(picked: torch.Tensor, backend: Any, q: torch.Tensor, layer: Any) -> torch.Tensor:
-    """Attention of each token to the latents of the slots that were picked for it; -1 is none."""
+    """Attention of each token to the latents of its selected slots; -1 is none."""
     queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).float()
     latents = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)[picked.clamp(min=0)].squeeze(2).float()
     scores = torch.einsum("thd,tkd->thk", queries, latents) * layer.scaling
@@ -125,10 +125,9 @@ def pick_tokens(
     layer_id: int,
     return_indices: bool = True,
 ) -> torch.Tensor | None:
-    """Store the new tokens' keys as DeepSeek V3.2's indexer does (fp8 and a scale each, a page's in one row), and pick.
+    """Store new keys as in DeepSeek V3.2's indexer (fp8 with a scale, one row per page), and select tokens.
 
-    Without rotary embedding and Hadamard transform: which tokens are picked depends on all keys, and is not what a GPU
-    picks.
+    Without rotary embedding and Hadamard transform: the selection depends on all keys, but differs from a GPU's.
     """
     from sglang.srt.model_executor.forward_context import get_attn_backend, get_token_to_kv_pool
 
@@ -165,7 +164,7 @@ def pick_tokens(
 
 @_around("sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend")
 def draft_attention(original: Callable[..., Any], self: Any, backend_name: str, *args: Any, **kwargs: Any) -> Any:
-    """Make the torch attention for drafts, which SGLang has for other backends alone."""
+    """Make the torch attention for drafts, which SGLang supports only for other backends."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     runner = self.draft_model_runner
@@ -174,10 +173,10 @@ def draft_attention(original: Callable[..., Any], self: Any, backend_name: str, 
     if backend_name != "decode_attention_backend":
         return TorchNativeAttnBackend(runner)
     if self.topk != 1:
-        raise NotImplementedError(f"sglang_cpu has drafts for topk 1, not {self.topk}")
+        raise NotImplementedError(f"sglang_cpu supports drafts only for topk 1, not {self.topk}")
 
     class DraftStep(TorchNativeAttnBackend):
-        """Attention of one draft, which sees those before it."""
+        """Attention of one draft, which sees earlier ones."""
 
         seen = 0
 
@@ -190,7 +189,7 @@ def draft_attention(original: Callable[..., Any], self: Any, backend_name: str, 
 
 
 class _DraftSteps:
-    """The attention of consecutive drafts, as SGLang's draft worker wants it."""
+    """The attention of consecutive drafts, for SGLang's draft worker."""
 
     def __init__(self, attn_backends: list[Any]) -> None:
         self.attn_backends = attn_backends
@@ -205,13 +204,13 @@ class _DraftSteps:
 
 @_around("sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments")
 def adjust_for_a_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Let SGLang choose as on an H100 where it asks for the GPU without asking whether there is one: DeepSeek V3.2."""
+    """Make SGLang choose as on an H100 where it queries the GPU without a check: DeepSeek V3.2."""
     with unittest.mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
         return original(*args, **kwargs)
 
 
 def register_latent_attention() -> None:
-    """Let DeepSeek's models attend to latents in the torch attention; else they expand them to K and V in a prefill."""
+    """Make DeepSeek's models attend to latents in the torch attention; otherwise a prefill expands them to K and V."""
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
@@ -219,7 +218,7 @@ def register_latent_attention() -> None:
 
 
 def register_padding() -> None:
-    """Let the torch attention run under DP attention, which pads batches with requests of this length."""
+    """Make the torch attention work with DP attention, which pads batches with requests of this length."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     if not hasattr(TorchNativeAttnBackend, "get_cpu_graph_seq_len_fill_value"):

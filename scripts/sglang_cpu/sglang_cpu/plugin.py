@@ -1,4 +1,4 @@
-"""The entry point: puts the stand-ins into SGLang and keeps host pools from pinning memory."""
+"""The entry point: installs the stand-ins in SGLang, and prevents host pools from pinning memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-#: Constructors of host pools that pin memory; some call no base class's.
+#: Constructors of host pools that pin memory; some do not call a base class's.
 PINNING = (
     "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__",
     "sglang.srt.mem_cache.pool_host.mamba.MambaPoolHost.__init__",
@@ -19,7 +19,7 @@ PINNING = (
 
 
 def register() -> None:
-    """Called by SGLang in each of its processes before it builds anything; does nothing without the CPU engine."""
+    """Called by SGLang in each process before it builds anything; does nothing without the CPU engine."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
     import torch
@@ -30,9 +30,9 @@ def register() -> None:
     for function in linear_attention.OPERATORS:
         if not hasattr(torch.ops.sgl_kernel, function.__name__):
             setattr(torch.ops.sgl_kernel, function.__name__, function)
-    # These modules import the names on CUDA alone, so there is no attribute that HookRegistry could replace.
+    # These modules import the names only on CUDA, so HookRegistry has no attribute to replace.
     for name in copies.MODULES:
-        # SGLang's versions differ in what they have; a name too many is not looked at.
+        # SGLang's versions differ; unknown names are ignored.
         with contextlib.suppress(ImportError):
             module = importlib.import_module(name)
             for function_name, copy in copies.FUNCTIONS.items():
@@ -49,7 +49,7 @@ def register() -> None:
 
 
 def _exists(target: str) -> bool:
-    """Whether this version of SGLang has it; HookRegistry would log a traceback for one that it has not."""
+    """Whether this version of SGLang has it; HookRegistry would log a traceback for a missing target."""
     try:
         pkgutil.resolve_name(target)
     except (ImportError, AttributeError):
@@ -59,7 +59,7 @@ def _exists(target: str) -> bool:
 
 def _without_pinning(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Build a host pool in plain memory: pinning goes through the CUDA runtime, which a CPU build of torch lacks."""
-    # Up to 0.5.21 subclasses give the argument by its place.
+    # Up to 0.5.21 subclasses pass the argument by position.
     given = inspect.signature(original).bind(*args, **kwargs)
     given.arguments["pin_memory"] = False
     return original(*given.args, **given.kwargs)

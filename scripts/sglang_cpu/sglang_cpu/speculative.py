@@ -1,7 +1,7 @@
 """Torch versions of the functions of `sgl_kernel` that SGLang's speculative decoding calls on a CPU.
 
-Names and parameters are those of SGLang's call sites; where it has a Triton kernel of the same name, that is what these
-do. Trees of drafts are built for topk 1 alone: a chain.
+Names and parameters are those of SGLang's call sites; where it has a Triton kernel of the same name, these do the same.
+Trees of drafts are supported only for topk 1: a chain.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def copy_all_layer_kv_cache_cpu(
     for address, stride in zip(data_ptrs.tolist(), strides.tolist(), strict=True):
         memory = (ctypes.c_uint8 * (rows * stride)).from_address(address)
         buffer = np.frombuffer(memoryview(memory), dtype=np.uint8).reshape(rows, stride)
-        # The right side is a copy of its own, so rows may be source and target at once.
+        # The right side is a copy, so rows may be both source and target.
         buffer[target] = buffer[source]
 
 
@@ -48,7 +48,7 @@ def assign_draft_cache_locs_contiguous_cpu(
     topk: int,
     speculative_num_steps: int,
 ) -> None:
-    """Give out each request's next topk * speculative_num_steps slots."""
+    """Return each request's next topk * speculative_num_steps slots."""
     count = topk * speculative_num_steps
     for index, (request, start) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
         out_cache_loc[index * count : (index + 1) * count] = req_to_token[request, start : start + count]
@@ -62,7 +62,7 @@ def assign_extend_cache_locs_cpu(
     out_cache_loc: torch.Tensor,
     pool_len: int,
 ) -> None:
-    """Give out each request's slots from start_offset to end_offset, one request's behind the other's."""
+    """Return each request's slots from start_offset to end_offset, concatenated."""
     done = 0
     rows = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     for request, start, end in rows:
@@ -78,7 +78,7 @@ def assign_req_to_token_pool_cpu(
     out_cache_loc: torch.Tensor,
     pool_len: int,
 ) -> None:
-    """Write down each request's slots from start_offset to end_offset; one request's come behind the other's."""
+    """Store each request's slots from start_offset to end_offset, concatenated."""
     done = 0
     rows = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     for request, start, end in rows:
@@ -102,9 +102,9 @@ def build_tree_kernel_efficient_cpu(
 ) -> None:
     """Describe each request's drafts as a chain: each token's successor, position and attention mask."""
     if topk != 1:
-        raise NotImplementedError(f"sglang_cpu builds trees of drafts for topk 1, not {topk}")
+        raise NotImplementedError(f"sglang_cpu supports trees of drafts only for topk 1, not {topk}")
     if int(tree_mask_mode) not in (0, 1):
-        raise NotImplementedError(f"sglang_cpu builds no packed masks of drafts (mode {tree_mask_mode})")
+        raise NotImplementedError(f"sglang_cpu does not support packed masks of drafts (mode {tree_mask_mode})")
     batch = len(verified_seq_len)
     index, following = retrive_index.view(batch, -1), retrive_next_token.view(batch, -1)
     place, mask = positions.view(batch, -1), tree_mask.view(-1)
@@ -113,7 +113,7 @@ def build_tree_kernel_efficient_cpu(
         index[request] = torch.arange(draft_token_num) + request * draft_token_num
         following[request, :-1] = torch.arange(1, draft_token_num)
         place[request] = torch.arange(draft_token_num) + length
-        # Mode 0: a row has the context before the drafts, which its maker has set, and all see.
+        # Mode 0: a row starts with the context before the drafts, set by its maker and visible to all.
         context = length if int(tree_mask_mode) == 0 else 0
         rows = mask[offset : offset + draft_token_num * (context + draft_token_num)].view(draft_token_num, -1)
         rows[:, context:] = torch.ones(draft_token_num, draft_token_num, dtype=torch.bool).tril().to(rows.dtype)
@@ -131,7 +131,7 @@ def verify_tree_greedy_cpu(
     target_predict: torch.Tensor,
     **kwargs: Any,
 ) -> None:
-    """Follow each tree of drafts as long as a draft is what the target says."""
+    """Follow each tree of drafts while a draft equals the target's token."""
     says, flat_predicts = target_predict.view(-1), predicts.view(-1)
     for request in range(len(candidates)):
         last = int(retrive_index[request, 0])
@@ -162,7 +162,7 @@ def fill_bonus_tokens_cpu(
 def fill_accept_out_cache_loc_cpu(
     accept_index: torch.Tensor, out_cache_loc: torch.Tensor, accept_out_cache_loc: torch.Tensor
 ) -> None:
-    """Put the slots of accepted drafts one behind the other."""
+    """Concatenate the slots of accepted drafts."""
     accepted = accept_index.view(-1)
     accepted = accepted[accepted > -1].long()
     accept_out_cache_loc[: len(accepted)] = out_cache_loc[accepted]
