@@ -57,7 +57,7 @@ def test_every_member_that_the_adapter_reads_is_in_a_table() -> None:
     ("path", "old", "new", "finding"),
     [
         (SEAM, "def submit_host_to_device(", "def load(", "submit_host_to_device does not exist, needed to load pages"),
-        (SEAM, "transfer_layer_id_max: int,", "", "takes (self, transfers, start_event, on_layer_done) and not"),
+        (SEAM, "transfer_layer_id_max: int,", "", "takes (self, transfers, start_event, on_layer_done) instead of"),
         (SEAM, "    is_draft: bool = False\n", "", "L2Transfer.is_draft does not exist"),
         (NVFP4, "self.row_bytes", "self.bytes_of_a_row", "MiniMaxM3Nvfp4IndexKPoolHost.row_bytes does not exist"),
     ],
