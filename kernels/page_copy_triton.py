@@ -81,7 +81,7 @@ def page_copy(
     vectors,  # tuple of VECTORS times four numbers, disguised: address of frames, of slots, slots_stride, pages
     LOAD: tl.constexpr,
     WORD: tl.constexpr,  # integer type whose size all addresses and sizes are multiples of
-    ALIGNMENT: tl.constexpr,  # bytes, 1 to 16, likewise
+    ALIGNMENT: tl.constexpr,  # common alignment in bytes, 1 to 16
     TILE_WORDS: tl.constexpr,
     NARROW_WORDS: tl.constexpr,  # words of each unit in a tile of a plane whose tiles are not wide
     VECTORS: tl.constexpr,  # vectors that the program's planes name

@@ -36,6 +36,23 @@ WORDS = {
     r"(?<!there.)is no (?!such.)(?:\w+ )?"
     r"(?:number|list|file|object|JSON|GPU|trace|name|size|address|tier|setting|count|valid)s?": "is not a",
     r"(?:ms|us|bytes|counters?|events?|launch(?:es)?|units?) an? (?:layer|rank|page|token)": "per layer",
+    r"(?:lines?|rows?|record|class|file|plan|suite|stream|thread) an? "
+    r"(?:rank|layer|page|tier|kind|contract|reason|case|run|plane|frame|GPU|token|measurement|process|test|change)": (
+        "per rank"
+    ),
+    r"whoever|somebody(?:'s)?|anybody(?:'s)?": "the caller, the process, a request",
+    r"meanwhile": "concurrently, in the meantime",
+    r"all the same": "anyway, still",
+    r"outlasts?": "survives",
+    r"likewise": "the same, too",
+    r"anew": "again, re-",
+    r"as ever": "unchanged",
+    r"for good": "permanently",
+    r"hand(?:s|ed|ing)? (?:it |them )?out": "grants, allocates",
+    r"to be had": "available",
+    r"takes? turns": "alternate, are serialized",
+    r"under way": "in flight, in progress",
+    r"knows? nothing of": "is independent of",
 }
 PATTERN = re.compile(
     "|".join(rf"(?P<w{n}>\b(?:{words})\b)" for n, words in enumerate(WORDS)).replace(" ", r"[ \t]*(?:\n[ \t]*|[ \t])"),

@@ -242,7 +242,7 @@ def gpu_count() -> int:
 
 
 def command_of(proof: Proof, out: Path, seconds: int) -> list[str]:
-    """Arguments of a process that runs a proof for at most so many seconds, of which it keeps 20 to end in."""
+    """Return the arguments of a process that runs a proof for at most `seconds`, of which 20 are for its end."""
     values = {"{out}": str(out / proof.rows), "{limit}": str(max(1, seconds - 20)), "python": sys.executable}
     return [sys.executable, *(values.get(word, word) for word in proof.command)]
 

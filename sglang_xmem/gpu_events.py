@@ -48,7 +48,7 @@ LASTING: Final[Mapping[int, str]] = {
 
 
 class Failed(Protocol):
-    """Hears of an error: in words, and whether it lasts until the GPU is reset."""
+    """Called for an error, with a clause and whether it lasts until a GPU reset."""
 
     def __call__(self, why: str, *, for_good: bool) -> None: ...
 
@@ -58,7 +58,7 @@ class GpuEvents:
 
     Args:
         watched: CUDA ordinals.
-        failed: hears of each error.
+        failed: called for each error.
 
     Raises:
         Unavailable: NVML is not there, or does not know a GPU.
@@ -193,7 +193,7 @@ class _Gpu:
 
 
 def watch(watched: Sequence[int], failed: Failed) -> GpuEvents | None:
-    """Begin to watch GPUs; None where there are none, or nobody reports their errors."""
+    """Start to watch GPUs; None without GPUs, or if NVML cannot report their errors."""
     if not watched:
         return None
     try:

@@ -1,9 +1,9 @@
-"""Measure the CUDA copier on moves as models have them, and verify every byte: one JSON line a measurement.
+"""Measure the CUDA copier on moves as models have them, and verify every byte: one JSON line per measurement.
 
     python scripts/bench/copy_moves.py --out copy_moves.jsonl
 
 `--source` takes the kernel from another file, such as an earlier commit's, for before and after on one machine. Needs
-one GPU for host memory, two for a peer's. A failure of one case is a line with "error"; the others go on.
+one GPU for host memory, two for a peer's. A failed case is a line with "error"; the other cases run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Space:
 
 
 def layers(count: int, *units: int, first: int = 0, step: int = 1) -> tuple[tuple[int, int], ...]:
-    """So many layers with units of these bytes each."""
+    """`count` layers with units of these bytes each."""
     return tuple((nbytes, first + number * step) for number in range(count) for nbytes in units)
 
 

@@ -1,12 +1,13 @@
-"""Measure loads from host memory by copy engines against the copy kernel, bytes verified: one JSON line a measurement.
+"""Measure loads from host memory by copy engines against the copy kernel, bytes verified: one JSON line per
+measurement.
 
     python scripts/bench/dma_loads.py --out dma_loads.jsonl
 
-One GPU, 40 GB of its memory, 16 GiB of pinned host memory, some minutes. Copies are of rows out of page-first frames,
-as a layer's bytes lie there: `copies` are those alone. `load` brings 1280 pages of a model's shape into their slots, by
-the kernel (`staging_mib` 0) and by copy engines, with `run` frames side by side: alone, and while a kernel that takes
-all multiprocessors runs layer by layer and waits for each layer, as the forward pass does. `plain` lets that kernel's
-blocks start as places come free; `cooperative` only when all of them fit.
+One GPU, 40 GB of its memory, 16 GiB of pinned host memory, some minutes. `copies` measures only copies of a layer's
+rows from page-first frames. `load` moves 1280 pages of a model's shape to their slots, by the kernel (`staging_mib` 0)
+and by copy engines, with `run` adjacent frames: alone, and concurrently with a kernel that uses all multiprocessors
+layer by layer and waits for each layer, like the forward pass. `plain` lets that kernel's blocks start as slots become
+free; `cooperative` only when all of them fit.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Shape(NamedTuple):
     """A model's pools.
 
     Attributes:
-        unit_bytes: of a page in a layer, for each component; a component's layers lie side by side in a frame.
+        unit_bytes: of a page in a layer, for each component; a component's layers are adjacent in a frame.
         layer_ms: of the forward pass of a prompt that hits in HBM, a layer.
     """
 
@@ -121,7 +122,7 @@ def measure_copies(pool: torch.Tensor, gpu: Gpu) -> Iterator[dict[str, Any]]:
         pitch = SHAPES[name].frame_bytes
         rows = min(PAGES, nbytes // width)
         for run in (1, 4, 16, rows):
-            # Frames of runs lie in shuffled order, as a pool that has been in use hands them out.
+            # Runs of frames are shuffled, as in a pool that has been in use.
             order = np.random.default_rng(1).permutation(np.arange(rows - rows % run).reshape(-1, run))
             count = order.size
             sources = pool.data_ptr() + order[:, 0] * pitch

@@ -3,8 +3,8 @@
 
     python scripts/bench/integrity.py --sizes 80K --backends dram,peer --output docs/results/integrity.jsonl
 
-Each level is a run of `sglang-xmem bench ttft`; levels take turns, every other pass in reverse. Arguments that are not
-this script's are those of `bench ttft`. A run that would not end within `--time-limit` is not begun.
+Each level is a run of `sglang-xmem bench ttft`; levels alternate, every other pass in reverse order. Arguments that are
+not this script's are those of `bench ttft`. A run that would not end within `--time-limit` is not begun.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 A process takes memory of tier dram, mtier or bank as a rank does, moves pages and compares every byte, until SIGKILL
 comes at a random moment: while it starts, or while it copies. In one round of ten mtierd is killed before it, and
 started again. Afterwards nothing may be left: no process, no file in /dev/shm, no memory in mtierd's account, no frame
-of the bank that is neither free nor a whole page; and whoever comes next finds right bytes. Needs no GPU and no SGLang.
+of the bank that is neither free nor a whole page; and the next process finds correct bytes. Needs no GPU and no SGLang.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
 
 def work(tier: str, seed: int, report: int) -> NoReturn:
-    """Use the tier until somebody ends this process; a byte a move on `report`."""
+    """Use the tier until this process is ended; write a byte per move to `report`."""
     torch.set_num_threads(1)
     generator = random.Random(seed)
     check = _bank_work(generator) if tier == "bank" else _arena_work(tier, generator)
@@ -204,7 +204,7 @@ def _soon(holds: Callable[[], bool]) -> bool:
 
 
 def _is_whole(space: dict[str, Any]) -> bool:
-    """Whether each frame of a bank's space is free, or a page that others can find, and nobody has it."""
+    """Whether each frame of a bank's space is free, or an unpinned page that others can find."""
     frames = space["free"] + space["cached"]
     return not space["sessions"] and not space["shared"] and frames == space["frames"] and space["pages"] <= frames
 

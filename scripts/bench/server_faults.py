@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server under load whose rank is killed, or whose tier's GPU another process fills: server_faults.py --tier peer
 
-    kill    SIGKILL of a rank while loads are under way. The server has to end by itself, leave no process and no
+    kill    SIGKILL of a rank during loads. The server must end by itself, leave no process and no
             memory, and start again.
     crowd   Another process takes all memory that is left on the GPU of the tier (host memory without one) and keeps its
-            multiprocessors busy, while the server goes on.
+            multiprocessors busy, while the server continues.
 
 All answers are compared with those of an engine without a cache. One row per fault goes to --output.
 """
@@ -128,7 +128,7 @@ class Faults:
         return load, thread
 
     def _wait_for_loads(self, server: Server, thread: threading.Thread) -> None:
-        """Return when loads have begun: a killed rank has some under way, or a moment ago."""
+        """Wait until loads have begun: a killed rank has loads in flight, or had them a moment ago."""
         while counted(server)[0]["pages:load"] < 50:
             if not thread.is_alive():
                 raise RuntimeError(f"the load ended before there was a hit; see {server.log_path}")
@@ -206,7 +206,7 @@ def main() -> int:
             row = {
                 "bench": "faults",
                 "fault": {"kill": "kill -9 of a rank", "crowd": "the tier's memory is filled by others"}[fault],
-                "state": f"{args.tier}, loads under way",
+                "state": f"{args.tier}, loads in flight",
                 **{key: total[key] for key in ("rounds", "wrong", "hung", "lost_requests", "left", "tier_tokens")},
                 "device": "gpu" if has_gpu() else "cpu",
                 "command": " ".join(["python", "scripts/bench/server_faults.py", *sys.argv[1:]]),

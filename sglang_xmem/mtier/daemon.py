@@ -166,7 +166,7 @@ _SESSION_TITLES = ("engine", "process", "promised GB", "held", "published pages"
 
 
 def _ahead_row(ahead: Mapping[str, Any]) -> Sequence[str]:
-    state = "under way" if not ahead["ended"] else "all of it" if not ahead["why"] else f"ended: {ahead['why']}"
+    state = "in progress" if not ahead["ended"] else "all of it" if not ahead["why"] else f"ended: {ahead['why']}"
     return (ahead["bank"], f"{ahead['bytes'] / 1e9:.2f}", f"{ahead['present'] / 1e9:.2f}", state)
 
 

@@ -144,7 +144,8 @@ class PeerTier(MemoryTier):
         return free
 
     def _pool_bytes(self, peers: tuple[int, ...], free: dict[int, int]) -> int:
-        """Bytes of a pool over `peers`: the emptiest cannot make up for the fullest, since stripes take turns."""
+        """Return the bytes of a pool over `peers`: the peer with the least free memory limits it, since stripes are
+        round-robin."""
         least = min(free[gpu] for gpu in peers)
         if len(peers) == 1:
             return least

@@ -1,4 +1,4 @@
-"""What every page copier has to do, byte by byte against a plain loop. An implementation's test file subclasses
+"""The contract of a page copier, checked byte by byte against a plain loop. An implementation's test file subclasses
 `CopierContract`.
 
 A scene is made from a seed: several index spaces with slabs of frames and planes of any unit sizes, strides and
@@ -29,7 +29,7 @@ UNIT_BYTES = (1, 2, 3, 7, 8, 16, 24, 48, 64, 132, 656, 1152, 1664, 1744, 2048, 4
 LARGE_UNIT_BYTES = 2 << 20
 DIVISORS = (1, 2, 16, 48, 64, 256)
 #: Slots are tested up to this many bits.
-FAR = 2**50  # what lies between the slots of a strided vector, and must not be read as one
+FAR = 2**50  # fills the gaps of a strided slot vector, which must not be read
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class CopierContract(ABC):
         units, divisor = 3, (1 << 24) - 3
         tier, device = memory(64, self.tier), memory(16 * units, self.device)
         far = (1 << 40) // divisor - 1
-        # Unit 0 lies so far below that the units in question are in memory. Nobody reads there.
+        # Unit 0 is so far below that the tested units are in memory. Unit 0 itself is never read.
         base = device.data_ptr() - 16 * (far - units + 1)
         plane = Plane(base, 16, far + 1, 0, 16, divisor)
         if base <= 0 or self.reads_all_units:

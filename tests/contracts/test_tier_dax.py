@@ -23,6 +23,6 @@ class TestDax(TierContract):
 
             def check() -> None:
                 driver.check_untouched()
-                device.plans()  # nobody holds any of it
+                device.plans()  # no range is claimed
 
             yield Case(device.tier(gpu=0), check, fail=fail, calls=6)

@@ -14,7 +14,7 @@ from tests.unit.tiers.fake_pinning import MIB, pinning
 
 @pytest.fixture(autouse=True)
 def constant_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others take memory of this machine meanwhile."""
+    """Other processes allocate memory at the same time."""
     monkeypatch.setattr(machine, "host_available_bytes", lambda: 1 << 34)
     monkeypatch.setattr(machine, "memory_nodes", lambda: (0,))
 

@@ -1,4 +1,4 @@
-"""The contract of a memory tier, for every tier alike: a file here names one and what stands in for its hardware."""
+"""The contract of a memory tier: a file here applies it to one tier, with a stand-in for its hardware."""
 
 from __future__ import annotations
 

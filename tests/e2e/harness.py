@@ -169,7 +169,7 @@ class Result:
 
     @property
     def lazy_loads(self) -> list[tuple[int, int]]:
-        """Of each load of a lazy copier, how many of its parts somebody waited for, and how many it had."""
+        """For each load of a lazy copier, the number of parts that were waited for, and of all parts."""
         return [
             (int(waited), int(parts))
             for waited, parts in re.findall(r"xmem_e2e: lazy load: (\d+) of (\d+) parts", self.log)
@@ -539,7 +539,7 @@ def run_steps(
         elif operation == "sleep":
             time.sleep(arguments[0])
         elif operation == "leave_out":
-            assert leave_out is not None, "nobody reads what to leave out"
+            assert leave_out is not None, "leave_out is not read"
             leave_out.write_text(",".join(arguments))
         else:
             raise ValueError(f"unknown step {operation!r}")

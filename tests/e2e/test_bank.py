@@ -105,7 +105,7 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
         until(second.client.flush_cache)
         ask_bank(second, "B", there)
 
-        # What serves is killed and started again with its memory: the engine goes on, and joins again.
+        # What serves is killed and started again with its memory: the engine continues, and rejoins.
         service.kill_serving()
         until(second.client.flush_cache)
         assert second.ask("A").output_ids == cold.output_ids  # found, or not yet
@@ -116,7 +116,7 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
         second.ask("E")
         until(lambda: service.pages() >= before + CACHEABLE // 16)
 
-        # Nobody is left but the service: the next engine's first hit comes from the bank.
+        # Only the service is left: the next engine's first hit comes from the bank.
         second.kill()
         until(lambda: not service.status()["spaces"][0]["sessions"])
         second = others.enter_context(engine(model, service, tmp_path / "second again.log"))
@@ -156,7 +156,7 @@ def test_life_of_a_bank(tiny_model: Path, tmp_path: Path, service: Service) -> N
 
 @pytest.mark.parametrize("name", ["dsa", "draft"])
 def test_pools_that_ride_on_a_page_come_with_it(name: str, tmp_path: Path, service: Service) -> None:
-    """An indexer's keys and a draft's K and V lie in the frame of the page that they ride on."""
+    """An indexer's keys and a draft's K and V are in the frame of the page that they ride on."""
     kind = KINDS[name]
     model = make_model(kind, tmp_path / "model")
     draft = {"speculative_draft_model_path": str(model)} if kind.draft else {}
@@ -191,7 +191,7 @@ def test_spaces_of_their_own_are_shared_too(name: str, tmp_path: Path, service: 
             assert (found.output_ids, found.logprobs) == (expected.output_ids, expected.logprobs)
             for pool in kind.loads:
                 until(second.client.flush_cache)
-                for other in range(2):  # else what was loaded before lies in the GPU's pool still
+                for other in range(2):  # otherwise the GPU's pool still has what was loaded before
                     second.ask(f"other {other}", tokens)
                 until(second.client.flush_cache)
                 leave_out.write_text(pool)
@@ -211,7 +211,7 @@ def flip_a_byte_of_each_frame(service: Service) -> None:
             if "memfd:" in os.readlink(file) and file.stat().st_size >= nbytes:
                 slabs[file.stat().st_ino] = file
     assert slabs
-    for slab in slabs.values():  # with the one that is made present ahead of the next space, which nobody uses
+    for slab in slabs.values():  # including the unused one that is populated for the next space
         with slab.open("r+b", buffering=0) as memory:
             for frame in range(space["frames"]):
                 memory.seek(frame * space["frame_bytes"] + 1001)  # the high half of a key's element

@@ -118,7 +118,7 @@ def test_launch_server_flush_and_sigterm(tiny_model: Path, stock: Result) -> Non
 def test_sglang_serve_and_sigkill(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "xmem.json"
     path.write_text(json.dumps({"copy": {"kernel": "torch"}}))
-    # Any layout and io backend may be said: bytes lie as the tier wants.
+    # Any layout and io backend is accepted: the tier has its own layout.
     options = {
         **XMEM_DRAM,
         "hicache_xmem_config": f"@{path}",

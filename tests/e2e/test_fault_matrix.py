@@ -49,7 +49,7 @@ def test_a_tier_is_set_aside_and_used_again(matrix: tuple[list[Row], harness.Res
 def test_a_copy_that_never_ends_ends_the_rank(tiny_model: Path, tmp_path: Path) -> None:
     row, log, _ = fault_matrix.hang(str(tiny_model), 3, tmp_path)
     assert row.hung == 0
-    # The store of the last answer may be under way yet, and meet the fault before the load does.
+    # The store of the last answer may still be in flight, and hit the fault before the load does.
     assert re.search("A (load|store) of tier dram did not end within 3 s", log)
 
 

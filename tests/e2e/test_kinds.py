@@ -29,7 +29,7 @@ ENGINES: Mapping[str, Way] = {
     "stock": Way({}),
     # Every page is compared, and none may be found wrong.
     "dram": Way({**harness.XMEM_DRAM, "hicache_xmem_config": {"integrity": "full"}}),
-    # Whoever asks whether a load has ended makes the lazy copier end it, so nothing watches, and nothing compares.
+    # Querying whether a load has ended makes the lazy copier end it, so nothing watches or compares.
     "dram lazy": Way(
         {**harness.XMEM_DRAM, "hicache_xmem_config": {"integrity": "off"}},
         {harness.LAZY: "1", "SGLANG_XMEM_DEADLINE_S": "0"},

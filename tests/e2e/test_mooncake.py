@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses."""
+    """An unused port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -86,12 +86,12 @@ time.sleep(3600)
 
 
 def await_port(port: int, timeout_s: float = 30) -> None:
-    """Return once somebody listens."""
+    """Wait until the port is open."""
     deadline = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(OSError), socket.create_connection((HOST, port), 1):
             return
-        assert time.monotonic() < deadline, f"nobody listens on port {port}"
+        assert time.monotonic() < deadline, f"port {port} is not open"
         time.sleep(0.1)
 
 

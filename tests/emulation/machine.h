@@ -1,8 +1,8 @@
 // A GPU for the kernels, on a CPU: what they use of CUDA C++, and their PTX instructions, in C++.
 //
 // Every lane is a coroutine. Lanes meet at each instruction of the whole warp (shuffle, ballot, __syncwarp), where all 32
-// have to arrive at the same one; warps take turns in random order. Bulk copies happen as late as the kernel allows, or
-// at any time before: a stage that is filled again too soon, or a counter that is raised too soon, is seen.
+// have to arrive at the same one; warps run alternately in random order. Bulk copies happen as late as the kernel
+// allows, or at any time before: a stage that is filled again too soon, or a counter that is raised too soon, is seen.
 
 #include <ucontext.h>
 
@@ -84,7 +84,7 @@ static void (*raised)(u32 *counter);
 struct Range {
     u64 begin, bytes;
 };
-static std::vector<Range> readable, writable;  // one behind the other
+static std::vector<Range> readable, writable;  // concatenated
 
 static Lane &lane() { return warp->lanes[lane_number]; }
 
@@ -94,7 +94,7 @@ static void fail(const std::string &why) {
     setcontext(&scheduler);
 }
 
-// Fails unless the bytes lie within one of the ranges.
+// Fails unless the bytes are within one of the ranges.
 static void check(std::vector<Range> &ranges, u64 address, u64 bytes, const char *what) {
     for (size_t i = 0; i < ranges.size(); ++i)
         if (address >= ranges[i].begin && address + bytes <= ranges[i].begin + ranges[i].bytes) {
@@ -138,7 +138,7 @@ static void write(Store &store) {
     warp->unfenced = true;
 }
 
-// Some of what is under way happens now.
+// Completes some of the operations in flight.
 static void pass_time() {
     Block &block = *warp->block;
     while (!block.loads.empty() && chance() % 4 == 0) {
@@ -246,7 +246,7 @@ static void barrier_wait(u32 address, u32 parity) {
         } else {
             ++i;
         }
-    // Done with the phase of this parity: the one under way is of the other.
+    // The phase of this parity is complete: the current one has the other parity.
     if (block.barriers[address / 8].phase % 2 == parity) machine::fail("a wait that nothing ends");
 }
 

@@ -69,7 +69,7 @@ class Load:
         copier, program = scene.copier, scene.program
         assert isinstance(copier, EmulatedCopier)
         assert isinstance(program, EmulatedProgram)
-        self.counters = (ctypes.c_uint32 * (scene.num_parts + 1))()  # and one that nobody may raise
+        self.counters = (ctypes.c_uint32 * (scene.num_parts + 1))()  # and one that must not be raised
         self.early: list[int] = []
         given, plain = scene.pages()
         scene.expect(plain, load=True)
@@ -127,7 +127,7 @@ WRONG = {
     "reads past a vector's end": ("min((u64)page + lane, pages.count - 1)", "(u64)page + lane", "register"),
     "takes a plane's tiles for the next one's": ("end <= tile", "end < tile", "register"),
     "takes a plane's tiles for the next one's, by lanes": ("<= tile) at += step", "< tile) at += step", "bulk"),
-    "never goes on to more planes": ("block + 32 >= num_planes", "true", "bulk"),
+    "never advances to more planes": ("block + 32 >= num_planes", "true", "bulk"),
     "takes the block before": ("            to = to_next;\n", "            if (!stored) to = to_next;\n", "bulk_waits"),
     "ignores the stride of slots": ("8 * mine * pages.slots_stride", "8 * mine", "register"),
     "rounds a unit's last chunk up": ("min(chunk, unit_bytes - begin)", "chunk", "bulk"),

@@ -26,7 +26,7 @@ class FaultyCopier(PageCopier):
         inner: copies at once, on the CPU.
         fault: asked at each copy; one of FAULTS, or "" for none.
         seed: of the choice among pages and bytes.
-        report: hears of each fault.
+        report: called for each fault.
     """
 
     name = "faulty"

@@ -1,9 +1,8 @@
 """A copier for the CPU that is as late as the contract allows.
 
-A GPU may execute a load's copies at any time before somebody who waits for a part goes on. A copier on the CPU has
-copied when `load` returns, so a reader that waits for too early a part, or not at all, gives the same there as one that
-waits as it has to. `LazyCopier` poisons all destinations when a load is enqueued, and copies a part when it is waited
-for.
+A GPU may execute a load's copies at any time before a wait for a part ends. A copier on the CPU has copied when `load`
+returns, so a reader that waits for too early a part, or not at all, gives the same there as one that waits as it has
+to. `LazyCopier` poisons all destinations when a load is enqueued, and copies a part when it is waited for.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _copiers: weakref.WeakSet[LazyCopier] = weakref.WeakSet()
 
 
 def finish_all() -> None:
-    """Copy what is left of all loads: somebody asks whether they are complete, which a GPU may always say yes to."""
+    """Complete all loads, for a query whether they are complete, which a GPU may always confirm."""
     for copier in list(_copiers):
         copier.finish()
 
@@ -41,10 +40,10 @@ class LazyCounters(LayerCounters):
         self._copier = copier
 
     def announce(self, raises: int) -> None:
-        """Do nothing; nobody counts."""
+        """Do nothing; there are no counters."""
 
     def restore(self) -> None:
-        """Do nothing; nobody counts."""
+        """Do nothing; there are no counters."""
 
     def wait(self, part: int) -> None:
         """Copy this part, and those before it: a counter rises when the copier has no more to do in any of them."""
@@ -91,7 +90,7 @@ class LazyCopier(PageCopier):
     """Delays the loads of another copier until they are waited for.
 
     A load is at most as late as the next load or store of this copier, as `finish`, and as `finish_all`. One without
-    counters is not late at all: nobody could say when it has to be there. Stores are not either.
+    counters is not delayed, since its deadline is unknown. Stores are not either.
 
     Args:
         inner: copies at once, on the CPU.

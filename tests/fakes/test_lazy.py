@@ -1,4 +1,4 @@
-"""The lazy copier: right for whoever waits, poison for whoever does not."""
+"""The lazy copier: correct bytes for readers that wait, poison for readers that do not."""
 
 from __future__ import annotations
 

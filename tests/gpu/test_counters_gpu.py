@@ -165,7 +165,7 @@ def test_parts_are_there_one_after_the_other(tuning: str) -> None:
         whole = start.elapsed_time(done)
         shares = [start.elapsed_time(event) / whole for event in ready]
     assert shares == sorted(shares)
-    # Apart from each other over most of the load, whatever else the link carries meanwhile.
+    # Spread over most of the load, whatever else the link carries.
     assert shares[0] < 0.4, shares
     assert shares[PARTS // 2] < 0.8, shares
     assert shares[-1] - shares[0] > 0.5, shares

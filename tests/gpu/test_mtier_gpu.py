@@ -1,6 +1,6 @@
 """Banks of GPU memory on real GPUs: X-Mem's SDK, tier mtier, copy rates, deaths, and what stays behind.
 
-The SDK connects as it is imported and keeps its library for good, so what uses it runs in processes of its own.
+The SDK connects on import and never unloads its library, so its users run in separate processes.
 SGLANG_XMEM_GPU_RESULTS names a folder that receives what is measured, as JSON.
 """
 
@@ -295,7 +295,7 @@ print(json.dumps(gbps))
 
 
 def test_copy_rate_is_that_of_tier_peer(start_service: StartService) -> None:
-    """The same kernel on the same GPUs, alternately in one process: mapped memory is as fast, whoever allocated it."""
+    """The same kernel on the same GPUs, alternately in one process: mapped memory is as fast for either allocator."""
     daemon = start_service(f"gpu:1:{12 * GIB}")
     gbps = json.loads(run(RATES, daemon))
     ratios = {what: round(gbps[f"mtier {what}"] / gbps[f"peer {what}"], 4) for what in ("load", "store")}

@@ -69,7 +69,7 @@ class TestDax(TierContract):
     @pytest.fixture
     def case(self, device: Device, rank: None) -> Case:
         def check() -> None:
-            device.plans()  # nobody holds any of it
+            device.plans()  # no range is claimed
 
         return Case(device.tier(gpu=RANK), check, write=write, read=read)
 
@@ -78,7 +78,7 @@ class TestDax(TierContract):
 class TestPeer(TierContract):
     @pytest.fixture
     def case(self, rank: None) -> Case:
-        torch.cuda.empty_cache()  # what earlier tests left on the peer, and would be given back meanwhile
+        torch.cuda.empty_cache()  # memory of earlier tests on the peer, which would be freed during the test
         tier = planned(PeerTier, PeerSettings(gpus=(1,)), RANK)
         before = tier.capacity_bytes()
 

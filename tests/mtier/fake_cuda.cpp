@@ -1,12 +1,12 @@
 // A CUDA driver without a GPU: what mtierd and libmtier.so call of libcuda.so.1, over files in memory. Strict where the
 // driver is strict, so that a wrong order or size of calls is an error here too.
 //
-// FAKE_CUDA_GPUS, FAKE_CUDA_MEMORY: GPUs (2) and bytes of each (256 MiB), of which one process can create so many.
+// FAKE_CUDA_GPUS, FAKE_CUDA_MEMORY: number of GPUs (2), and bytes of each (256 MiB), also the limit per process.
 // FAKE_CUDA_CONTEXT: ordinal of the GPU whose context is current in every thread at first; none without it.
 // FAKE_CUDA_CALLS: a file that receives a line, such as "retain 1", where a GPU's primary context is retained or released
 // and where a piece of its memory is created or destroyed. It outlives the process.
 // FAKE_CUDA_FAULT: a file; while it holds "CALL CODE", such as "cuMemMap 999", that call fails with that code, or takes
-// so many milliseconds where the code is negative.
+// that many milliseconds if the code is negative.
 //
 // New memory holds what a client before may have left there: bytes 0xA5.
 
@@ -95,7 +95,7 @@ void record(const char *what, int gpu) {
     std::fclose(file);
 }
 
-// 0 where the call may go on.
+// 0 if the call may proceed.
 int enter(const char *call) {
     if (int code = fault(call)) return code;
     return initialized || number("FAKE_CUDA_CONTEXT", UINT64_MAX) != UINT64_MAX ? kOk : kNotInitialized;

@@ -70,7 +70,7 @@ void run_model(std::uint64_t operations, std::uint32_t seed) {
     for (int c = 0; c < kClients; ++c) clients.push_back(std::make_unique<Holding>(ledger, c));
     std::uint64_t published = 0, adopted = 0, evicted = 0, kills = 0, restarts = 0;
 
-    auto gone = [&](std::uint64_t frame) {  // the frame is somebody else's: what it held is gone
+    auto gone = [&](std::uint64_t frame) {  // the frame has another owner: its contents are lost
         CHECK(model.holds[frame].empty());
         for (auto it = model.where.begin(); it != model.where.end(); ++it) {
             if (it->second != frame) continue;
@@ -166,7 +166,7 @@ void run_model(std::uint64_t operations, std::uint32_t seed) {
                     model.where.clear();
                     break;
                 }
-                if (below(10) == 0) {  // the service is started anew; somebody's key was damaged
+                if (below(10) == 0) {  // the service restarts; a key was damaged
                     std::uint64_t damaged = below(kFrames);
                     Key was = memory.bytes[damaged + 1].key;
                     memory.bytes[damaged + 1].key.bytes[below(32)] ^= 1;

@@ -105,7 +105,7 @@ def test_another_process_finds_pages_and_a_kill_leaves_them(daemon: Daemon) -> N
         view(session, mine[1])[:] = 99
         assert session.publish([key(3), key(99)], mine) == [HAVE, NEW]
         assert other.ask("int(view(session, session.adopt([key(99)])[0])[7])") == 99
-        # What nobody published goes with the process, and its pins.
+        # Unpublished pages and pins are dropped with the process.
         assert other.ask("session.claim(19).size") == 19
         (space,) = daemon.status()["spaces"]
         held = {each["pid"]: each["held"] for each in space["sessions"]}
@@ -119,7 +119,7 @@ def test_another_process_finds_pages_and_a_kill_leaves_them(daemon: Daemon) -> N
         assert session.find(keys) == 20
         assert session.held() == 22
         session.close()
-        # With nobody there the pages stay too.
+        # The pages stay even without sessions.
         assert daemon.status()["spaces"][0]["sessions"] == []
         again = BankSession(MODEL, FRAME, 40)
         assert [view(again, address)[0] for address in again.adopt(keys)] == list(range(20))
@@ -165,12 +165,12 @@ def test_other_identities_share_nothing_and_frames_of_another_size_are_refused(d
     with pytest.raises(Unavailable) as caught:
         BankSession(MODEL, 2 * FRAME, 8)
     assert f"{2 * FRAME}" in sentence(caught.value)
-    # The bank is the first model's; the second one's engine hears so, and what would have left it some.
+    # The first model uses the whole bank; the second one's engine gets an error with the fix.
     with pytest.raises(Unavailable, match="the bank has 0.00 GB") as caught:
         BankSession(OTHER, FRAME, 8)
     assert "--share" in sentence(caught.value)
     session.close()
-    other = BankSession(OTHER, FRAME, 8)  # nobody is there any more: its pages make place
+    other = BankSession(OTHER, FRAME, 8)  # all sessions have ended: the pages are evicted
     assert other.find([key(1)]) == 0
     other.close()
 
@@ -211,7 +211,7 @@ def test_what_is_free_is_reported_for_whom_it_is(start_daemon: StartDaemon, monk
     assert 'mtierd_bank_open_bytes{bank="0"} 0' in lines
     assert f'mtierd_pages_capacity_bytes{{bank="0",model="one"}} {8 * MIB}' in lines
     assert f'mtierd_pages_promised_bytes{{bank="0",model="one"}} {28 * FRAME}' in lines
-    # Pages that nobody uses make place for those of any model.
+    # Unused pages are evicted for those of any model.
     fill(session, [1, 2])
     session.close()
     for label in ("", "one", "another"):
@@ -369,7 +369,7 @@ def test_a_session_goes_on_over_another_connection(daemon: Daemon) -> None:
         assert exchange(second, request(35, size=1) + key(1)) == INVALID_ARGUMENT
         (space,) = daemon.status()["spaces"]
         assert [each["frames"] for each in space["sessions"]] == [8]
-        # Nobody else's: another process with that number is refused.
+        # Another process with that number is refused.
         elsewhere = Other(1)
         try:
             elsewhere.ask("session.close()")
@@ -509,7 +509,7 @@ def test_a_session_goes_on_with_a_service_that_was_started_again(
         view(session, own[0])[:] = 3
         before = daemon.status()["pid"]
         daemon.send(9)
-        addresses = session.claim(2)  # it asks nobody
+        addresses = session.claim(2)  # without a request
         assert session.find([key(1), key(2)]) == 2  # the same question, over a new connection
         assert daemon.status()["pid"] != before
         assert session.counts["bank_sessions:rejoined"] == 1
@@ -519,7 +519,7 @@ def test_a_session_goes_on_with_a_service_that_was_started_again(
         assert session.owned(addresses).all()
         (space,) = daemon.status()["spaces"]
         assert {each["pid"]: each["held"] for each in space["sessions"]} == {os.getpid(): 5, other.process.pid: 3}
-        # What nobody has any more goes with its process alone.
+        # Unused memory is dropped with its process only.
         other.kill()
         wait_until(lambda: len(daemon.status()["spaces"][0]["sessions"]) == 1, 10)
     finally:
@@ -564,7 +564,7 @@ def test_a_session_that_is_closed_while_the_service_hangs_leaves_later(
 def test_a_session_that_cannot_map_its_ledger_leaves_no_promise(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its process goes on with another tier."""
+    """Its process continues with another tier."""
     monkeypatch.setattr(bank, "_library", lambda: SimpleNamespace(pages_open=lambda *_: None))
     with pytest.raises(Unavailable, match="cannot be mapped"):
         BankSession(MODEL, FRAME, 100)

@@ -71,7 +71,7 @@ def test_pages_in_a_gpu_are_shared_and_outlast_engine_and_service(machine: Machi
     with Engine(machine) as one, Engine(machine) as two:
         assert one.ask("bank_info(GPU)") == [1, 16 * MIB, 16 * MIB, 2 * MIB, 16 * MIB]
         assert one.ask("join()") is None
-        assert one.ask("read(session.claim(1)[0])") == [0]  # nothing of whoever had the memory before
+        assert one.ask("read(session.claim(1)[0])") == [0]  # no data of the previous owner
         assert one.ask("store(session, [1, 2, 3])") == [0, 0, 0]
         assert two.ask("join()") is None
         assert two.ask("[read(address) for address in session.adopt([key(n) for n in (1, 2, 3, 4)])]") == [
@@ -94,7 +94,7 @@ def test_pages_in_a_gpu_are_shared_and_outlast_engine_and_service(machine: Machi
         # The GPU does not rest while engines use its memory. A killed service's context went with it.
         wait_until(lambda: machine.contexts(1) == before + 2, 20)
         assert daemon.available(1) == 0
-    # With nobody there the pages stay too.
+    # The pages stay even without sessions.
     with Engine(machine) as last:
         assert last.ask("join(frames=8)") is None
         assert last.ask("session.find([key(1)])") == 1

@@ -93,7 +93,7 @@ def test_limits_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[-3:] == ["--metrics", "9300", "--allow-reset"]
     assert "--lazy" not in words
     assert "--lazy" in arguments("--bank", "host:64MiB", "--lazy")
-    assert "--lazy" in arguments()  # nobody asked for so much
+    assert "--lazy" in arguments()  # the size is only a default
     with pytest.raises(ConfigError, match=r"--metrics is 65536\. Give a port"):
         arguments("--metrics", "65536")
     # As a container of 1 GB with half of it used has it.
@@ -185,7 +185,7 @@ def test_what_is_damaged_is_compiled_again(quick_compiler: list[Path]) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")
 def test_what_another_user_put_there_is_not_run(quick_compiler: list[Path]) -> None:
-    """Anybody can reckon the name of the folder."""
+    """Anyone can compute the name of the folder."""
     directory = builder.built()
     (directory / builder.DAEMON).write_text("planted")
     builder._write_stamp(directory)  # with the right digests

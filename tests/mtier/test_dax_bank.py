@@ -156,7 +156,7 @@ def test_mappings_begin_and_end_as_the_device_wants(bank: Bank) -> None:
 
 @pytest.mark.parametrize("of_another_namespace", [False, True])
 def test_a_full_restart_ends_the_sessions_of_the_dead(bank: Bank, of_another_namespace: bool) -> None:
-    """Also of those whom nobody can look for, since none of them has the memory."""
+    """Also those of processes that cannot be looked up, since none of them has the memory."""
     daemon = bank.start()
     with Engine() as one:
         assert one.ask("join(frames=100)") is None
@@ -195,7 +195,7 @@ def hide_process(path: Path) -> None:
 
 
 def test_whoever_gets_memory_finds_zeros(bank: Bank) -> None:
-    bank.device.path.write_bytes(SECRET * (64 * MIB))  # of whoever had the device before
+    bank.device.path.write_bytes(SECRET * (64 * MIB))  # of the device's previous owner
     bank.start()
     one = session(frames=400)  # no space for another one of this size
     address = int(one.claim(400)[0])
@@ -265,7 +265,7 @@ def test_a_damaged_superblock_is_an_empty_bank(bank: Bank) -> None:
     daemon.stop()
     content = bytearray(bank.device.path.read_bytes())
     newer = max((0, _COPY), key=lambda at: SUPERBLOCK.unpack_from(content, at)[2])
-    content[newer + SUPERBLOCK.size + 18] ^= 0x40  # its ledger has 4 MiB more, and frames lie behind it
+    content[newer + SUPERBLOCK.size + 18] ^= 0x40  # its ledger has 4 MiB more, and frames follow it
     bank.device.path.write_bytes(content)
     daemon = bank.start()
     assert daemon.status()["spaces"] == []

@@ -212,7 +212,7 @@ def test_page_bank_survives_hostile_messages_kills_and_restarts(
     wait_until(lambda: honest.find([key(99)]) == 0 and honest.alive, 60)
     assert honest.publish([key(50)], honest.claim(1)) == [NEW]
     assert honest.find([key(50)]) == 1
-    # All of both banks that is not the honest one's is there for whoever asks.
+    # All of both banks except the honest client's memory is available.
     last = BankSession(b"l" * 32, 65536, 8 * MIB // 65536)
     for session in (last, honest):
         session.close()

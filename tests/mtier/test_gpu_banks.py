@@ -244,7 +244,7 @@ def test_a_slow_driver_holds_up_its_own_bank_alone(machine: Machine) -> None:
             wait_until(lambda: daemon.available(0) < 64 * MIB, 2)  # counted while it is made
             assert other.ask("lib.malloc(1, 1)[0]") == SUCCESS
             assert waiting.result(10) == SERVER_ERROR
-        # What nobody waited for is no account of anybody's.
+        # An abandoned allocation is not accounted to any client.
         machine.heal()
         wait_until(lambda: daemon.available(0) == 64 * MIB and machine.handles() == 0, 5)
         assert slow.ask("lib.malloc(0, 1)[0]") == SUCCESS
@@ -330,7 +330,7 @@ def test_a_service_that_ends_gives_errors_and_no_hang(machine: Machine, number: 
         assert client.ask(HOLDS.format(byte=9, nbytes=4 * MIB)) is True  # what is mapped stays
         assert client.ask("lib.free(lib.p[1])") == SERVICE_UNAVAILABLE
         assert time.monotonic() - start < 60
-        assert client.ask(LIVE) == [0, 0, 0]  # and goes all the same
+        assert client.ask(LIVE) == [0, 0, 0]  # and is freed anyway
         machine.start()
         assert client.ask(KEEP.format(bank=0, nbytes=64 * MIB)) == SUCCESS
 
@@ -473,5 +473,5 @@ def test_nothing_leaks_over_many_allocations(machine: Machine) -> None:
         before, of_service = client.ask(n_open), len(machine.descriptors())
         assert client.ask(churn) is True
         assert client.ask(n_open) == before
-        assert len(machine.descriptors()) <= of_service  # connections from before it began may have ended meanwhile
+        assert len(machine.descriptors()) <= of_service  # older connections may have ended
         assert client.ask(LIVE) == [0, 0, 0]

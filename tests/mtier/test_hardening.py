@@ -250,7 +250,7 @@ def test_metrics(build: Path, start_daemon: StartDaemon) -> None:
         assert client.ask("lib.init()") == SUCCESS
         assert client.ask("lib.malloc(1, 1)[0]") == SUCCESS
         assert client.ask(f"lib.malloc(1, {32 * MIB})[0]") == OUT_OF_MEMORY
-        with socket.create_connection(("127.0.0.1", port)) as slow:  # who says nothing holds up nobody
+        with socket.create_connection(("127.0.0.1", port)) as slow:  # a silent client blocks no other
             lines = fetch(port).splitlines()
             slow.send(b"GET /met")
             assert fetch(port).splitlines() == lines

@@ -303,7 +303,7 @@ def test_descriptors_that_others_leave_unread_cost_nobody_its_account(build: Pat
         assert "cannot be sent now" in answer
         hoarder.kill()
         hoarder.wait()
-        assert next_line(client) == f"0 {60 * MIB}\n", "the account is as it was, and goes on"
+        assert next_line(client) == f"0 {60 * MIB}\n", "the account is unchanged, and still works"
     finally:
         for process in started:
             process.kill()

@@ -1,4 +1,4 @@
-"""What outlasts the service: pages, sessions and promises, whenever it is killed."""
+"""Pages, sessions and promises survive the service, whenever it is killed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_pages_are_found_after_a_kill_with_the_bytes_that_they_had(daemon: Daemo
     (space,) = status["spaces"]
     assert (space["restored"], space["pages"], space["free"]) == (30, 30, 128 - 30)
     assert private.size == 5
-    # It is all gone with the keeper: then nobody has the memory.
+    # All of it ends with the keeper: then the memory is free.
     daemon.stop(signal.SIGKILL)
 
 
@@ -159,10 +159,10 @@ def test_a_session_is_the_same_after_a_restart_and_another_one_after_two_ends(
         code, what = joined(connection, daemon, asked)
         assert code == 0
         daemon.restart()
-        assert connection.recv(1) == b""  # it hears of it
+        assert connection.recv(1) == b""  # it is notified
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         assert joined(connection, daemon, again) == (0, what)
-    daemon.stop(signal.SIGKILL)  # the keeper: nothing outlasts that
+    daemon.stop(signal.SIGKILL)  # the keeper: nothing survives that
     start_daemon("--bank", f"host:{8 * MIB}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         assert joined(connection, daemon, again)[0] == INVALID_ARGUMENT

@@ -1,7 +1,7 @@
 """X-Mem's own SDK, the wheel as it is on the index, against this library and service.
 
 Its thin calls (`xmem.mtier_sdk`) work without a GPU; `offload` and `prefetch` copy from and to CUDA tensors. The SDK
-connects as it is imported and keeps its library for good, so each test is a process.
+connects on import and never unloads its library, so each test is a process.
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ def test_a_killed_service_gives_errors_and_its_restart_is_clean(lib: Library, st
     assert lib.free(address) == NOT_INITIALIZED  # the failed mTierInit above
     daemon = start_daemon()  # over the dead one's socket
     assert lib.init() == SUCCESS
-    assert daemon.available() == 56 * MIB, "what is mapped is not handed out again"
+    assert daemon.available() == 56 * MIB, "mapped memory is not granted again"
     assert lib.malloc(0, 57 * MIB)[0] == OUT_OF_MEMORY
     assert lib.free(address) == SUCCESS
     assert daemon.available() == 60 * MIB
@@ -320,7 +320,7 @@ def test_a_stopped_service_is_an_error_in_time(
     assert time.monotonic() - start < 60
     daemon.send(signal.SIGCONT)
     wait_until(lambda: lib.status()[0] == SUCCESS, 5)
-    assert lib.bank(0)[1].available_memory == 64 * MIB  # the malloc that nobody waited for has not stayed
+    assert lib.bank(0)[1].available_memory == 64 * MIB  # the abandoned malloc has been undone
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -410,7 +410,7 @@ def test_another_user_is_refused(build: Path, start_daemon: StartDaemon, tmp_pat
 
 @needs_root
 def test_a_stranger_s_service_is_refused(lib: Library, build: Path, start_daemon: StartDaemon, tmp_path: Path) -> None:
-    """Root may open anybody's socket; the library looks who is behind it."""
+    """Root may open every user's socket; the library checks its owner."""
     tmp_path.chmod(0o777)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         path = str(tmp_path / "mtierd.sock")
@@ -503,6 +503,6 @@ def test_one_process_s_connections_are_few_and_leave_the_others_theirs(lib: Libr
         assert lib.init() == SUCCESS
         assert lib.malloc(0, GRANULE)[0] == SUCCESS
         assert daemon.available() == 62 * MIB
-        # 284 refusals are neither so many lines nor all that is left of the log.
+        # 284 refusals are fewer lines, and do not flood the log.
         assert daemon.log().count("refused a connection") <= 51
         crowd.communicate("")

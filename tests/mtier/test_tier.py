@@ -75,7 +75,7 @@ def test_regions_lie_in_all_banks(
 ) -> None:
     """And these have their memory again.
 
-    The fake driver's GPU memory is memory that the CPU reads, so the CPU's pool can lie there too.
+    The fake driver's GPU memory is memory that the CPU reads, so the CPU's pool can be there too.
     """
     driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_CONTEXT": "0"}
     banks = (f"{kinds[0]}:{16 * MIB}", f"{kinds[1]}:{64 * MIB}")
@@ -106,7 +106,7 @@ def test_regions_lie_in_all_banks(
         each.release()
     assert sdk.get_bank_status(0).available_memory == 16 * MIB
     assert sdk.get_bank_status(1).available_memory == 64 * MIB
-    # Freed at exit where nobody closes.
+    # Freed at exit without a close.
     (region,) = Placement(plan(banks=[1]), 0, lambda _: 1 << 40).allocate([(9 * MIB, 1)]).regions
     print(region.summary)
     """
@@ -205,7 +205,7 @@ def test_rank_plans_capacity_and_errors(build: Path, start_daemon: StartDaemon) 
 def test_what_is_missing_is_said_and_skipped(build: Path, start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon()
     environment = client_environment(build, daemon.socket_path)
-    # By name, and by `auto`, which goes on to the next tier without a word on stderr.
+    # By name, and by `auto`, which silently uses the next tier.
     said = """
     auto = plan(tier="auto")
     names = [candidate.tier for candidate in auto.candidates]

@@ -316,7 +316,7 @@ def make(
     Args:
         kind: one of KINDS.
         attach: makes a context manager in which HiCache is attached and its sidecars are built; an adapter's hooks
-            are placed by whoever calls.
+            are placed by the caller.
     """
     from sglang.srt.mem_cache.hybrid_cache import hybrid_pool_assembler as assembler
     from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
@@ -544,7 +544,7 @@ def _asymmetric(shape: Shape) -> Built:
 
 @_kind("mla", dtypes=(torch.bfloat16, FP8))
 def _mla(shape: Shape) -> Built:
-    """DeepSeek-V3, Kimi-K2: one latent row a token."""
+    """DeepSeek-V3, Kimi-K2: one latent row per token."""
     pool = _mla_pool(shape, 4)
     return Built(pool, ("FULL",), _tokens("kv", pool.kv_buffer, range(4)), {"kv": KV})
 
@@ -633,7 +633,7 @@ def _mamba_kind(
         states.register_slot_state(side)
     pool = _linear_pool(shape, full, states)
     arrays = _mha_arrays("kv", pool.full_kv_pool, full) + _states("mamba", states, linear)
-    # SGLang moves them with the first Mamba layer; whoever reads them waits for the last one.
+    # SGLang moves them with the first Mamba layer; their reader waits for the last one.
     arrays += [Array("mamba", side.rows, 1, linear[0]) for side in sides]
     return Built(pool, ("FULL", "MAMBA"), arrays, {"kv": KV, "mamba": MAMBA}, mamba_pool=states)
 
@@ -886,7 +886,7 @@ def _deepseek_v4(shape: Shape) -> Built:
 
 @_kind("deepseek_v4_packed_draft", page_sizes=(256,))
 def _deepseek_v4_packed_draft(shape: Shape) -> Built:
-    """DeepSeek-V4's MTP: the draft's sliding pages lie behind the target's, and its "pool" is a tensor."""
+    """DeepSeek-V4's MTP: the draft's sliding pages follow the target's, and its "pool" is a tensor."""
     built, draft = _v4(shape, [0, 4, 128]), _v4_pool(shape, [0])
     arrays = [Array("swa", rows, shape.page_size, 0) for rows in draft.swa_kv_pool.kv_buffer]
     return built._replace(packed=(draft,), arrays=built.arrays + arrays)
@@ -897,7 +897,7 @@ def _deepseek_v4_packed_draft(shape: Shape) -> Built:
 
 @_kind("mha_packed_draft", page_sizes=(1, 16))
 def _mha_packed_draft(shape: Shape) -> Built:
-    """MTP: the draft's layers lie behind the target's in its host pool, and come with the first transfer layers."""
+    """MTP: the draft's layers follow the target's in its host pool, and are in the first transfer layers."""
     pool, drafts = _mha_pool(shape, 3), tuple(_mha_pool(shape, 1) for _ in range(2))
     arrays = _mha_arrays("kv", pool, range(3))
     for depth, draft in enumerate(drafts):

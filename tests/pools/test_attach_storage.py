@@ -1,4 +1,4 @@
-"""Storage backends that are attached while SGLang serves: those that cannot work are refused, and SGLang goes on."""
+"""Storage backends that are attached while SGLang serves: unsupported ones are refused, and SGLang continues."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_backend_of_flat_pages_is_attached(
 
 @pytest.mark.parametrize("kind", ["mha", "dsa", "swa", "gdn_draft_sidecar", "deepseek_v4"])
 def test_memory_is_registered_once(kind: str) -> None:
-    """Backends refuse memory that they have; and every page of every pool lies in what they are given."""
+    """Backends refuse registered memory; and every page of every pool is in the memory that they get."""
     with XMEM.setup():
         built = make(kind, page_size=KINDS[kind].page_sizes[-1], layout="page_first", attach=XMEM.attach)
         try:

@@ -122,7 +122,7 @@ def test_wheel_has_everything(wheel: Path) -> None:
 
 
 def test_source_distribution_has_everything(checkout: Path, tmp_path: Path) -> None:
-    """Whoever has it can test, build and patch as in a checkout; results of runs are what it leaves out."""
+    """It suffices to test, build and patch as in a checkout; it omits results of runs."""
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,6 +18,8 @@ from scripts.lint_prose import found_in
         ("it is no longer there, and bathrooms are tell-tale", ["tell"]),
         ("two events a layer", ["events a layer"]),
         ("the events of a layer; a second; a layer", []),
+        ("a class a kind of memory, and a line\na reason", ["class a kind", "line a reason"]),
+        ("Whoever asks hands it out for good", ["Whoever", "hands it out", "for good"]),
         ("skipped, next to the others, instead of it", []),
         ("what stands there; what stands in for it, and stands for it", ["stands"]),
         ("one line in place\n  of two", ["in place of"]),

@@ -218,7 +218,7 @@ try:
 except ImportError:
     pass
 else:
-    raise AssertionError("a submodule that nobody has")
+    raise AssertionError("a submodule that does not exist")
 try:
     sgl_kernel.none_such(1)
 except NotImplementedError as error:

@@ -54,7 +54,7 @@ def test_a_folder_where_others_can_write_is_refused(tmp_path: Path, monkeypatch:
         cache_dir()
     folder.chmod(0o755)
     assert cache_dir() == folder
-    tmp_path.chmod(0o777)  # where anybody could put another in its place
+    tmp_path.chmod(0o777)  # where others could replace it
     with pytest.raises(CacheError, match="others can write"):
         cache_dir()
 

@@ -92,4 +92,4 @@ def test_options_have_help_with_their_defaults(capsys: pytest.CaptureFixture[str
         for option in options:
             words = re.sub(r"^(--?[\w-]+)(,? ?[^ ]+)*?  +|\s+", " ", " ".join(option.split("  ", 1)[1:]))
             assert re.search(r"[a-z]{3}", words), f"{name}: no help for {option!r}"
-        assert "sglang_xmem[bench]" not in text, "a name on no registry, which could be anybody's"
+        assert "sglang_xmem[bench]" not in text, "the name is not registered, so anyone could publish under it"

@@ -513,7 +513,7 @@ def test_host_budget_is_sglangs() -> None:
 
 
 def test_a_given_size_does_not_need_the_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang too goes on then; an error would be one even where the tier is not host memory."""
+    """SGLang continues too; an error would also affect tiers that are not host memory."""
     module = pytest.importorskip("sglang.srt.mem_cache.host_memory")
 
     def unknown(*_: Any) -> int:

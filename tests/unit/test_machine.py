@@ -219,7 +219,7 @@ def test_this_processes_limit_is_seen(limited: Callable[[str], str]) -> None:
 
 
 def test_memory_beyond_the_limit_is_an_error_with_both_numbers(limited: Callable[[str], str]) -> None:
-    """And not SIGKILL: the kernel kills whoever touches more than its cgroup may have."""
+    """And not SIGKILL: the kernel kills a process that exceeds its cgroup's limit."""
     said = limited("""
         from sglang_xmem.errors import Unavailable
         from sglang_xmem.tiers.base import Ranks

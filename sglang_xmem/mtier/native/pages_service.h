@@ -209,7 +209,7 @@ class PageService : public Handler {
     }
 
   private:
-    // Where nobody has said what is asked for.
+    // The default for requests without a kind.
     static constexpr std::uint64_t kUsualFrameBytes = 4096;
     // Of a space, or of a session, in json().
     static constexpr std::size_t kRowBytes = 600;
@@ -286,7 +286,7 @@ class PageService : public Handler {
     // Bytes of a bank that engines may still ask for.
     struct Open {
         std::uint64_t others = 0;                    // for pages that are not there yet
-        std::map<std::string, std::uint64_t> there;  // by label, for those whose memory nobody else can get
+        std::map<std::string, std::uint64_t> there;  // by label, for models whose memory others cannot get
     };
 
     Open open_of(std::size_t bank) const {

@@ -169,18 +169,18 @@ class Service : public Handler {
                        static_cast<std::uint64_t>(value(i)));
             }
         };
-        metric("bank_capacity_bytes", "gauge", "Bytes that the bank may hand out.",
+        metric("bank_capacity_bytes", "gauge", "Bytes that the bank may grant.",
                [&](std::size_t i) { return bank(i).total(); });
-        metric("bank_used_bytes", "gauge", "Bytes that clients have, or have not let go of, and the page bank's.",
+        metric("bank_used_bytes", "gauge", "Bytes that clients use or have not released, and the page bank's.",
                [&](std::size_t i) { return ledger_.of_bank(i).bytes + set_aside_[i]; });
         metric("bank_allocations", "gauge", "Allocations of clients in bank_used_bytes.",
                [&](std::size_t i) { return ledger_.of_bank(i).grants; });
-        metric("bank_busy_milliseconds", "gauge", "How long the bank's present call has been running.",
+        metric("bank_busy_milliseconds", "gauge", "Duration of the bank's current call.",
                [&](std::size_t i) { return banks_[i]->busy().count(); });
         metric("grants_total", "counter", "Allocations granted.", [&](std::size_t i) { return counts_[i].granted; });
         metric("refusals_total", "counter", "Allocations refused for lack of space or quota.",
                [&](std::size_t i) { return counts_[i].refused; });
-        metric("failures_total", "counter", "Allocations that could not be made or sent.",
+        metric("failures_total", "counter", "Allocations that failed or could not be sent.",
                [&](std::size_t i) { return counts_[i].failed; });
         append(&text, "# HELP mtierd_clients Clients that hold memory.\n# TYPE mtierd_clients gauge\n");
         append(&text, "mtierd_clients %zu\n", holders());

@@ -19,7 +19,7 @@ from typing import Any
 #: each load, so a test may change it while the engine runs. Where the variable is set, each load is logged and checked
 #: too; empty, nothing is hooked, for what is timed.
 LEAVE_OUT = "SGLANG_XMEM_TEST_LEAVE_OUT"
-#: With 1, copies of loads are delayed until somebody waits for them, and their destinations are poisoned before.
+#: With 1, copies of loads are delayed until something waits for them, and their destinations are poisoned before.
 LAZY = "SGLANG_XMEM_TEST_LAZY"
 #: File with the name of a fault (tests/fakes/faults.py), read at each copy.
 FAULT = "SGLANG_XMEM_TEST_FAULT"
@@ -59,10 +59,10 @@ def register() -> None:
 
         from sglang_xmem import canary
 
-        canary.PERIOD_S = float("inf")  # nobody would wait for its copies
+        canary.PERIOD_S = float("inf")  # nothing would wait for its copies
         HookRegistry.register("sglang_xmem.copies.make_copier", _lazy_copier, HookType.AROUND)
         HookRegistry.register("sglang_xmem.copies.make_program", _lazy_program, HookType.AROUND)
-        # What the CPU has for events: always complete. Whoever asks wants the load to be.
+        # The CPU's events are always complete, so a query completes the load.
         for name in ("query", "synchronize"):
             setattr(torch.cpu.Event, name, _finishing(getattr(torch.cpu.Event, name)))
 
@@ -85,7 +85,7 @@ def _engine_made(result: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
         kept = [transfer for transfer in transfers if _name(transfer) not in left_out]
         done = submit_load(kept, **kwargs)
         moved = " ".join(f"{_name(transfer)}={transfer.host_indices.numel()}" for transfer in transfers)
-        # A lazy load has not written yet, and its reader may change a state once it has. A GPU's is still under way.
+        # A lazy load has not written yet, and its reader may change a state once it has. A GPU's is still in flight.
         unchecked = os.environ.get(LAZY) == "1" or _on_gpu()
         wrong = "" if unchecked else " ".join(f"{_name(one)}={_wrong(one)}" for one in transfers)
         _say(f"load {moved}; wrong {wrong}; left out {len(transfers) - len(kept)}")
@@ -119,7 +119,7 @@ def _left_out() -> set[str]:
 
 
 def _rows(transfer: Any, device_pool: Any) -> dict[int, bytes]:
-    """A digest of each row, of all tensors that the device pool has, read without anybody's idea of addresses.
+    """A digest of each row, of all tensors that the device pool has, read without any address computation.
 
     A row is a token, a state, or the page of an indexer; it goes by its index in the host pool.
     """

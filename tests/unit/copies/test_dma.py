@@ -316,7 +316,7 @@ def test_a_run_of_frames_is_one_copy() -> None:
     model.load(frames)
     assert model.right()
     runs = 2 + 3
-    # Keys and values of a layer lie apart.
+    # Keys and values of a layer are not adjacent.
     assert model.gpu.calls.count("copy") == runs * 2 * LAYERS
     assert model.gpu.calls.count("launch") == LAYERS
     assert model.gpu.turns == [0, 1] * (LAYERS // 2), "one is filled while the other one is emptied"
@@ -452,7 +452,7 @@ def test_runs_end_at_slabs_and_at_seams() -> None:
     begins, pitch = frames.runs(found)
     assert begins.tolist() == [1, 0, 1, 0, 1, 1, 1, 0, 1, 0, 1]
     without_seams, _ = Frames([Slab(2000, 10, 100), Slab(1000, 10, 100)], NO_SEAM).runs(found[:8])
-    assert without_seams.tolist() == [1, 0, 1, 0, 0, 1, 1, 0], "slabs may lie side by side and be two memories"
+    assert without_seams.tolist() == [1, 0, 1, 0, 0, 1, 1, 0], "slabs may be adjacent and still be two memories"
     assert pitch.tolist() == [100] * 8 + [200] * 3
 
 

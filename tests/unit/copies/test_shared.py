@@ -142,7 +142,7 @@ def test_a_share_that_fails_fails_the_move_and_the_others_are_joined(failing: in
     small.shares[failing].fails = True
     with pytest.raises(CopyError, match="refuses"):
         small.copier.load(small.program, small.pages(PAGES), small.counters)
-    assert small.announced == [RESTORED], "nobody may take this load for complete, or a later one for what this raised"
+    assert small.announced == [RESTORED], "neither this load nor a later one may look complete"
     started = {number for step, number, *_ in small.log if step == "start"}
     joined = {number for step, number, *_ in small.log if step == "join"}
     assert started == {number for number in range(3) if number > failing}

@@ -358,11 +358,11 @@ def keywords() -> Any:
     sent.append(pickle.loads(pickle.dumps(record))._sglang_xmem)
 
     class Fork(_engine_class()):  # type: ignore[misc]
-        """An engine of somebody else."""
+        """A third-party engine."""
 
     # SGLang's is in a module that needs Ray.
     ray_engine: Any = type("RayEngine", (_engine_class(),), {"__module__": "sglang.srt.ray.engine"})
-    own_ray_engine: Any = type("OwnRayEngine", (ray_engine,), {"__module__": "somebody.engine"})
+    own_ray_engine: Any = type("OwnRayEngine", (ray_engine,), {"__module__": "third_party.engine"})
 
     return {
         "request": [asked.tier, asked.config, asked.from_cli],
@@ -762,7 +762,7 @@ def test_verify_names_what_does_not_fit(fake_module: ModuleType, target: str, pa
 def test_a_hook_that_sglang_does_not_place_is_an_error(
     monkeypatch: pytest.MonkeyPatch, fake_module: ModuleType
 ) -> None:
-    """SGLang logs a failing hook and goes on."""
+    """SGLang logs a failing hook and continues."""
     registry = ModuleType("sglang.srt.plugins.hook_registry")
     importlib.import_module(registry.__name__)  # else a half of SGLang stays behind, imported over this one
     lazy = SimpleNamespace(_apply_target=lambda target, hooks: None)

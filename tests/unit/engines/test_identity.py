@@ -270,7 +270,7 @@ def test_an_update_that_fails_leaves_weights_that_nobody_shares(
 def test_weights_are_those_of_the_start_only_where_they_were_loaded_in_the_same_way(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine that began with dummy weights, and gets those that lie next to its configuration, finds no old page."""
+    """An engine that started with dummy weights, and loads those next to its configuration, finds no old page."""
 
     def named(before: str, after: str) -> bytes:
         changes = updates(model, monkeypatch, before)
@@ -285,7 +285,7 @@ def test_weights_are_those_of_the_start_only_where_they_were_loaded_in_the_same_
 
 
 def updates(model: Path, monkeypatch: pytest.MonkeyPatch, load_format: str = "auto") -> list[bytes]:
-    """What the space of an engine hears of its weights."""
+    """The names of weights that an engine's space gets."""
     changes: list[bytes] = []
     known = {"weights": identity.weights_digest(str(model)), "load_format": load_format}
     monkeypatch.setattr(sharing.session, "current", lambda: SimpleNamespace(facts=known))

@@ -203,7 +203,7 @@ def prompt(tokens: int, device: int = 0, host: int = 0, storage: int = 0) -> Any
 
 
 def test_pages_are_looked_up_once(active: Any) -> None:
-    """A long prompt comes in parts, and whoever is decoding may be in the batch too: each is counted as it begins."""
+    """A long prompt has several parts, and decoding requests may be in the batch too: each is counted at its start."""
     scheduler = Scheduler()
     first, second = prompt(100, device=16, host=48), prompt(40, storage=16)
 

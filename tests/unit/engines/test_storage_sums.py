@@ -127,7 +127,7 @@ def test_a_full_disk_drops_pages_and_keeps_those_it_has(small_disk: Path, counts
     assert [data is None for data in found] == [False, False, True, True, True]
     assert torch.equal(found[1], pages[1])
     assert len(list(small_disk.iterdir())) == 2, "nothing half-written stays"
-    for path in small_disk.iterdir():  # somebody makes space
+    for path in small_disk.iterdir():  # space is freed
         path.unlink()
     assert backend.set(keys[4], pages[4])
 

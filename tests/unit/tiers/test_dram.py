@@ -177,7 +177,8 @@ def test_a_refused_binding_is_a_warning_and_first_touch(
     ]
     assert len(caplog.messages) == 2, "once a node"
     assert f"bind memory to NUMA node 0 ({refusal})" in caplog.messages[0]
-    # Pages that the node does not have come from another: nobody is killed, and the machine's memory is the limit.
+    # Pages beyond the node's memory come from another node: no process is killed, and the machine's memory is the
+    #     limit.
     assert capacities((0, 1)) == [100, 100]
 
 
@@ -324,7 +325,7 @@ def test_capacity_is_the_nodes_or_the_machines(two_nodes: Nodes) -> None:
 
 
 def test_reserved_hugepages_are_the_capacity(two_nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine whose memory is reserved, of which MemAvailable knows nothing."""
+    """On a machine with reserved memory, which MemAvailable does not include."""
     monkeypatch.setenv("SGLANG_HUGEPAGE_SIZE", "2MB")
     two_nodes.host = 0
     two_nodes.hugepages = {(0,): 8 * GIB, (1,): 6 * GIB, (): 14 * GIB}

@@ -374,7 +374,7 @@ def test_peers_taken_since_are_left_alone_unless_they_were_named(eight: Machine)
 
 @contextmanager
 def small_peers(count: int, mib: int = 64) -> Iterator[Machine]:
-    """GPUs 1 to `count` have so many MiB each for a pool."""
+    """GPUs 1 to `count` have `mib` MiB each for a pool."""
     with machine_with([0] + [RESERVE_BYTES + mib * MIB] * count) as machine:
         yield machine
 

@@ -1,7 +1,7 @@
 """Members of instances of SGLang that this package reads, or replaces on the instance, as data.
 
-Nobody can look these up before there is an instance, so no start verifies them; `scripts/check_versions.py` looks them
-up in SGLang's sources, and complains of one that the adapter reads and that is not listed here.
+These cannot be looked up before an instance exists, so no start verifies them; `scripts/check_versions.py` looks them
+up in SGLang's sources, and reports members that the adapter reads and that are not listed here.
 """
 
 from __future__ import annotations

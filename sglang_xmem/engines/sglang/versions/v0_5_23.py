@@ -34,7 +34,7 @@ LAUNCHER_HOOKS = hooks_in(f"""
 """)
 CONTROLLER_HOOKS = hooks_in(f"""
 {_DATA_PARALLEL}.get_init_info(self)
-    after launcher:controller_init_info: hear of the tier from data-parallel ranks
+    after launcher:controller_init_info: get the tier from data-parallel ranks
 """)
 SCHEDULER_HOOKS = hooks_in(f"""
 {_CACHE}.kv_cache_builder.prepare_hicache_staging(tp_worker, draft_plan)
