@@ -107,7 +107,7 @@ def test_engines_side_by_side_in_one_device(starter: Starter, device: FakeDax) -
             expected[name] = engine.ask(name)
             assert expected[name].output_ids == cold.output_ids
             flood(engine)
-        # Each has its own pages, whatever the other one has stored meanwhile.
+        # Each has its own pages, whatever the other one has stored in between.
         check_hit(first, "A", expected["A"])
         check_hit(second, "B", expected["B"])
         assert places(first.ask("B")) == {}
