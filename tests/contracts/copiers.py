@@ -304,9 +304,9 @@ class CopierContract(ABC):
         ):
             with pytest.raises(ValueError, match=match):
                 copier.load(program, [Pages(frames, slots)])
-        with pytest.raises(ValueError, match="0 vectors of pages for a program that has 1"):
+        with pytest.raises(ValueError, match="0 vectors of pages for a program with 1"):
             copier.store(program, [])
-        with pytest.raises(ValueError, match="the copier that compiled it"):
+        with pytest.raises(ValueError, match="only the copier that compiled a program"):
             self.one()[0].load(program, [Pages(some, some)])
 
     def test_nothing_to_do_is_done(self) -> None:

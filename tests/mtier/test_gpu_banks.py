@@ -273,7 +273,7 @@ def test_a_restart_leaves_the_account(machine: Machine) -> None:
         two.kill()
         daemon = machine.start()
         assert daemon.available() == 48 * MIB
-        assert "16.78 MB are still with 1 clients" in daemon.log()
+        assert "16.78 MB are still held by 1 clients" in daemon.log()
         assert one.ask("lib.free(lib.p[1])") == SUCCESS
         assert daemon.available() == 64 * MIB
 

@@ -145,7 +145,7 @@ def default_socket(build: Path, **environment: str) -> str:
     variables = {key: value for key, value in os.environ.items() if key not in ("MTIER_SOCKET", "XDG_RUNTIME_DIR")}
     command = [str(build / "mtierd"), "--status"]
     done = subprocess.run(command, capture_output=True, text=True, env={**variables, **environment}, check=False)
-    return done.stderr.split("answers at ")[1].split(" (")[0]
+    return done.stderr.split("responds at ")[1].split(" (")[0]
 
 
 def test_the_default_socket_is_in_a_folder_of_the_user_s_alone(build: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_another_user_s_folder_in_its_place_is_refused(build: Path, tmp_path: Pa
     finally:
         folder.rmdir()
     assert done.returncode == 1
-    assert "is another user's" in done.stderr
+    assert "belongs to another user" in done.stderr
 
 
 # ---- connections and log ----

@@ -388,7 +388,7 @@ class Service : public Handler {
 
     Answer unknown_bank(std::int32_t bank) const {
         std::string words;
-        append(&words, "bank %d does not exist; the service has %zu, counted from 0", bank, banks_.size());
+        append(&words, "there is no bank %d; the service has %zu, counted from 0", bank, banks_.size());
         return Answer::error(kInvalidArgument, words);
     }
 

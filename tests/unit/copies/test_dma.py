@@ -353,7 +353,7 @@ def test_a_refusal_midway_leaves_the_load_to_the_kernel(caplog: pytest.LogCaptur
         model.gpu.refuses = call
         caplog.clear()
         model.load(range(PAGES), model.counters)
-        assert "made by the copy kernel instead: The driver refuses." in caplog.text
+        assert "the copy kernel makes a load instead of copy engines: The driver refuses." in caplog.text
         assert model.right()
         assert (model.counters.restored, model.copier.loads) == (1, {"engines": 0, "kernel": 1})
         assert model.counters.values() == [RAISES - 1] * model.num_parts
@@ -485,7 +485,7 @@ def test_staging_memory_makes_the_difference(monkeypatch: pytest.MonkeyPatch, ca
     assert not isinstance(host_copier(monkeypatch, lambda device: Gpu(), staging_bytes=1, policy=runner), DmaCopier)
     assert not caplog.text
     assert not isinstance(host_copier(monkeypatch, lambda device: Full(), staging_bytes=1 << 30), DmaCopier)
-    assert "all loads are made by the copy kernel and none by copy engines: The GPU has no 1024 MiB free" in caplog.text
+    assert "the copy kernel makes all loads instead of copy engines: The GPU has no 1024 MiB free" in caplog.text
     assert not isinstance(host_copier(monkeypatch, lambda device: Gpu(), False, staging_bytes=1 << 20), DmaCopier)
 
 

@@ -50,7 +50,7 @@ def test_a_named_peer_copies_while_it_is_idle(busy: dict[int, str]) -> None:
 
 def test_a_peer_that_was_asked_for_and_cannot_is_told(busy: dict[int, str]) -> None:
     with pytest.raises(
-        Unavailable, match=r"GPU 5, which peer\.copy_on names, does not reach GPU 0 and all of its peers"
+        Unavailable, match=r"GPU 5, selected by peer\.copy_on, cannot access GPU 0 and all of its peers"
     ):
         peer((5, 6), (), copy_on="peer")
     busy[5] = "GPU 5 is in use by process 7"
@@ -77,5 +77,5 @@ def test_regions_of_one_copier_agree() -> None:
     assert common([one, one]) == one
     assert common([one, other]) == CopyPolicy()
     assert common([CopyPolicy(relays=(1, 2)), CopyPolicy(relays=(2,))]) == CopyPolicy(relays=(2,))
-    with pytest.raises(Unavailable, match="none can copy for all"):
+    with pytest.raises(Unavailable, match="no GPU can copy for all pools"):
         common([one._replace(required=True), other._replace(required=True)])
