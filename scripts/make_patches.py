@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes patches/VERSION.patch from an unpacked wheel of SGLang: make_patches.py FOLDER [FOLDER ...].
+"""Write patches/VERSION.patch from an unpacked wheel of SGLang: make_patches.py FOLDER [FOLDER ...].
 
-For those who build SGLang themselves and do not want their processes patched: the patch adds `sglang/srt/tier_seam.py`
-and one decorator per function that this package hooks. Where the seam is there, the package registers with it and
-patches nothing.
+For users who build SGLang from source and do not want run-time patching: the patch adds `sglang/srt/tier_seam.py` and
+one decorator per function that this package hooks. If SGLang has the seam, the package registers with it and patches
+nothing.
 
-FOLDER holds `sglang/` and `sglang-VERSION.dist-info/`, as `unzip` leaves a wheel.
+FOLDER contains `sglang/` and `sglang-VERSION.dist-info/`, as in an unzipped wheel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from sglang_xmem.engines.sglang import versions
 from sglang_xmem.engines.sglang.hooks import SEAM, Hook
 
-SEAM_SOURCE = '''"""Functions that a memory tier for HiCache may stand around, without patching this package."""
+SEAM_SOURCE = '''"""Functions that a memory tier for HiCache may wrap, without patching this package."""
 
 import functools
 
@@ -28,7 +28,7 @@ _handlers = {}
 
 
 def provide(target, kind, handler):
-    """Have `handler` stand around the function named `target`, which has to be a seam."""
+    """Make `handler` wrap the function named `target`, which must be a seam."""
     if target not in _seams:
         raise LookupError(f"{target} is not a seam of this SGLang")
     _handlers[target] = (kind, handler)
@@ -38,7 +38,7 @@ _seams = set()
 
 
 def seam(target):
-    """Mark a function as one that a tier may stand around."""
+    """Mark a function that a tier may wrap."""
     _seams.add(target)
 
     def mark(function):
@@ -61,7 +61,7 @@ def seam(target):
 
 
 def make_patch(folder: Path) -> tuple[str, str]:
-    """The version of an unpacked wheel, and its patch."""
+    """Return the version of an unpacked wheel, and its patch."""
     (info,) = folder.glob("sglang-*.dist-info")
     version = info.name.removeprefix("sglang-").removesuffix(".dist-info")
     table = versions.load(version)

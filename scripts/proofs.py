@@ -5,10 +5,10 @@
     python scripts/proofs.py list
     python scripts/proofs.py run --out results --time-limit 540 ttft-dram dma
 
-`run` runs each named proof, or all that this machine has GPUs for. It appends rows to a file in FOLDER, named as that
-of docs/results that they belong to. `FOLDER/proofs.log` has the commands' output; the last line printed is a summary
-in JSON. A proof whose time would exceed the limit is skipped. One that fails does not stop the others, and `run` ends
-with status 1.
+`run` runs the named proofs, or all for which this machine has GPUs. It appends rows to files in FOLDER, named as the
+files of docs/results to which the rows belong. `FOLDER/proofs.log` has the commands' output; the last printed line is a
+summary in JSON. A proof that would exceed the time limit is skipped. A failed proof does not stop the others, and `run`
+ends with status 1.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Proof(NamedTuple):
 
     Attributes:
         name: on the command line.
-        gpus: that it needs.
-        seconds: it takes at most; it is stopped after that.
-        rows: file of docs/results that its rows belong to; "" for tests, which have a record instead.
-        command: Python's arguments. `{out}` is the file of rows, `{limit}` the seconds that are left for the command.
-        about: what it shows, for `list`.
+        gpus: number of required GPUs.
+        seconds: maximum duration, after which it is stopped.
+        rows: file of docs/results for its rows; "" for tests, which have a record instead.
+        command: Python's arguments. `{out}` is the file of rows, `{limit}` the seconds left for the command.
+        about: its claim, for `list`.
     """
 
     name: str
@@ -114,7 +114,7 @@ PROOFS: Sequence[Proof] = (
         _ttft("qwen3-8b,deepseek-v2-lite", "dram", "--sizes", "80K", *_ENGINES),
         "the same loads by copy engines",
     ),
-    Proof("sums", 1, 60, "sums.jsonl", _script("sums"), "what the sums of pages cost by themselves"),
+    Proof("sums", 1, 60, "sums.jsonl", _script("sums"), "the cost of page checksums alone"),
     Proof(
         "integrity-dram",
         1,

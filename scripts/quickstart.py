@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Starts an SGLang server whose HiCache lives in a tier of sglang_xmem and shows where its hits come from.
+"""Start an SGLang server with HiCache in a tier of sglang_xmem, and show the sources of its hits.
 
-Per round a prompt is sent that the server has not seen (recompute), again (hit in device memory), and again after
-other prompts have pushed it out of the device pool (hit in the tier). The last line on stdout is one JSON object.
-Exit status 1: a tier hit did not come from the tier, or outputs differ.
+Each round sends a new prompt (recompute), sends it again (hit in device memory), and again after other prompts have
+evicted it from the device pool (hit in the tier). The last line on stdout is one JSON object. Exit status 1: a hit did
+not come from the tier, or outputs differ.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.sglang_server import CPU_OPTIONS, Answer, Server, ServerFailed, launch_server_command, tier_in
 
-#: In the order of the table; the keys of `ttft_ms` in the JSON line.
+#: Rows of the table in order, and keys of `ttft_ms` in the JSON line.
 KINDS = {"recompute": "not cached, recomputed", "hbm_hit": "hit in the device pool", "tier_hit": "hit in the tier"}
 OUTPUT_TOKENS = 8
-#: A hit in the device pool once more, which says whether this engine's outputs repeat at all.
+#: A second hit in the device pool, which shows whether this engine's outputs are reproducible.
 AGAIN = "hbm_hit_again"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes in tokens; `device_pool` is small, so that few prompts push one out."""
+    """Sizes in tokens; `device_pool` is small, so that few prompts evict one."""
 
     prompt: int
     page: int
@@ -44,12 +44,12 @@ class Workload:
 
     @property
     def flood_prompts(self) -> int:
-        """Prompts that fill the device pool once over: the oldest entry, whatever it is, is gone after them."""
+        """Return the prompts that fill the device pool once, so that the oldest entry is evicted."""
         return math.ceil(self.device_pool / self.prompt) + 1
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, with defaults that fit the machine."""
+    """Parse the command line, with defaults for the machine."""
     on_gpu = os.environ.get("SGLANG_USE_CPU_ENGINE") != "1"
     parser = argparse.ArgumentParser(
         prog="quickstart.sh",
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tier", default="auto", help="value of --hicache-xmem-tier (default: auto)")
     parser.add_argument("--prompt-tokens", type=int, default=8192 if on_gpu else 400)
     parser.add_argument("--page-size", type=int, default=64 if on_gpu else 16)
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds; one more goes before them to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one warm-up round")
     parser.add_argument("--start-timeout", type=float, default=900 if on_gpu else 180, help="seconds")
     own, server = sys.argv[1:], []
     if "--" in own:
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_model(directory: Path, on_gpu: bool) -> None:
-    """A random model; on a GPU a larger one, so that recomputing a prompt takes a time worth saving."""
+    """Make a random model; on a GPU a larger one, so that recomputing a prompt is slow enough to save."""
     size = ["--layers", "16", "--hidden-size", "1024", "--heads", "16", "--kv-heads", "8", "--head-dim", "128"]
     size += ["--sharpness", "2"]
     script = Path(__file__).with_name("make_tiny_model.py")
@@ -82,7 +82,7 @@ def make_model(directory: Path, on_gpu: bool) -> None:
 
 
 def server_options(arguments: argparse.Namespace, model: str, workload: Workload) -> dict[str, Any]:
-    """Keywords of sgl.Engine for the demonstration."""
+    """Return the keywords of sgl.Engine for the demonstration."""
     options: dict[str, Any] = {
         "model_path": model,
         "skip_tokenizer_init": True,
@@ -100,11 +100,11 @@ def server_options(arguments: argparse.Namespace, model: str, workload: Workload
 
 
 def measure(server: Server, workload: Workload) -> list[dict[str, Answer]]:
-    """One dict of answers by kind for each round, the warm-up left out."""
+    """Run the rounds; return one dict of answers by kind per round, without the warm-up."""
     generator = random.Random(0)
 
     def new_prompt() -> list[int]:
-        # Every model's vocabulary has these; the lowest ids are often special tokens.
+        # Every model's vocabulary has these ids; the lowest ones are often special tokens.
         return [generator.randrange(100, 1000) for _ in range(workload.prompt)]
 
     rounds = []
@@ -121,10 +121,10 @@ def measure(server: Server, workload: Workload) -> list[dict[str, Answer]]:
 
 
 def problems_in(rounds: list[dict[str, Answer]], tier: str | None) -> list[str]:
-    """What contradicts the claim that the tier served the third request of each round."""
+    """List contradictions to the claim that the tier served the third request of each round."""
     problems = []
     if tier is None:
-        problems.append("the server's log does not name a tier: sglang_xmem is not at work")
+        problems.append("the server's log does not name a tier: sglang_xmem is not active")
     for number, answers in enumerate(rounds, 1):
         if answers["recompute"].cached.get("device") or answers["recompute"].cached.get("host"):
             problems.append(f"round {number}: the new prompt was cached already: {answers['recompute'].cached}")
@@ -140,7 +140,7 @@ def problems_in(rounds: list[dict[str, Answer]], tier: str | None) -> list[str]:
 
 
 def print_table(rounds: list[dict[str, Answer]], tier: str | None, workload: Workload) -> None:
-    """The result for people, on stdout before the JSON line."""
+    """Format the result for stdout, before the JSON line."""
     print(f"\nTTFT of a prompt of {workload.prompt} tokens, tier {tier}, median of {len(rounds)} rounds\n")
     print(f"{'request':24} {'TTFT ms':>9} {'min':>9} {'max':>9}  {'from device':>11}  {'from tier':>9}")
     for kind, label in KINDS.items():
@@ -151,12 +151,12 @@ def print_table(rounds: list[dict[str, Answer]], tier: str | None, workload: Wor
             f"  {cached.get('device', 0):11d}  {cached.get('host', 0):9d}"
         )
     same = sum(answers["recompute"].output_ids == answers["tier_hit"].output_ids for answers in rounds)
-    # A hit computes its last tokens in another batch shape than a full prefill; on a GPU rounding may differ by it.
+    # A hit computes its last tokens in another batch shape than a full prefill, so rounding may differ on a GPU.
     print(f"\nA tier hit gave the tokens of the recomputed prompt in {same} of {len(rounds)} rounds.\n")
 
 
 def summary(rounds: list[dict[str, Answer]], tier: str | None) -> dict[str, Any]:
-    """The JSON line. `hits` is the round with the fewest tokens from the tier."""
+    """Make the JSON line. `hits` is of the round with the fewest tokens from the tier."""
     worst = min((answers["tier_hit"].cached for answers in rounds), key=lambda cached: cached.get("host", 0))
     return {
         "tier": tier,
@@ -172,14 +172,14 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 
 def main() -> int:
-    """Run the demonstration; returns the exit status."""
+    """Run the demonstration; return the exit status."""
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, _terminated)
     pages_of_prompt = math.ceil(arguments.prompt_tokens / arguments.page_size)
     workload = Workload(
         prompt=arguments.prompt_tokens,
         page=arguments.page_size,
-        # Two prompts and a half, with their output.
+        # 2.5 prompts with their outputs.
         device_pool=math.ceil(2.5 * (pages_of_prompt + 1)) * arguments.page_size,
         rounds=arguments.rounds,
     )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows a HiCache hit that comes from the tier: scripts/quickstart.sh [MODEL_PATH] [options of quickstart.py]
-# The last line on stdout is one JSON object. Without a model path a small random one is made.
+# Show a HiCache hit from the tier: scripts/quickstart.sh [MODEL_PATH] [options of quickstart.py]
+# The last line on stdout is one JSON object. Without a model path, a small random model is made.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Lint, types, prose and all tests, the quick ones first: scripts/test.sh [pytest arguments]
-# With arguments, such as a test's file, pytest runs once and nothing else does.
+# With arguments, such as a test file, only pytest runs, once.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -17,7 +17,7 @@ fi
 "$PYTHON" -m mypy
 "$PYTHON" scripts/lint_prose.py
 # One run, so that there is one summary. tests/conftest.py sorts: unit tests, contracts, services, engines, GPUs.
-# With SGLANG_XMEM_TEST_WORKERS=2, two files run at a time, each in the order of its folder; GPUs are not shared so.
+# With SGLANG_XMEM_TEST_WORKERS=2, two files run in parallel, each in the order of its folder; GPU tests do not.
 workers=()
 if ! has_gpu && ((${SGLANG_XMEM_TEST_WORKERS:-1} > 1)); then
     workers=(-n "$SGLANG_XMEM_TEST_WORKERS" --dist loadfile --no-loadscope-reorder)
