@@ -114,8 +114,7 @@ def _listed(table: VersionTable) -> Iterator[str]:
 
 
 def _imported(table: VersionTable) -> set[str]:
-    """Collect names that the adapter imports from SGLang, and the members that it reads of modules and their
-    instances."""
+    """Collect names that the adapter imports from SGLang, and members that it reads of modules and instances."""
     found = set()
     for path in sorted(ADAPTER.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,5 +1,4 @@
-"""Measure loads from host memory by copy engines against the copy kernel, bytes verified: one JSON line per
-measurement.
+"""Measure verified loads from host memory by copy engines and by the copy kernel: one JSON line per measurement.
 
     python scripts/bench/dma_loads.py --out dma_loads.jsonl
 

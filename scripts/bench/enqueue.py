@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Measure a load's and a store's cost for the enqueueing thread: enqueue.py --output FILE, one JSON line per
-measurement.
+"""Measure a load's and a store's cost for the enqueueing thread, one JSON line each: enqueue.py --output FILE
 
 The hooks as engines call them (`submit_host_to_device` and `submit_device_to_host`, SGLang's own `L2TransferEngine`
 around them) move 80K tokens of a KV, a SWA and a MAMBA pool in tier `dram`, with sums as they are by default. `cold`

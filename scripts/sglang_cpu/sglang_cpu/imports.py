@@ -1,5 +1,4 @@
-"""Import hooks for two packages that SGLang imports and that do not load without CUDA. Imports only the standard
-library."""
+"""Import hooks for two packages that SGLang imports and that need CUDA to load. Imports only the standard library."""
 
 from __future__ import annotations
 
