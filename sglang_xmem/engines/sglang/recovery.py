@@ -26,7 +26,7 @@ from sglang_xmem.watch import end_rank
 logger = logging.getLogger(__name__)
 
 #: Error message of the ended requests.
-_APOLOGY = "KV cache pages from tier {tiers} are damaged. Send the request again."
+_DAMAGED = "KV cache pages from tier {tiers} are damaged. Send the request again."
 #: Seconds until an engine must be idle after all its requests were ended.
 _IDLE_WITHIN_S = 60.0
 
@@ -82,7 +82,7 @@ def _end_requests(scheduler: Any, batch: Any, wrong: str) -> None:
     logger.error("sglang_xmem: %s; all requests end with an error and the caches are flushed", wrong)
     active.set_aside(wrong)
     _share_nothing_old()
-    message = _APOLOGY.format(tiers=", ".join(active.tier_names()))
+    message = _DAMAGED.format(tiers=", ".join(active.tier_names()))
     reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE)
     # Waiting requests end too, since the flush invalidates the pages that they fetched from storage.
     scheduler.abort_request(AbortReq(rid="", abort_all=True, abort_message=message, finished_reason=reason.to_json()))
