@@ -1,7 +1,7 @@
-"""SGLang's way in: the `sglang.srt.plugins` entry point. Imports the standard library alone.
+"""The entry point for SGLang, `sglang.srt.plugins`. Imports only the standard library.
 
-SGLang calls `register` in every process it starts, with or without the flag. An exception here would only be logged,
-and SGLang would serve from DRAM; so where the user asked for a tier, a failure ends the process instead.
+SGLang calls `register` in every process that it starts, with or without the flag. SGLang only logs an exception here,
+and would serve from DRAM. So if the user requests a tier, a failure ends the process instead.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Add the flags to SGLang. HiCache itself is patched later, and only in an engine that has the flag on."""
+    """Add the flags to SGLang. HiCache itself is patched later, and only in engines with the flag on."""
     try:
         importlib.import_module("sglang_xmem.engines.sglang").install()
     except Exception as error:
-        message = f"--hicache-use-xmem cannot be offered: {error}"
+        message = f"--hicache-use-xmem is unavailable: {error}"
         if any(arg.startswith(("--hicache-use-xmem", "--hicache-xmem-")) for arg in sys.argv[1:]):
             sys.stderr.write(f"sglang_xmem: {message}\n")
             raise SystemExit(2) from None
@@ -28,20 +28,21 @@ def register() -> None:
 
 
 def _guard_engine(message: str) -> None:
-    """Make `sgl.Engine(hicache_use_xmem=True)` fail with `message` where the keyword cannot be offered.
+    """Make `sgl.Engine(hicache_use_xmem=True)` fail with `message` if the keyword is unavailable.
 
-    Through `server_args_class`, which an engine reads after it has loaded plugins; its `__init__` is running by then.
+    Uses `server_args_class`, which an engine's `__init__` reads after it has loaded plugins.
     """
     try:
         engine = importlib.import_module("sglang.srt.entrypoints.engine").Engine
         original = engine.server_args_class
-    except Exception:  # nothing to guard: this SGLang has no such engine, or does not import
+    except Exception:  # nothing to guard: this SGLang has no such engine, or cannot be imported
         return
     engine.server_args_class = _Guard(original, message)
 
 
 class _Guard:
-    """Refuses this package's keywords, and passes all others on. An object: a function would be bound to the engine."""
+    """Refuses this package's keywords, and forwards all others. An object, because a function would be bound to the
+    engine."""
 
     def __init__(self, original: Any, message: str) -> None:
         self.original = original
