@@ -299,7 +299,7 @@ class CopierContract(ABC):
             ("int64", some.int(), some),
             ("int64", some, some[None]),
             ("int64", some, some.to("meta")),
-            ("3 frames against 2 slots", some, some[:2]),
+            ("3 frames but 2 slots", some, some[:2]),
             ("contiguous", torch.stack([some, some], 1)[:, 0], some),
         ):
             with pytest.raises(ValueError, match=match):
