@@ -582,5 +582,5 @@ def test_a_session_whose_answer_came_too_late_leaves_no_promise(
         with pytest.raises(Unavailable, match="did not respond within"):
             BankSession(MODEL, FRAME, 100)
     daemon.send(signal.SIGCONT)
-    wait_until(lambda: re.search(r"process \d+ left ", daemon.log()), 10)
+    wait_until(lambda: re.search(r"process \d+ left ", daemon.log()) is not None, 10)
     assert promised(daemon) == []
