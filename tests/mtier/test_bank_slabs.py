@@ -181,7 +181,7 @@ def test_it_stops_before_the_container_s_limit_and_says_so(build: Path, tmp_path
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(["sh", "-c", enter], stderr=log)
     try:
-        wait_until(lambda: "makes no more so" in (tmp_path / "log").read_text() or process.poll() is not None, 60)
+        wait_until(lambda: "populated and stops" in (tmp_path / "log").read_text() or process.poll() is not None, 60)
         words = (tmp_path / "log").read_text()
         assert "this machine, or the container's limit, has" in words
         assert "engines wait for the rest, make the bank smaller" in words

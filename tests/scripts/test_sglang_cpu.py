@@ -124,7 +124,7 @@ def test_copies_of_one_array_a_layer() -> None:
 
 def test_a_row_behind_the_end_is_refused() -> None:
     rows = torch.zeros(4, 8)
-    with pytest.raises(AssertionError, match="behind the end"):
+    with pytest.raises(AssertionError, match="exceeds its buffer"):
         copies.transfer_kv_per_layer_mla(rows, rows.clone(), torch.tensor([4]), torch.tensor([0]), 32)
 
 
