@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from sglang_xmem.cache import CacheError, cache_dir, is_own, read_own
 
@@ -31,7 +32,12 @@ STAMP = "mtier.digests"
 _FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 #: For tests: allows another library as the CUDA driver.
 _TESTING = ("-DMTIER_TESTING",)
-_SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+Sanitizer = Literal["address", "thread"]
+_SANITIZE = ("-O1", "-g1", "-fno-omit-frame-pointer")
+_SANITIZERS: dict[Sanitizer, tuple[str, ...]] = {
+    "address": (*_SANITIZE, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": (*_SANITIZE, "-fsanitize=thread"),
+}
 #: Products, with their source and further flags.
 _TARGETS = (
     (LIBRARY, "libmtier.cpp", ("-shared", "-fPIC", "-fvisibility=hidden")),
@@ -45,13 +51,13 @@ class BuildError(RuntimeError):
 
 
 def built(
-    *, testing: bool = False, sanitize: bool = False, announce: Callable[[str], None] = lambda words: None
+    *, testing: bool = False, sanitize: Sanitizer | None = None, announce: Callable[[str], None] = lambda words: None
 ) -> Path:
     """Return a directory with LIBRARY, DAEMON and PAGES: SGLANG_XMEM_MTIER_DIR or the cache; compile if needed.
 
     Args:
         testing: variants for tests; always compiled here.
-        sanitize: as `testing`, with AddressSanitizer and UndefinedBehaviorSanitizer.
+        sanitize: as `testing`, with AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer.
         announce: called with a sentence before a compilation, which takes 30 s.
 
     Raises:
@@ -59,7 +65,7 @@ def built(
             variable's directory was not built from these sources.
     """
     prebuilt = os.environ.get(PREBUILT_VARIABLE)
-    more = (*(_TESTING if testing or sanitize else ()), *(_SANITIZE if sanitize else ()))
+    more = (*(_TESTING if testing or sanitize else ()), *(_SANITIZERS[sanitize] if sanitize else ()))
     if prebuilt and not more:
         return _checked(Path(prebuilt))
     compiler = _compiler()

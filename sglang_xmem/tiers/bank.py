@@ -21,7 +21,8 @@ from sglang_xmem.tiers import hostmem
 from sglang_xmem.tiers.base import Extent, MemoryTier, Ranks, Region, Traits
 
 #: Smallest frames. Each also uses 64 bytes of the ledger, which is on the devdax if the frames are. Arenas never
-#: request smaller frames; a smaller granule is one of plain bytes.
+#: request smaller frames; a smaller granule is one of plain bytes. The service refuses frames
+#: below the first (native/pages_protocol.h).
 LEAST_FRAME_BYTES = 256
 LEAST_DAX_FRAME_BYTES = 4096
 

@@ -398,6 +398,7 @@ def test_messages_that_are_not_so_are_refused(daemon: Daemon) -> None:
         lambda: request(join) + good[:-1],
         lambda: request(join) + good + b"\0",
         lambda: request(join) + join_request(0, 0, 8, MODEL),
+        lambda: request(join) + join_request(0, 255, 8, MODEL),  # its ledger would be as large as the bank
         lambda: request(join) + join_request(0, FRAME, 2**63, MODEL),
         lambda: request(join) + join_request(2, FRAME, 8, MODEL),
         lambda: request(join) + join_request(0, FRAME, 8, MODEL, label=b"x" * 64),

@@ -37,10 +37,10 @@ def store(session, numbers):
     addresses = session.claim(len(numbers))
     for number, address in zip(numbers, addresses): write(address, number)
     return session.publish([key(number) for number in numbers], addresses)
-def join(kind=GPU, frames=8):
+def join(kind=GPU, frames=8, identity=MODEL):
     global session
     try:
-        session = BankSession(MODEL, FRAME, frames, kind=kind)
+        session = BankSession(identity, FRAME, frames, kind=kind)
     except Exception as error:
         return str(error)
 for line in sys.stdin:

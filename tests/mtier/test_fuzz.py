@@ -21,6 +21,7 @@ import pytest
 
 from sglang_xmem.bank import JOIN_REQUEST, NEW, PAGES_VERSION, BankSession
 from sglang_xmem.mtier.build import BuildError, built
+from sglang_xmem.mtier.client import HOST
 from tests import REPOSITORY
 from tests.mtier.conftest import StartDaemon
 from tests.mtier.service import (
@@ -51,7 +52,7 @@ LARGEST = (2**63, 2**64 - 2 * MIB, 2**64 - 1)
 @pytest.fixture(scope="session")
 def sanitized() -> Path:
     try:
-        return built(sanitize=True)
+        return built(sanitize="address")
     except BuildError as error:
         pytest.skip(f"the compiler has no sanitizers: {error}")
 
@@ -139,7 +140,15 @@ class Fuzzer:
 
 
 class PagesFuzzer(Fuzzer):
-    """The same with messages of the page bank, most of them of the right size."""
+    """The same with messages of the page bank, most of them of the right size.
+
+    Args:
+        kind: of the memory that most sessions ask for.
+    """
+
+    def __init__(self, path: Path, seed: int, kind: int = HOST) -> None:
+        super().__init__(path, seed)
+        self._kind = kind
 
     def message(self) -> bytes:
         r = self._random
@@ -153,12 +162,12 @@ class PagesFuzzer(Fuzzer):
             behind = JOIN_REQUEST.pack(
                 PAGES_VERSION if r.random() < 0.95 else r.getrandbits(32),
                 r.choice((0, 0, 0, 1, 1, 2)),
-                r.choice((65536, 65536, 131072, 1, 4096, *EDGES, *LARGEST)),
+                r.choice((65536, 65536, 131072, 256, 4096, *EDGES, *LARGEST)),
                 r.choice((1, 2, 5, 100, *EDGES, *LARGEST)),
                 bytes([r.randrange(3)]) * 32,
                 r.choice((b"x", b'"\\\n', b"y" * 64)),
                 r.choice((0, 1, 2, 3, r.getrandbits(64))),
-                r.choice((1, 1, 1, 2, 3, 0)),
+                r.choice((*[self._kind] * 3, 0, 1, 2, 3)),
                 r.choice((0, 0, 1, 2)),
                 r.choice((0, 1, 1 << 20, *LARGEST)),
             )
@@ -189,7 +198,7 @@ def test_page_bank_survives_hostile_messages_kills_and_restarts(
     command = [sys.executable, __file__, str(daemon.socket_path), str(count)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     clients = [
-        subprocess.Popen([*command, str(SEED * 100 + n)], stdout=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen([*command, str(SEED * 100 + n), str(HOST)], stdout=subprocess.PIPE, text=True, env=environment)
         for n in range(others)
     ]
     try:
@@ -444,8 +453,8 @@ def test_reset_by_one_client_between_another_s_calls(sanitized: Path, start_daem
     assert daemon.stop() == 0, daemon.log()[-4000:]
 
 
-def _fuzz_pages(path: str, messages: int, seed: int) -> None:
-    fuzzer = PagesFuzzer(Path(path), seed)
+def _fuzz_pages(path: str, messages: int, seed: int, kind: int) -> None:
+    fuzzer = PagesFuzzer(Path(path), seed, kind)
     for number in range(messages):
         fuzzer.step()
         if number == messages // 2:
@@ -456,4 +465,4 @@ def _fuzz_pages(path: str, messages: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    _fuzz_pages(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _fuzz_pages(sys.argv[1], *map(int, sys.argv[2:]))

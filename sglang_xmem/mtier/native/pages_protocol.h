@@ -11,6 +11,8 @@ namespace mtier::pages {
 constexpr std::uint32_t kPagesVersion = 4;
 // Maximum keys, or pages, per message.
 constexpr std::size_t kMaxPages = 256;
+// Bytes of a frame at least: each has 64 of the ledger too, which no bank's account knows.
+constexpr std::uint64_t kLeastFrameBytes = 256;
 
 enum class PagesOp : std::uint16_t {
     // `bank`: a MemoryKind. Behind it: nothing, or a label as in JoinRequest. Reply: num_banks (of that memory), total

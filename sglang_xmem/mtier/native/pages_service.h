@@ -337,7 +337,7 @@ class PageService : public Handler {
             return Answer::error(kServerError, "the client and the service use different versions of the page bank's "
                                                "messages; start both from one release");
         }
-        if (asked.frame_bytes == 0 || asked.frame_bytes > (1ULL << 40) || asked.frames == 0 ||
+        if (asked.frame_bytes < kLeastFrameBytes || asked.frame_bytes > (1ULL << 40) || asked.frames == 0 ||
             asked.frames > (1ULL << 32) || asked.is_private > 1 || asked.label[sizeof(asked.label) - 1] != '\0' ||
             asked.session == 0 || asked.again > 1) {
             return Answer::error(kInvalidArgument, "the requested session size exceeds every bank");
