@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.bench.serving_soak import START_TIMEOUT_S, Load, counted, engine_options, prompts, right_answers
 from scripts.sglang_server import Server, launch_server_command
 from sglang_xmem import errors, gpus
-from sglang_xmem.bench.runs import has_gpu
+from sglang_xmem.bench.setup import has_gpu
 
 FAULTS = ("kill", "crowd")
 #: Seconds within which a server whose rank was killed ends, and its memory is back.

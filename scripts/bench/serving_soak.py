@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.sglang_server import CPU_OPTIONS, HOST, Server, launch_server_command
 from sglang_xmem import errors
-from sglang_xmem.bench.runs import Results, has_gpu
+from sglang_xmem.bench.runs import Results
+from sglang_xmem.bench.setup import has_gpu
 
 POLICIES = ("write_through", "write_through_selective", "write_back")
 PAGE_SIZE = 16

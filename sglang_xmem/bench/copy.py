@@ -8,55 +8,43 @@ pools are in host memory, and rates say nothing.
 from __future__ import annotations
 
 import argparse
-import functools
+from collections.abc import Callable
 
-from sglang_xmem.bench import moves, runs, stats
+from torch.utils.benchmark import Timer
+
+from sglang_xmem.bench import moves, setup, stats
+from sglang_xmem.bench.engine import Row
 from sglang_xmem.bench.moves import CASES, Scene
-from sglang_xmem.bench.runs import Results, Row
-from sglang_xmem.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    cases = ",".join(CASES)
-    parser.add_argument("--cases", default=None, help=f"comma-separated, of {cases}; default: all, with --quick kv")
+    cases = f"comma-separated, of {','.join(CASES)}; default: all, with --quick kv"
+    parser.add_argument("--cases", type=setup.several(setup.one_of(list(CASES))), help=cases)
     size = "bytes of a move in GB; default 4, with --quick 0.5, without a GPU 0.03"
-    parser.add_argument("--gb", type=runs.at_least(0.001, float), default=None, help=size)
-    repetitions = "samples of each; default 10, with --quick 5"
-    parser.add_argument("--repetitions", type=runs.at_least(1), default=None, help=repetitions)
+    parser.add_argument("--gb", type=setup.number(0.001, float), help=size)
     moves.add_arguments(parser, "copy")
 
 
 def run(args: argparse.Namespace) -> int:
-    cases = args.cases.split(",") if args.cases else ["kv"] if args.quick else list(CASES)
-    for name in cases:
-        if name not in CASES:
-            raise ConfigError(f"--cases {name}: choose from {', '.join(CASES)}.")
-    repetitions = args.repetitions or (5 if args.quick else 10)
-    gb = args.gb or (0.03 if not runs.has_gpu() else 0.5 if args.quick else 4.0)
+    gb = args.gb or (0.03 if not setup.has_gpu() else 0.5 if args.quick else 4.0)
 
-    def measure(scene: Scene, name: str) -> list[Row]:
+    def measure(scene: Scene) -> list[Row]:
         found = []
         wrong = scene.wrong_pages(scene.pages)
         pages, _ = scene.some(scene.pages)
         nbytes = scene.pages * scene.case.page_bytes
+
+        def rates(work: Callable[[], None]) -> list[float]:
+            timer = Timer("work()", globals={"work": work})  # waits for the device
+            timer.timeit(1)
+            return [round(nbytes / timer.timeit(1).mean / 1e9, 6) for _ in range(5 if args.quick else 10)]
+
         for direction, move in (("load", scene.load), ("store", scene.store)):
-            rates = [nbytes / s / 1e9 for s in scene.seconds(functools.partial(move, pages), repetitions)]
-            contiguous = scene.contiguous(nbytes, load=direction == "load")
-            base = [nbytes / s / 1e9 for s in scene.seconds(contiguous, repetitions)]
-            found.append(
-                {
-                    "case": name,
-                    "direction": direction,
-                    "pages": scene.pages,
-                    "page_bytes": scene.case.page_bytes,
-                    "gbps": round(stats.median(rates), 6),
-                    "gbps_all": [round(rate, 6) for rate in rates],
-                    "contiguous_gbps": round(stats.median(base), 6),
-                    "verified": not wrong,
-                    "wrong": wrong,
-                    "copier": scene.copier,
-                }
-            )
+            moved = rates(lambda move=move: move(pages))  # type: ignore[misc]
+            gbps, base = stats.median(moved), stats.median(rates(scene.contiguous(nbytes, load=direction == "load")))
+            row = {"direction": direction, "pages": scene.pages, "page_bytes": scene.case.page_bytes, "wrong": wrong}
+            row |= {"gbps": gbps, "gbps_all": moved, "contiguous_gbps": base, "share": round(gbps / base, 4)}
+            found.append({**row, "copier": scene.copier})
         return found
 
-    return moves.over_tiers(args, Results("copy", args), cases, int(gb * 1e9), measure)
+    return moves.over_tiers("copy", args, args.cases or (["kv"] if args.quick else list(CASES)), int(gb * 1e9), measure)

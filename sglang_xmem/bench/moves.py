@@ -5,7 +5,6 @@ a shape on the device, and every byte compared.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,8 +12,9 @@ import torch
 
 from sglang_xmem import gpus
 from sglang_xmem.arena import Arena, SpaceSpec, aligned, bytes_at
-from sglang_xmem.bench import runs, sizing
-from sglang_xmem.bench.runs import Results, Row
+from sglang_xmem.bench import setup, sizing
+from sglang_xmem.bench.engine import Row
+from sglang_xmem.bench.runs import Results
 from sglang_xmem.config import parse_options
 from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane
@@ -88,9 +88,8 @@ class Scene:
     def some(self, pages: int) -> tuple[Pages, torch.Tensor]:
         """Random pages for a move, and the units on the device that they are in."""
         chosen = torch.randperm(2 * self.pages, generator=self.random)[:pages]
-        frames = self.arena.frames([("pages", chosen)])[0]
         units = self._units(pages)
-        return Pages(frames, units * self.case.divisor), units
+        return Pages(self.arena.frames([("pages", chosen)])[0], units * self.case.divisor), units
 
     def _units(self, pages: int) -> torch.Tensor:
         """Random units of each pool, chosen on the device."""
@@ -140,24 +139,6 @@ class Scene:
         torch.mul(numbers + seed, 0x9E3779B97F4A7C1, out=pool)
         pool ^= numbers << 7
 
-    def seconds(self, work: Callable[[], None], repetitions: int) -> list[float]:
-        """Time of some work on the current stream, after once to warm up."""
-        work()
-        found = []
-        for _ in range(repetitions):
-            if self.device.type == "cpu":
-                start = time.perf_counter()
-                work()
-                found.append(time.perf_counter() - start)
-                continue
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-            work()
-            events[1].record()
-            events[1].synchronize()
-            found.append(events[0].elapsed_time(events[1]) / 1e3)
-        return found
-
     def contiguous(self, nbytes: int, *, load: bool) -> Callable[[], None]:
         """A copy of as many bytes in one piece, by torch; of as many as the tier has in one piece."""
         slab = self.arena.spaces["pages"].slabs[0]
@@ -178,20 +159,16 @@ class Scene:
 
 def add_arguments(parser: argparse.ArgumentParser, bench: str) -> None:
     """Options of both benchmarks."""
-    parser.add_argument("--tiers", default=None, help="comma-separated; default: all that this machine has")
-    parser.add_argument("--gpu", type=runs.at_least(0), default=0, help="CUDA ordinal of the rank; default 0")
-    parser.add_argument("--xmem-config", default=None, help="value of --hicache-xmem-config; default: none")
-    parser.add_argument("--seed", type=int, default=0, help="of the pages and bytes; default 0")
+    about = "comma-separated; default: all that this machine has"
+    parser.add_argument("--tiers", type=setup.several(str), default=[], help=about)
+    parser.add_argument("--gpu", type=setup.number(0), default=0, help="CUDA ordinal of the rank; default 0")
+    parser.add_argument("--xmem-config", help="value of --hicache-xmem-config; default: none")
     parser.add_argument("--quick", action="store_true", help="the least that still shows something")
-    runs.add_output_argument(parser, bench)
+    setup.add_output_argument(parser, bench)
 
 
 def over_tiers(
-    args: argparse.Namespace,
-    results: Results,
-    cases: list[str],
-    nbytes: int,
-    measure: Callable[[Scene, str], list[Row]],
+    bench: str, args: argparse.Namespace, cases: list[str], nbytes: int, measure: Callable[[Scene], list[Row]]
 ) -> int:
     """Measure each case in each tier; returns the exit status.
 
@@ -201,34 +178,30 @@ def over_tiers(
     A tier that this machine does not have is a row with `skipped`, unless it was named: then, or where no tier was
     measured at all, the status is 1, as after an error, a wrong byte, or fewer copies than were asked for.
     """
-    gpu = args.gpu if runs.has_gpu() else None
+    gpu = args.gpu if setup.has_gpu() else None
     if gpu is not None:
-        if gpu not in gpus.visible_gpus():
-            raise ConfigError(
-                f"--gpu {gpu} is not a GPU of this machine. Give one of 0 to {len(gpus.visible_gpus()) - 1}."
-            )
+        if gpu not in (known := gpus.visible_gpus()):
+            raise ConfigError(f"--gpu {gpu} is not a GPU of this machine. Give one of 0 to {len(known) - 1}.")
         torch.cuda.set_device(gpu)
-    failed, measured = False, 0
-    for tier in args.tiers.split(",") if args.tiers else list(tier_classes()):
+    results, failed, measured = Results(bench, args), False, 0
+    for tier in args.tiers or tier_classes():
         for name in cases:
-            free = sizing.available_host_bytes() if gpu is None else min(torch.cuda.mem_get_info(gpu)[0], 1 << 45)
-            case = CASES[name]
-            pages = max(1, min(nbytes, free // 5) // case.page_bytes)
-            scene, rows, complete = None, [], True
+            free = sizing.available_host_bytes() if gpu is None else torch.cuda.mem_get_info(gpu)[0]
+            pages = max(1, min(nbytes, free // 5) // CASES[name].page_bytes)
+            scene = None
             try:
-                scene = Scene(tier, args.xmem_config, gpu, case, pages, args.seed)
-                rows = measure(scene, name)
+                scene = Scene(tier, args.xmem_config, gpu, CASES[name], pages, seed=0)
+                rows = measure(scene)
                 measured += 1
             except (ConfigError, Unavailable) as error:
-                rows, complete = [{"skipped": str(error)}], False
+                rows = [{"skipped": str(error)}]
                 failed = failed or bool(args.tiers)
             except (CopyError, RuntimeError) as error:
-                rows, complete, failed = [{"case": name, "error": " ".join(str(error).split())[:300]}], False, True
+                rows, failed = [{"error": " ".join(str(error).split())[:300]}], True
             finally:
                 if scene is not None:
                     scene.close()
-            where = "CPU" if gpu is None else torch.cuda.get_device_name(gpu)
-            results.write([{"tier": tier, "gpu": where, **row} for row in rows], complete=complete)
+            results.write([{"tier": tier, "case": name, **row} for row in rows])
             failed = failed or any(row.get("wrong") or row.get("too_few") for row in rows)
             if "skipped" in rows[0]:
                 break

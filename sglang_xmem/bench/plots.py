@@ -1,13 +1,17 @@
-"""Plots of one run's rows, as `sglang-xmem bench report --plot` writes them; matplotlib without a display."""
+"""Plots of one run's rows, as `sglang-xmem bench report --plot` writes them; matplotlib without a display.
+
+A panel for each value of a key (shape, concurrency), in it a line with whiskers for each backend.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from sglang_xmem.bench.report import FLOOR_AND_CEILING, Row, backend_order, factor, merged, short, tokens_label, where
+from sglang_xmem.bench.report import COLUMNS, FLOOR_AND_CEILING, KINDS, Row, factor, in_order, merged, short, title
 from sglang_xmem.errors import ConfigError
 
 #: Colours (Okabe and Ito's, which colour-blind readers can distinguish) and markers of backends.
@@ -25,62 +29,20 @@ STYLES = {
 LABELS = {"hbm": "HBM hit", "recompute": "computed again", "stock": "stock HiCache"}
 
 
-class Plot(NamedTuple):
-    """A picture of a benchmark: a line with whiskers for each backend, and a panel for each value of a key.
-
-    Attributes:
-        title: with keys of the first row in braces.
-        panel: the key, and how its values are written over a panel.
-        x: the key, how its values are written, and what they are.
-        y: keys of the lower end, the middle and the upper end.
-        y_label: what they are.
-    """
-
-    title: str
-    panel: tuple[str, str]
-    x: tuple[str, Callable[[float], str], str]
-    y: tuple[str, str, str]
-    y_label: str
-
-
-_TTFT = "time to first token, ms"
-PLOTS = {
-    "ttft": Plot(
-        "TTFT of a hit: median, min to max",
-        ("shape", "{}"),
-        ("prompt_tokens", tokens_label, "prompt tokens"),
-        ("ttft_ms.min", "ttft_ms.p50", "ttft_ms.max"),
-        _TTFT,
-    ),
-    "throughput": Plot(
-        "Throughput, prompts of {prompt_tokens} tokens: median, min to max",
-        ("concurrency", "{} at once"),
-        ("hit_ratio", "{:.0%}".format, "share of the prompt that hits"),
-        ("min", "tokens_per_s", "max"),
-        "tokens/s, prompt and output",
-    ),
-    "multiturn": Plot(
-        "{agents} agents, TTFT by turn: median, to the 90th percentile",
-        ("shape", "{}"),
-        ("turn", lambda turn: f"{turn + 1:.0f}", "turn"),
-        ("ttft_ms.p50", "ttft_ms.p50", "ttft_ms.p90"),
-        _TTFT,
-    ),
-}
-
-
 def write(rows: Sequence[Row], path: Path) -> None:
     """A picture of one run, in the format of the file's ending.
 
     Raises:
-        ConfigError: the benchmark has no plot, the ending is of no picture, or matplotlib is missing.
+        ConfigError: the run has no plot, the ending is of no picture, or matplotlib is missing.
     """
     bench = rows[0]["bench"]
-    if bench not in PLOTS:
+    kind = KINDS.get(bench)
+    if kind is None or not kind.panel:
         raise ConfigError(f"bench {bench} has no plot. Leave --plot out.")
-    plot = PLOTS[bench]
-    needed = [plot.panel[0], plot.x[0], *plot.y]
-    whole = [row for row in merged(rows) if row["bench"] == bench and not any(row.get(key) is None for key in needed)]
+    x = kind.what.split()[-1]
+    needed = [kind.panel, x, kind.metric, *kind.ends]
+    mine = merged(row for row in rows if row["bench"] == bench)
+    whole = [row for row in mine if not any(row.get(key) is None for key in needed)]
     if not whole:
         raise ConfigError("The run has nothing to plot. Leave --plot out.")
     if path.suffix not in (".png", ".svg", ".pdf"):
@@ -94,75 +56,64 @@ def write(rows: Sequence[Row], path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sglang_xmem", "font.size": 10}):
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         try:
-            _figure(plot, whole).savefig(path, dpi=150, metadata=metadata, facecolor="white")
+            _figure(whole, kind.panel, x).savefig(path, dpi=150, metadata=metadata, facecolor="white")
         except OSError as error:
             raise ConfigError(f"--plot {path} cannot be written: {error.strerror}. Name another file.") from None
     print(path, file=sys.stderr)
 
 
-def _figure(plot: Plot, rows: Sequence[Row]) -> Any:
+def _figure(rows: Sequence[Row], panel: str, x: str) -> Any:
     # Figure and not pyplot: no global state, no display.
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    panels = list(dict.fromkeys(row[plot.panel[0]] for row in rows))
+    kind = KINDS[rows[0]["bench"]]
+    panels: dict[Any, list[Row]] = defaultdict(list)
+    for row in in_order(rows):
+        panels[row[panel]].append(row)
     figure = Figure(figsize=(max(7.0, 3.8 * len(panels)), 4.6), layout="constrained")
-    axes = list(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0])
-    for axis, panel in zip(axes, panels, strict=True):
-        _panel(plot, axis, [row for row in rows if row[plot.panel[0]] == panel])
-        if len(panels) > 1:
-            axis.set_title(plot.panel[1].format(panel), fontsize=10)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (value, mine) in zip(axes, panels.items(), strict=True):
+        _panel(axis, mine, x)
+        axis.set_title(f"{panel} {value}" if len(panels) > 1 else "", fontsize=9, loc="left")
     first = axes[0]
     first.set_yscale("log")
     first.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     first.yaxis.set_minor_locator(NullLocator())
     first.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    first.set_ylabel(plot.y_label)
+    first.set_ylabel(COLUMNS[kind.metric][0])
     first.legend(frameon=False)
-    n = sorted({row["samples"] for row in rows if "samples" in row}) or [0]
-    samples = f"{n[0]} to {n[-1]} samples" if len(n) > 1 else f"{n[0]} samples"
-    shapes = ", ".join(dict.fromkeys(str(row.get("shape", "")) for row in rows))
-    title = plot.title.format_map({"agents": "-", "prompt_tokens": "-", **rows[0]})
-    figure.suptitle(f"{title}, {shapes}, {samples}\n{where(rows[0]).strip(' ()')}", fontsize=10)
+    samples = sorted({row["samples"] for row in rows if row.get("samples")}) or [0]
+    counted = "-".join(map(str, dict.fromkeys((samples[0], samples[-1]))))
+    ends = " to ".join(end.partition(".")[2] or end for end in kind.ends)
+    figure.suptitle(f"{title(rows[0])}\nmedian, {ends}; {counted} samples", fontsize=10)
     return figure
 
 
-def _panel(plot: Plot, axis: Any, rows: Sequence[Row]) -> None:
+def _panel(axis: Any, rows: Sequence[Row], x: str) -> None:
     """Lines, axis of x and headline of a panel."""
-    (x, written, x_label), (low, middle, high) = plot.x, plot.y
+    kind, (heading, written) = KINDS[rows[0]["bench"]], COLUMNS[x]
+    y, (low, high) = kind.metric, kind.ends
     values = sorted({row[x] for row in rows})
-    place = {value: index for index, value in enumerate(values)}
-    for name in dict.fromkeys(row["backend"] for row in sorted(rows, key=backend_order)):
-        mine = sorted((row for row in rows if row["backend"] == name), key=lambda row: row[x])
-        y = [row[middle] for row in mine]
-        style = _style(name)
+    for name in dict.fromkeys(row["backend"] for row in rows):
+        mine = [row for row in rows if row["backend"] == name]
+        colour, marker = STYLES.get(name, ("#666666", "o"))
+        style: dict[str, Any] = {"color": colour, "label": LABELS.get(name, name)}
+        style["linestyle"] = "--" if name in FLOOR_AND_CEILING else "-"
         if len(mine) == 1 < len(values):  # a ceiling that was measured once
-            axis.axhline(y[0], color=style["color"], linestyle=style["linestyle"], label=style["label"])
+            axis.axhline(mine[0][y], **style)
             continue
-        errors = [[row[middle] - row[low] for row in mine], [row[high] - row[middle] for row in mine]]
-        axis.errorbar([place[row[x]] for row in mine], y, yerr=errors, capsize=2, elinewidth=1, **style)
+        # Where lines lie on each other, both show.
+        style |= {"marker": marker, "markerfacecolor": "none" if name == "stock" else colour}
+        errors = [[max(0, row[y] - row[low]) for row in mine], [max(0, row[high] - row[y]) for row in mine]]
+        places = [values.index(row[x]) for row in mine]
+        axis.errorbar(places, [row[y] for row in mine], yerr=errors, capsize=2, elinewidth=1, **style)
     axis.set_xticks(range(len(values)), [written(value) for value in values])
-    axis.set_xlabel(x_label)
+    axis.set_xlabel(heading)
     axis.grid(True, which="major", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     last = {row["backend"]: row for row in rows if row[x] == values[-1]}
     tiers = [row for name, row in last.items() if name not in (*FLOOR_AND_CEILING, "stock")]
     if tiers and "stock" in last:
-        best = (min if "_ms" in middle else max)(tiers, key=lambda row: row[middle])
-        text = f"{best['backend']}: {factor(best, last['stock'])} stock"
-        at = (place[values[-1]], best[middle])
-        axis.annotate(text, at, xytext=(-6, -14), textcoords="offset points", ha="right", va="top", fontsize=9)
-
-
-def _style(backend: str) -> dict[str, Any]:
-    colour, marker = STYLES.get(backend, ("#666666", "o"))
-    return {
-        "color": colour,
-        "linestyle": "--" if backend in FLOOR_AND_CEILING else "-",
-        "marker": marker,
-        "markersize": 7 if backend == "stock" else 5,
-        "markerfacecolor": "none" if backend == "stock" else colour,  # where lines lie on each other, both show
-        "label": LABELS.get(backend, backend),
-        # The floor goes on top of what reaches it.
-        "zorder": 4 if backend == "hbm" else 3,
-    }
+        best = (min if "_ms" in y else max)(tiers, key=lambda row: row[y])
+        axis.set_title(f"{best['backend']}: {factor(best, last['stock'])} stock", fontsize=9, loc="right")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang_xmem.doctor.tiers import fallback_host_budget
 from sglang_xmem.engines.sglang.host_budget import launcher_host_budget
@@ -91,6 +91,14 @@ def pages_up(tokens: int, page: int) -> int:
     return -(-tokens // page) * page
 
 
+def least_hit(tokens: int, page: int) -> int:
+    """Tokens that a hit of so many has at least: up to two pages less, but one page.
+
+    A prompt's last token is always computed again, with what else is in its page, and a page more may be.
+    """
+    return max(tokens - 2 * page, min(tokens, page))
+
+
 def host_pool_tokens(size_gb: float, shape: KVShape, page: int) -> int:
     """Tokens that a pool of --hicache-size holds. One page more is allocated, and never given out."""
     return int(size_gb * 1e9 // shape.rank_bytes) // page * page
@@ -108,15 +116,13 @@ def available_host_bytes() -> int:
     return fallback_host_budget(1)(0)
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a workload needs of an engine, in tokens.
+class Need(NamedTuple):
+    """What a case needs of its engine, in tokens.
 
     Attributes:
         prompt, output: of the largest request.
         device: size of the GPU's KV pool; None leaves it to SGLang.
         pool: what has to stay in HiCache's pool for the hits to come from there.
-        context: longest request that the engine has to admit.
         running: requests at once.
     """
 
@@ -124,42 +130,28 @@ class Need:
     output: int
     device: int | None
     pool: int
-    context: int
     running: int
 
+    def check(self, shape: KVShape, page: int, max_context: int | None, pool_gb: float | None) -> None:
+        """Refuse what cannot run as asked.
 
-def check_fits(
-    need: Need, shape: KVShape, page: int, *, max_context: int | None, gpu_bytes: int | None, pool_gb: float | None
-) -> None:
-    """Refuse a workload that cannot run as asked.
+        Args:
+            max_context: the model's limit.
+            pool_gb: --hicache-size, None for an engine without HiCache.
 
-    Args:
-        max_context: the model's limit.
-        gpu_bytes: memory of a GPU, None without one.
-        pool_gb: --hicache-size, None for an engine without HiCache.
-
-    Raises:
-        ConfigError: "Problem. Fix."
-    """
-    longest = need.prompt + need.output
-    what = f"A prompt of {need.prompt} tokens with {need.output} of output"
-    if max_context is not None and longest > max_context:
-        raise ConfigError(f"{what} is longer than the model's context of {max_context} tokens. Ask for shorter ones.")
-    if need.device is not None and pages_up(longest, page) > need.device:
-        raise ConfigError(
-            f"{what} does not fit into a KV pool of {need.device} tokens. Raise --device-tokens, or ask for shorter "
-            "ones."
-        )
-    if need.device is not None and gpu_bytes is not None and need.device * shape.rank_bytes > gpu_bytes:
-        raise ConfigError(
-            f"The KV pool of {need.device} tokens needs {need.device * shape.rank_bytes / 1e9:.1f} GB, and the GPU has "
-            f"{gpu_bytes / 1e9:.1f} GB. Ask for shorter prompts, less concurrency or more --tp-size."
-        )
-    if pool_gb is None or shape.hybrid:
-        return
-    held = host_pool_tokens(pool_gb, shape, page)
-    if need.pool > held:
-        raise ConfigError(
-            f"The workload needs {need.pool} tokens in HiCache's pool, and --hicache-size {pool_gb:g} holds {held}. "
-            f"Use --hicache-size {hicache_gb(need.pool + page, shape)} or more, or leave it out."
-        )
+        Raises:
+            ConfigError: "Problem. Fix."
+        """
+        longest = self.prompt + self.output
+        what = f"A prompt of {self.prompt} tokens with {self.output} of output"
+        if max_context is not None and longest > max_context:
+            raise ConfigError(f"{what} is longer than the model's context of {max_context} tokens. Ask for less.")
+        if self.device is not None and pages_up(longest, page) > self.device:
+            raise ConfigError(f"{what} does not fit into a KV pool of {self.device} tokens. Raise --device-tokens.")
+        held = math.inf if pool_gb is None or shape.hybrid else host_pool_tokens(pool_gb, shape, page)
+        if self.pool > held:
+            fits = hicache_gb(self.pool + page, shape)
+            raise ConfigError(
+                f"{self.pool} tokens have to stay in HiCache's pool, and --hicache-size {pool_gb:g} holds {held}. Use "
+                f"--hicache-size {fits} or more, or leave it out."
+            )

@@ -17,33 +17,32 @@ from contextlib import contextmanager
 
 import torch
 
-from sglang_xmem.bench import moves, runs
+from sglang_xmem.bench import moves, setup
+from sglang_xmem.bench.engine import Row
 from sglang_xmem.bench.moves import CASES, Scene
-from sglang_xmem.bench.runs import Results, Row
 
 #: Matrices of the load, n x n in bf16.
 MATRIX = 4096
-#: Bytes of the largest move, on a GPU and on a CPU.
-LARGEST_MOVE = {"small": 2 * 10**9}
-LARGEST_MOVE_OF_OTHERS, LARGEST_MOVE_ON_CPU = 400 * 10**6, 32 * 10**6
+#: Bytes of the largest move on a CPU, and on a GPU by case.
+ON_CPU, ON_GPU, SMALL_ON_GPU = 32 * 10**6, 400 * 10**6, 2 * 10**9
 #: Checks that are enqueued before the first of them is waited for.
 AHEAD = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     count = "in each tier, to and from it; default 100000, with --quick 1000, without a GPU 200"
-    parser.add_argument("--page-copies", type=runs.at_least(1), default=None, help=count)
+    parser.add_argument("--page-copies", type=setup.number(1), help=count)
     parser.add_argument("--case", choices=list(CASES), default="kv", help="what a page is; default kv")
     limit = "seconds a tier may take; fewer copies than asked for fail the run; default 600"
-    parser.add_argument("--time-limit", type=runs.at_least(1, float), default=600.0, help=limit)
+    parser.add_argument("--time-limit", type=setup.number(1, float), default=600.0, help=limit)
     moves.add_arguments(parser, "soak")
 
 
 def run(args: argparse.Namespace) -> int:
-    on_gpu = runs.has_gpu()
+    on_gpu = setup.has_gpu()
     wanted = args.page_copies or (200 if not on_gpu else 1000 if args.quick else 100_000)
 
-    def measure(scene: Scene, name: str) -> list[Row]:
+    def measure(scene: Scene) -> list[Row]:
         done, begun, due = 0, time.monotonic(), deque[torch.cuda.Event]()
         with _busy(scene.device):
             while done < wanted and time.monotonic() - begun < args.time_limit:
@@ -56,18 +55,13 @@ def run(args: argparse.Namespace) -> int:
                     if len(due) > AHEAD:
                         due.popleft().synchronize()
             wrong = int(scene.wrong)
-        row: Row = {
-            "case": name,
-            "page_copies": done,
-            "wrong": wrong,
-            "page_bytes": scene.case.page_bytes,
-            "seconds": round(time.monotonic() - begun, 1),
-            "copier": scene.copier,
-        }
+        seconds = round(time.monotonic() - begun, 1)
+        row: Row = {"page_copies": done, "wrong": wrong, "page_bytes": scene.case.page_bytes, "seconds": seconds}
+        row["copier"] = scene.copier
         return [row if done >= wanted else {**row, "too_few": f"{wanted} asked for in {args.time_limit:g} s"}]
 
-    largest = LARGEST_MOVE.get(args.case, LARGEST_MOVE_OF_OTHERS) if on_gpu else LARGEST_MOVE_ON_CPU
-    return moves.over_tiers(args, Results("soak", args), [args.case], largest, measure)
+    largest = ON_CPU if not on_gpu else SMALL_ON_GPU if args.case == "small" else ON_GPU
+    return moves.over_tiers("soak", args, [args.case], largest, measure)
 
 
 @contextmanager

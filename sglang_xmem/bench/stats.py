@@ -48,18 +48,10 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def floor_ms(cpu_ms: float, forward_ms: float, load_ms: float, layers: int) -> float:
-    """Least time to first token of a hit whose bytes come over a link, in ms.
-
-    A load and a forward pass that go layer by layer are a pipeline of two stages: the slower one in full, and one layer
-    of the faster one.
-
-    Args:
-        cpu_ms: what is done on the CPU before and after.
-        forward_ms: the forward pass of a hit in HBM.
-        load_ms: a contiguous copy of as many bytes over the same link.
-    """
-    return cpu_ms + max(forward_ms, load_ms) + min(forward_ms, load_ms) / layers
+def hit_ratio(hits: dict[str, int], prompt_tokens: int) -> dict[str, float]:
+    """Share of prompt tokens by the cache that they came from, and their total."""
+    whole = max(1, prompt_tokens)
+    return {**{place: round(n / whole, 4) for place, n in hits.items()}, "total": round(sum(hits.values()) / whole, 4)}
 
 
 def apart(a: Interval, b: Interval) -> bool:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import types
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -41,9 +42,6 @@ class FakeEngine:
         self.loaded_bytes = 0
         self.device_pages = options.get("max_total_tokens", 1 << 20) // self.page
         print("what SGLang prints to stdout", flush=True)
-        if options.get("hicache_use_xmem"):
-            tier = "dram" if self.name == "auto" else self.name
-            print(f"sglang_xmem: tier={tier} pool=1.00 GB", file=sys.stderr, flush=True)
 
     def shutdown(self) -> None:
         self.loop.close()
@@ -108,5 +106,33 @@ class FakeEngine:
         return pieces()
 
 
+class FakeServer:
+    """A server of `bench trace`, next to a bench_serving that answers all requests but the last."""
+
+    def __init__(self, url: str, **_: Any) -> None:
+        self.url = url
+        serving = types.ModuleType("sglang.benchmark.serving")
+        datasets = types.ModuleType("sglang.benchmark.datasets")
+        sys.modules |= {module.__name__: module for module in (serving, datasets)}
+        sys.modules["sglang"], sys.modules["sglang.benchmark"] = types.ModuleType("sglang"), types.ModuleType("b")
+        sys.modules["sglang.benchmark"].serving = serving  # type: ignore[attr-defined]
+        datasets.DatasetRow = lambda *given, timestamp: (*given, timestamp)  # type: ignore[attr-defined]
+        serving.get_request = lambda *_, **how: how  # type: ignore[attr-defined]
+        serving.cli_main = lambda: self.serve(serving)  # type: ignore[attr-defined]
+
+    def serve(self, serving: Any) -> None:
+        rows, n = serving.get_dataset(), len(serving.get_dataset())
+        asked = [(row[1:], row[0][:2] == rows[0][0][:2]) for row in rows]
+        print(f"{sys.argv[-8:]}\n{serving.get_request()}\n{asked}", flush=True)
+        if HOW.get("crash_after"):
+            sys.exit("no server")
+        found = {"errors": [""] * (n - 1) + ["gone"], "input_lens": [100] * n, "output_lens": [5] * n, "duration": 2.0}
+        found |= {"ttfts": [0.5] * n, "itls": [[0.01] * 4] * n, "total_throughput": 52.5}
+        found["cached_tokens_details"] = [None] + [{"device": 20, "host": 30}] * (n - 1)
+        Path(sys.argv[sys.argv.index("--output-file") + 1]).write_text(json.dumps(found))
+
+    def shutdown(self) -> None: ...
+
+
 if __name__ == "__main__":
-    sys.exit(bench_engine.main(FakeEngine))
+    sys.exit(bench_engine.main(lambda **options: (FakeServer if "url" in options else FakeEngine)(**options)))

@@ -25,7 +25,7 @@ def run(output: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_ttft(tmp_path: Path) -> None:
-    rows = run(tmp_path / "r.jsonl", "ttft", "--sizes", "256", "--rounds", "2", "--quick", "--link-gbps", "dram=10")
+    rows = run(tmp_path / "r.jsonl", "ttft", "--sizes", "256", "--rounds", "2", "--quick")
     assert {row["backend"]: row["hits"] for row in rows} == {
         "recompute": {"device": 0, "host": 0},
         "hbm": {"device": 240, "host": 0},
@@ -36,7 +36,6 @@ def test_ttft(tmp_path: Path) -> None:
         assert row["complete"]
         assert row["samples_unproven"] == 0
         assert row["forward_ms"] > 0, "SGLang says when the forward pass began and ended"
-    assert rows[-1]["floor_ms"] > 0
 
 
 def test_multiturn_concurrently(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The engine benchmarks over the fake worker: rows, proofs, refusals, crashes and interrupts."""
+"""The benchmarks that start engines, over the fake worker: rows, proofs, refusals, crashes and interrupts."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 
 from sglang_xmem import cli
-from sglang_xmem.bench import engine, multiturn, progress, runs, shapes, sizing, trace, ttft
-from sglang_xmem.bench.sizing import KVShape
+from sglang_xmem.bench import engine, multiturn, setup, shapes, sizing, ttft
+from sglang_xmem.bench.setup import Setup
+from sglang_xmem.bench.sizing import KVShape, Need
+from sglang_xmem.doctor import bandwidth
 from sglang_xmem.errors import ConfigError
 from tests.bench.fake_worker import FAKE_WORKER, Bench
 
@@ -26,8 +29,8 @@ from tests.bench.fake_worker import FAKE_WORKER, Bench
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     """Run `sglang-xmem bench ...` with the fake worker: exit status and all rows of its output file."""
     monkeypatch.setattr(engine, "WORKER", (sys.executable, str(FAKE_WORKER)))
-    monkeypatch.setattr(runs, "has_gpu", lambda: False)
-    monkeypatch.setattr(runs.gpus, "visible_gpus", lambda: range(0))
+    monkeypatch.setattr(setup, "has_gpu", lambda: False)
+    monkeypatch.setattr(setup.gpus, "visible_gpus", lambda: range(0))
     monkeypatch.setattr(sizing, "available_host_bytes", lambda: 10**11)
     monkeypatch.setenv("PYTHONPATH", str(Path(engine.__file__).resolve().parents[2]))
 
@@ -48,57 +51,56 @@ TTFT = ("ttft", "--sizes", "64,128", "--rounds", "2", "--quick")
 
 
 def test_ttft_rows(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    status, rows = bench(*TTFT, "--backends", "hbm,stock,dram,recompute", "--link-gbps", "dram=10")
-    assert status == 0, capsys.readouterr().err
+    status, rows = bench(*TTFT, "--backends", "hbm,stock,auto,recompute")
+    out, err = capsys.readouterr()
+    assert status == 0, err
     assert {(row["engine"], row["backend"]) for row in rows} == {
         (engine, backend) for engine in ("stock", "dram") for backend in ("hbm", "recompute", engine)
-    }
-    hbm = {row["prompt_tokens"]: row for row in rows if (row["engine"], row["backend"]) == ("dram", "hbm")}
+    }, "auto goes by its tier's name"
     for row in rows:
-        assert {"bench", "run", "backend", "prompt_tokens", "ttft_ms", "hits", "outputs_equal"} <= set(row)
-        assert row["machine"] == "CPU"
-        assert row["complete"]
-        assert row["outputs_equal_across"]
-        assert row["outputs_tell_prompts_apart"]
-        assert row["samples_unproven"] == 0
         whole = row["prompt_tokens"] - 16
         expected = {"hbm": {"device": whole, "host": 0}, "recompute": {"device": 0, "host": 0}}
         assert row["hits"] == expected.get(row["backend"], {"device": 0, "host": whole})
+        assert (row["shape"], row["gpu"], row["machine"]) == ("tiny", "CPU", "CPU")
+        assert (row["complete"], row["samples_unproven"], row["outputs_equal"]) == (True, 0, True)
+        assert row["outputs_tell_prompts_apart"]
+        assert {"time", "commit", "command", "versions"} <= set(row["made_by"])
         if row["backend"] == "dram":
-            # Tiny: 2 (K and V) x 4 layers x 2 heads x 64 x 2 bytes = 2048 a token.
-            assert row["kv_bytes"] == whole * 2048
-            load_ms = row["kv_bytes"] / 10e6
-            mine = hbm[row["prompt_tokens"]]["ttft_ms"]["p50"]
-            assert row["floor_ms"] == pytest.approx(mine - 0.01 + max(0.01, load_ms) + min(0.01, load_ms) / 4, abs=2e-3)
-            assert row["over_floor"] == pytest.approx(row["ttft_ms"]["p50"] / row["floor_ms"], rel=2e-2)
+            assert row["kv_bytes"] == whole * 2048, "of shape tiny: K and V, 4 layers, 2 heads of 64, 2 bytes"
             assert row["enqueue_us"] == 1, "what the tier counted for this one request"
-            assert row["load_ms"] == pytest.approx(load_ms, abs=1e-3)
-        assert (row["shape"], row["gpu"]) == ("tiny", "CPU")
-    out = capsys.readouterr().out
-    assert "TTFT of a hit, tiny, page 16 (CPU engine: says nothing about speed)" in out
-    about = json.loads((tmp_path / "rows.runs.jsonl").read_text())
-    assert about["run"] == rows[0]["run"]
-    assert {"commit", "command", "versions", "settings"} <= set(about)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "rows.runs.jsonl"], "nothing else"
+    assert "ttft, shape tiny, page_size 16, tp_size 1 (CPU engine: says nothing about speed)" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"], "nothing else"
+    status, rows = bench(*TTFT, "--backends", "hbm,recompute")
+    assert status == 0
+    run = [row for row in rows if row["run"] == rows[-1]["run"]]
+    assert {(row["engine"], row["backend"]) for row in run} == {("hbm", "hbm"), ("hbm", "recompute")}
 
 
-@pytest.mark.parametrize("backend", ["dram", "hbm"])
-def test_hits_come_after_other_prompts(backend: str) -> None:
+def a_case(pooled: bool = True, links: Any = None, kv: KVShape | None = None) -> ttft.Ttft:
+    args = cli.parser().parse_args(["bench", *TTFT, "--rounds", "1", "--output-tokens", "4"])
+    kv = kv or KVShape.of(shapes.config_of("tiny"))
+    one: Any = SimpleNamespace(args=args, page=16, tiny=True, on_gpu=False, kv=kv)
+    return ttft.Ttft(one, pooled, links or {})
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_hits_come_after_other_prompts(pooled: bool) -> None:
     """Those of HBM too, which leave the prompt its place: warm caches of the CPU are nobody's advantage."""
-    workload = ttft.Workload([64, 128], 1, 16, 4, seed=0, warm_ups=1, settle_s=0)
-    others = workload.fillers[: ttft.OTHERS_BETWEEN]
-    assert workload.device_tokens >= max(workload.sizes) + sum(map(len, others)) + 4 * workload.page
-    assert sum(map(len, workload.fillers)) >= workload.device_tokens, "a flood takes the prompt's place"
-    names = {workload.prompt(size): size for size in workload.sizes}
-    asked: list[Any] = []
+    case, asked = a_case(pooled), list[Any]()
+    case.settle_s = 0
+    assert case.device_tokens >= max(case.sizes) + ttft.OTHERS_BETWEEN * case.filler_tokens + 4 * case.page
+    assert case.fillers * case.filler_tokens >= case.device_tokens, "a flood takes the prompt's place"
 
     class Engine:
+        def draw(self, seed: str, count: int) -> Any:
+            return (seed, count)
+
         def ask(self, prompt: Any, count: int = 1) -> Any:
-            asked.append(names[prompt])
+            asked.append(prompt[1])
             return SimpleNamespace(device=0, host=0, output=[0] * count, ttft_ms=1.0, forward_ms=None)
 
         def flood(self, prompts: Any) -> None:
-            asked.append({len(workload.fillers): "flood", len(others): "others"}[len(prompts)])
+            asked.append({case.fillers: "flood", ttft.OTHERS_BETWEEN: "others"}[len(prompts)])
 
         def warm_up(self, lengths: Any) -> None: ...
 
@@ -106,66 +108,78 @@ def test_hits_come_after_other_prompts(backend: str) -> None:
             return {}
 
     report = SimpleNamespace(sample=lambda **sample: None, step=lambda doing: None)
-    ttft.measure(Engine(), workload, backend, report)  # type: ignore[arg-type]
-    tier = backend != "hbm"
-    a_round = [["flood", size, size, "others", size] if tier else [size, "others", size] for size in (64, 128)]
+    case.measure(Engine(), report)  # type: ignore[arg-type]
+    a_round = [["flood", size, size, "others", size] if pooled else [size, "others", size] for size in (64, 128)]
     assert asked == [64, 64, 128, 128, "flood", *a_round[0], *a_round[1]]
 
 
 def test_several_shapes(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each with all backends, its own bytes of a token, and a table."""
-    monkeypatch.setattr(runs, "has_gpu", lambda: True)
-    names = ("qwen3-8b", "qwen3-next-small")
-    arguments = ("--shapes", ",".join(names), "--sizes", "256", "--rounds", "1", "--link-gbps", "stock=10")
-    status, rows = bench("ttft", *arguments, "--backends", "stock", "--quick")
+    monkeypatch.setattr(setup, "has_gpu", lambda: True)
+    names = ["qwen3-8b", "qwen3-next-small"]
+    arguments = ("--shapes", ",".join(names), "--sizes", "256", "--rounds", "1", "--backends", "stock", "--quick")
+    status, rows = bench("ttft", *arguments)
     out, err = capsys.readouterr()
     assert status == 0, err
-    assert list(dict.fromkeys(row["shape"] for row in rows)) == list(names)
-    tier = {row["shape"]: row for row in rows if row["backend"] == "stock"}
-    assert [tier[name]["hits"]["host"] for name in names] == [192, 192]
+    assert list(dict.fromkeys(row["shape"] for row in rows)) == names
+    tier = [row for row in rows if row["backend"] == "stock"]
+    assert [row["hits"]["host"] for row in tier] == [192, 192]
     # 36 layers of a matrix of 128 x 128 floats for 32 heads, and three inputs of 8192 channels; 12 layers of K and V.
     state = 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
-    assert [tier[name]["kv_bytes"] for name in names] == [192 * 147456, 192 * 24576 + state]
-    assert [f"TTFT of a hit, {name}, page 64" in out for name in names] == [True, True]
+    assert [row["kv_bytes"] for row in tier] == [192 * 147456, 192 * 24576 + state]
+    assert [f"ttft, shape {name}, page_size 64" in out for name in names] == [True, True]
     assert "qwen3-next-small stock: " in err
 
 
-def test_a_model_with_states_gets_slots_for_them(tmp_path: Path) -> None:
-    arguments = ["bench", "ttft", "--shapes", "qwen3-next-small", "--sizes", "80K", "--engine-args", "{}"]
-    args = cli.parser().parse_args(arguments)
-    args.names, args.on_gpu, args.engine_options, args.page_size = ["peer"], True, {}, 64
-    args.scratch = SimpleNamespace(name=str(tmp_path))
-    args.config = shapes.config_of("qwen3-next-small")
-    kv = args.kv = KVShape.of(args.config)
-    assert kv.state_bytes == pytest.approx(77e6, rel=0.01)
+def a_setup(monkeypatch: pytest.MonkeyPatch, shape: str, *arguments: str) -> Setup:
+    """Of a machine with four GPUs."""
+    monkeypatch.setattr(setup, "has_gpu", lambda: True)
+    monkeypatch.setattr(setup.gpus, "visible_gpus", lambda: range(4))
+    monkeypatch.setattr(Setup, "_check_tier", lambda self, backend, *_: backend)
+    args = cli.parser().parse_args(["bench", "ttft", "--shapes", shape, *arguments])
+    return Setup(args, shape)
+
+
+def test_a_model_with_states_gets_slots_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = a_setup(monkeypatch, "qwen3-next-small", "--sizes", "80K")
+    assert one.kv.state_bytes == pytest.approx(77e6, rel=0.01)
     tokens = 114_000
-    engine = runs.engine_options(args, "peer", sizing.Need(81920, 16, tokens, 213_000, tokens, 4), 31)
-    stock = runs.engine_options(args, "stock", sizing.Need(81920, 16, tokens, 213_000, tokens, 4), 31)
-    assert stock["hicache_mem_layout"] == "page_first", "SGLang's MambaPoolHost has no layer_first"
-    slots = engine["max_mamba_cache_size"]
-    args.names, args.tiny = ["hbm"], False
-    (plan,) = ttft.plans_of(args)
-    # Page 64: the state is at 81856, and the prompt has tokens after it.
-    assert len(plan.workload.prompt(81920)) == 81888
-    assert {len(filler) for filler in plan.workload.fillers} == {8160}
+    need = Need(81920, 16, tokens, 213_000, 4)
+    assert one.options("stock", need, 31, None)["hicache_mem_layout"] == "page_first", "MambaPoolHost has no other"
+    slots = one.options("peer", need, 31, None)["max_mamba_cache_size"]
     assert slots >= tokens / 8192 + 4 * 4
     # SGLang divides the pool as the GPU's pools are: both parts have to hold what is asked again.
-    on_gpu = tokens * kv.rank_bytes + slots * kv.state_bytes
-    pool = sizing.hicache_gb(213_000, kv) * 1e9 / on_gpu
+    on_gpu = tokens * one.kv.rank_bytes + slots * one.kv.state_bytes
+    pool = sizing.hicache_gb(213_000, one.kv) * 1e9 / on_gpu
     assert pool * tokens >= 213_000
     assert pool * slots >= 213_000 / 8192 + 30
+    assert ttft.Ttft(one, True, {}).short == 32, "the state is at the last whole page; the prompt has tokens after it"
 
 
-def test_time_limit(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command ends in time, whatever its engines do."""
-    arguments = ("--backends", "stock,dram", "--time-limit", "8")
-    began = time.monotonic()
-    status, _ = bench(*TTFT, *arguments, how={"seconds": 3600.0})
-    assert status == 1
+def test_engines_of_one_machine_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def options(count: int, *arguments: str) -> list[dict[str, Any]]:
+        one = a_setup(monkeypatch, "qwen3-8b", *arguments)
+        return [found for found, _ in one.plan("peer", *[a_case()] * count).engines]
+
+    engines = options(2)
+    assert [one["base_gpu_id"] for one in engines] == [0, 1]
+    assert [json.loads(one["hicache_xmem_config"])["peer"]["gpus"] for one in engines] == [[2], [3]]
+    named = options(2, "--xmem-config", '{"peer": {"gpus": [3]}}')
+    assert [json.loads(one["hicache_xmem_config"]) for one in named] == [{"peer": {"gpus": [3]}}] * 2
+    assert "base_gpu_id" not in options(1)[0]
+    with pytest.raises(ConfigError, match="--engines 5 need 5 GPUs, and there are 4"):
+        options(5)
+
+
+def test_the_time_limit_and_the_timeout_end_engines(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    began, how = time.monotonic(), {"seconds": 3600.0}
+    assert bench(*TTFT, "--backends", "stock,dram", "--time-limit", "8", how=how)[0] == 1
     assert time.monotonic() - began < 600
     err = capsys.readouterr().err
     assert "error: dram: not run: --time-limit 8 s is over" in err
     assert "error: stock: " in err
+    assert bench(*TTFT, "--backends", "dram", "--timeout", "2", how=how)[0] == 1
+    assert "longer than --timeout 2 s" in capsys.readouterr().err
 
 
 def test_rows_are_written_before_an_engine_has_ended(bench: Bench, tmp_path: Path) -> None:
@@ -173,50 +187,31 @@ def test_rows_are_written_before_an_engine_has_ended(bench: Bench, tmp_path: Pat
     assert [row for row in rows if row.get("seen_at_shutdown")] == [{"seen_at_shutdown": len(rows) - 1}]
 
 
-def test_floor_and_auto(bench: Bench) -> None:
-    status, rows = bench(*TTFT, "--backends", "hbm,recompute")
-    assert status == 0
-    assert {(row["engine"], row["backend"]) for row in rows} == {("hbm", "hbm"), ("hbm", "recompute")}
-    _, rows = bench(*TTFT, "--backends", "stock,auto", "--seed", "1")
-    order = list(dict.fromkeys(row["engine"] for row in rows if row["run"] == rows[-1]["run"]))
-    assert order == ["stock", "dram"], "auto goes by its tier's name"
-
-
-def test_unproven_hits_fail(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    status, rows = bench(*TTFT, "--backends", "dram", how={"no_host": True})
-    assert status == 1
-    tier = [row for row in rows if row["backend"] == "dram"]
-    assert [(row["samples"], row["samples_unproven"]) for row in tier] == [(0, 2), (0, 2)]
-    assert all(row["ttft_ms"]["p50"] is None for row in tier)
-    assert "has proof of its hit" in capsys.readouterr().err
-
-
-def test_wrong_outputs_fail(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    status, _ = bench(*TTFT, "--backends", "dram", how={"wrong_output": True})
-    assert status == 1
+def test_wrong_and_unproven_hits_fail(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(*TTFT, "--backends", "dram", how={"wrong_output": True})[0] == 1
     out, err = capsys.readouterr()
     assert "outputs differ" in err
     assert "DIFFER" in out
+    status, rows = bench(*TTFT, "--backends", "dram", how={"no_host": True})
+    tier = [row for row in rows if row["backend"] == "dram"][-2:]
+    assert (status, [(row["samples"], row["samples_unproven"]) for row in tier]) == (1, [(0, 2), (0, 2)])
+    assert all(row["ttft_ms"]["p50"] is None for row in tier)
+    assert "2 of 2 samples have no proof of their hit" in capsys.readouterr().err
+    arguments = ("throughput", "--size", "128", "--quick", "--backends", "dram", "--hit-ratios", "100")
+    status, rows = bench(*arguments, how={"no_host": True})
+    assert (status, rows[-1]["samples"]) == (1, 0)
 
 
 def test_a_crash_leaves_what_is_done(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    how = {"crash_after": 12, "crash_in": ["dram"]}
-    status, rows = bench(*TTFT, "--backends", "dram,stock", how=how)
+    status, rows = bench(*TTFT, "--backends", "dram,stock", how={"crash_after": 12, "crash_in": ["dram"]})
     assert status == 1
     assert {row["engine"] for row in rows if row["complete"]} == {"stock"}
     assert {row["engine"] for row in rows if not row["complete"]} == {"dram"}
     err = capsys.readouterr().err
     assert "ended with status 9" in err
     assert "the fake engine gives up" in err
-    status, _ = bench("multiturn", "--quick", "--backends", "dram", how={"fail_after": 12})
-    assert status == 1
+    assert bench("multiturn", "--quick", "--backends", "dram", how={"fail_after": 12})[0] == 1
     assert "error: dram: ValueError: the fake engine refuses" in capsys.readouterr().err
-
-
-def test_timeout(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    status, _ = bench(*TTFT, "--backends", "dram", "--timeout", "2", how={"seconds": 5.0})
-    assert status == 1
-    assert "longer than --timeout 2 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -249,111 +244,76 @@ def test_interrupt_writes_what_is_done(tmp_path: Path, sent: signal.Signals, arg
     assert not any(row["complete"] for row in rows)
 
 
-def test_whoever_embeds_a_benchmark_hears_of_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a test run goes on for minutes after the signal that ended one of its benchmarks."""
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("ttft --backends dram --sizes 80K", "longer than the model's context of 16384"),
+        ("ttft --backends dram,peer", "peer is unavailable with --hicache-size 1: peer: it needs GPUs"),
+        ("ttft --backends nvme", "argument --backends: nvme: choose from hbm, "),
+        ("ttft --backends ,", "argument --backends: ',' is empty"),
+        ("ttft --sizes none", "argument --sizes: 'none' is not a number of tokens"),
+        ("ttft --sizes 999999999999K", "not a number of tokens"),
+        ("ttft --sizes 0", "not a number of tokens"),
+        ("ttft --backends dram --sizes 16,64", "--sizes 16 has no hit"),
+        ("ttft --engine-args []", "argument --engine-args: '[]' is not a JSON object"),
+        ('ttft --engine-args {"hicache_use_xmem":false}', "names hicache_use_xmem, which the benchmark sets"),
+        ('ttft --engine-args {"page_size":32}', "names page_size, which the benchmark sets itself"),
+        ("ttft --backends stock --xmem-config {nope", "is not JSON"),
+        ("ttft --shapes tiny,nothing", "--shape nothing is not a shape"),
+        ("ttft --shapes qwen3-8b", "This machine has no GPU, which --shape qwen3-8b needs"),
+        ("ttft --rounds -1", "argument --rounds: '-1' is not a number of at least 1"),
+        ("ttft --page-size 0", "argument --page-size"),
+        ("ttft --timeout inf", "argument --timeout"),
+        ("throughput --hit-ratios 0,101", "argument --hit-ratios: '101' is not a number from 0 to 100"),
+        ("throughput --size 8K --concurrency 400 --hicache-size 1", "Use --hicache-size"),
+        ("throughput --requests -1", "argument --requests"),
+        ("multiturn --device-tokens 64", "does not fit into a KV pool"),
+        ("multiturn --preset agentic-174k", "longer than the model's context"),
+        ("multiturn --engines 9 --agents 3", "--engines 9 is more than --agents 3."),
+        ("multiturn --think -0.5", "argument --think"),
+        ("trace /nowhere.jsonl", "cannot be read"),
+        ("trace /nowhere.jsonl --url there", "--url there is not an address"),
+        ("trace /nowhere.jsonl --speed -1", "argument --speed: '-1' is not a number from"),
+        ("trace /nowhere.jsonl --speed inf", "argument --speed"),
+        ("trace /nowhere.jsonl --share 0", "argument --share"),
+    ],
+)
+def test_refused_before_it_runs(bench: Bench, capsys: pytest.CaptureFixture[str], arguments: str, words: str) -> None:
     try:
-        with pytest.raises(KeyboardInterrupt), runs.terminated_as_interrupt():
-            os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert heard == [signal.SIGTERM]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("ttft", "--backends", "dram", "--sizes", "80K"), "longer than the model's context of 16384"),
-        (("ttft", "--backends", "dram,peer"), "peer is unavailable with --hicache-size 1: peer: it needs GPUs"),
-        (("ttft", "--backends", "nvme"), "choose from hbm, "),
-        (("ttft", "--backends", ""), "empty"),
-        (("ttft", "--sizes", "none"), "not a number of tokens"),
-        (("ttft", "--sizes", "999999999999K"), "not a number of tokens"),
-        (("ttft", "--backends", "dram", "--sizes", "16,64"), "--sizes 16 has no hit"),
-        (("ttft", "--engine-args", "[]"), "not a JSON object"),
-        (("ttft", "--engine-args", '{"hicache_use_xmem": false}'), "names hicache_use_xmem, which the benchmark sets"),
-        (("ttft", "--engine-args", '{"page_size": 32}'), "names page_size, which the benchmark sets itself"),
-        (("ttft", "--backends", "stock", "--xmem-config", "{nope"), "is not JSON"),
-        (("ttft", "--link-gbps", "dram=fast"), "not a list of rates"),
-        (("ttft", "--link-gbps", "dram=nan"), "not a list of rates"),
-        (("throughput", "--hit-ratios", "0,101"), "not percentages"),
-        (("throughput", "--size", "8K", "--concurrency", "400", "--hicache-size", "1"), "Use --hicache-size"),
-        (("ttft", "--shapes", "tiny,nothing"), "--shape nothing is not a shape"),
-        (("multiturn", "--device-tokens", "64"), "does not fit into a KV pool"),
-        (("multiturn", "--preset", "agentic-174k"), "longer than the model's context"),
-        (("trace", "/nowhere.jsonl"), "cannot be read"),
-        (("trace", "/nowhere.jsonl", "--speed", "-1"), "not a speed"),
-        (("trace", "/nowhere.jsonl", "--speed", "inf"), "not a speed"),
-    ],
-)
-def test_refused_before_it_runs(
-    bench: Bench, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], sentence: str
-) -> None:
-    status, rows = bench(*arguments)
-    assert status == 2
-    assert rows == []
-    err = capsys.readouterr().err.strip()
-    assert sentence in err
-    assert len(err.splitlines()) == 1
-    assert err.endswith(".")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "option"),
-    [
-        (("ttft", "--rounds", "-1"), "--rounds"),
-        (("ttft", "--page-size", "0"), "--page-size"),
-        (("ttft", "--max-unproven", "nan"), "--max-unproven"),
-        (("ttft", "--timeout", "inf"), "--timeout"),
-        (("throughput", "--requests", "-1"), "--requests"),
-        (("multiturn", "--think", "-0.5"), "--think"),
-        (("trace", "x", "--concurrency", "0"), "--concurrency"),
-    ],
-)
-def test_numbers_that_make_no_sense(
-    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], option: str
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", *arguments])
-    assert ended.value.code == 2
-    assert f"argument {option}:" in capsys.readouterr().err
-
-
-def test_shape_without_gpu_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "ttft"]) == 2
-    assert "no GPU" in capsys.readouterr().err
+        status, rows = bench(*arguments.split())
+    except SystemExit as ended:  # argparse's
+        status, rows = int(ended.code or 0), []
+    assert (status, rows) == (2, [])
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_links(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from sglang_xmem.doctor import bandwidth
-
-    found: list[dict[str, Any]] = [
-        {"gpu": 0, "peer": None, "read_gbps": 55.0},
-        {"gpu": 0, "peer": 1, "read_gbps": 390.0},
-        {"gpu": 0, "peer": 2, "read_gbps": 397.0},
-        {"gpu": 0, "peer": 3, "not_measured": "GPU 3 is in use"},
-        {"gpu": 1, "peer": None, "read_gbps": 99.0},
-    ]
+    measured = [(0, None, 55.0), (0, 1, 390.0), (0, 2, 397.0), (1, None, 99.0)]
+    found: list[dict[str, Any]] = [{"gpu": gpu, "peer": peer, "read_gbps": gbps} for gpu, peer, gbps in measured]
+    found.append({"gpu": 0, "peer": 3, "not_measured": "GPU 3 is in use"})
     monkeypatch.setattr(bandwidth, "run", lambda: (found, None))
-    args = SimpleNamespace(engine_options={}, tp_size=1, xmem_config=None)
-    measured: Any = ttft.measured_links
-    assert measured(args) == {"dram": 55.0, "stock": 55.0, "peer": 397.0, "mtier": 397.0}
+    args: Any = SimpleNamespace(engine_args={}, tp_size=1, xmem_config=None)
+    assert ttft.measured_links(args) == {"dram": 55.0, "stock": 55.0, "peer": 397.0, "mtier": 397.0}
     args.xmem_config = '{"dram": {"relays": [1]}}'
-    assert measured(args)["dram"] == 55.0 + 99.0, "a relay brings its own link"
-    assert measured(args)["stock"] == 55.0
+    assert ttft.measured_links(args)["dram"] == 55.0 + 99.0, "a relay brings its own link"
+    assert ttft.measured_links(args)["stock"] == 55.0
     monkeypatch.setattr(bandwidth, "run", lambda: ([], "it did not respond within 9.5 s"))
-    assert measured(args) == {}
-    assert "not known (it did not respond within 9.5 s). Give them as --link-gbps." in capsys.readouterr().err
+    assert ttft.measured_links(args) == {}
+    assert "not known (it did not respond within 9.5 s), so there is no floor." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("backend", "ms"), [("dram", 3.0), ("stock", 3.0), ("peer", 6.0)])
-def test_the_floor_of_latents_lets_ranks_share_their_links(backend: str, ms: float) -> None:
+def test_the_floor(backend: str, ms: float) -> None:
+    """A load over its link and a forward pass are a pipeline; ranks with the same latents share their links."""
     kv = KVShape.of(shapes.config_of("deepseek-v2-lite"), 2)
     row = {"backend": backend, "ttft_ms": {"p50": 9.0}, "hits": {"host": 81856}}
     hbm = {"ttft_ms": {"p50": 5.0}, "forward_ms": 4.0}
-    link = 2 * 81856 * kv.rank_bytes / 6e6  # of both ranks together
-    assert ttft._transfer(row, [], kv, link, hbm)["load_ms"] == pytest.approx(ms)
+    links = {backend: 2 * 81856 * kv.rank_bytes / 6e6}  # of both ranks together
+    found = a_case(links=links, kv=kv).transfer(row, [], hbm)
+    assert (found["cpu_ms"], found["hbm_forward_ms"], found["load_ms"]) == (1.0, 4.0, pytest.approx(ms))
+    floor_ms = 1.0 + max(4.0, ms) + min(4.0, ms) / 27
+    assert found["floor_ms"] == pytest.approx(floor_ms, abs=1e-3)
+    assert found["over_floor"] == pytest.approx(9.0 / floor_ms, abs=1e-3)
 
 
 def test_sizing_is_sglangs() -> None:
@@ -376,15 +336,22 @@ def test_shapes_are_what_their_help_says(name: str, tmp_path: Path) -> None:
     assert len(tokenizer["model"]["vocab"]) == shapes.config_of(name)["vocab_size"]
 
 
+def test_shapes_with_a_part_of_the_layers() -> None:
+    for name, layers in (("qwen3-30b-a3b/4", 12), ("qwen3-next-small/2", 24), ("gpt-oss-20b/3", 8), ("tiny", 4)):
+        config = shapes.config_of(name)
+        assert config["num_hidden_layers"] == layers == len(config.get("layer_types", range(layers)))
+    for name in ("gpt-5", "qwen3-8b/5", "qwen3-8b/0", "qwen3-8b/x", "qwen3-next-small/8", ""):
+        with pytest.raises(ConfigError, match="--shape"):
+            shapes.config_of(name)
+
+
 def test_throughput(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     cells = ("--size", "128", "--hit-ratios", "0,50,100", "--concurrency", "1,2", "--quick")
     status, rows = bench("throughput", *cells, "--backends", "hbm,stock,dram,recompute")
     assert status == 0, capsys.readouterr().err
     found = {(row["backend"], row["hit_ratio"], row["concurrency"]) for row in rows}
-    assert found == {(b, r, c) for b in ("hbm", "stock", "dram") for r in (0.0, 0.5, 1.0) for c in (1, 2)} | {
-        ("recompute", 0.0, 1),
-        ("recompute", 0.0, 2),
-    }
+    expected = {(b, r, c) for b in ("hbm", "stock", "dram") for r in (0.0, 0.5, 1.0) for c in (1, 2)}
+    assert found == expected | {("recompute", 0.0, 1), ("recompute", 0.0, 2)}
     for row in rows:
         assert row["samples_unproven"] == 0
         assert row["min"] <= row["tokens_per_s"] <= row["max"]
@@ -392,10 +359,6 @@ def test_throughput(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         assert hit - 16 <= row["measured_hit_ratio"] * 128 <= hit + 0.1
         assert row["hits"]["device" if row["backend"] == "hbm" else "host"] in (hit, hit - 16)
         assert row["inter_token_ms"]["p50"] is not None
-    arguments = ("throughput", "--size", "128", "--quick", "--backends", "dram", "--hit-ratios", "100")
-    status, rows = bench(*arguments, how={"no_host": True})
-    assert status == 1
-    assert rows[-1]["samples"] == 0
 
 
 def test_multiturn(bench: Bench) -> None:
@@ -414,150 +377,88 @@ def test_multiturn(bench: Bench) -> None:
 
 
 def test_the_agentic_preset_fits_a_test_machine() -> None:
-    arguments = cli.parser().parse_args(["bench", "multiturn", "--preset", "agentic-174k", "--page-size", "64"])
-    arguments.tiny = False
-    agents = multiturn.workload_of(arguments)
-    assert (agents.agents, agents.turns) == (10, 5)
-    turns = [agents.prompt_tokens(turn) for turn in range(5)]
+    def agents(scale: str) -> multiturn.Agents:
+        args = cli.parser().parse_args(["bench", "multiturn", "--preset", "agentic-174k", "--scale", scale])
+        multiturn.fill_in(args, tiny=False)
+        return multiturn.Agents(args, 64, range(args.agents))
+
+    whole = agents("1")
+    assert (whole.agents, whole.turns) == (10, 5)
+    turns = [whole.prompt_tokens(turn) for turn in range(5)]
     assert 170 * 1024 <= min(turns) <= sum(turns) / 5 <= 176 * 1024
-    preset = multiturn.PRESETS["agentic-174k"]
-    config = shapes.config_of(preset.shape)
-    gb = agents.total_tokens * KVShape.of(config).rank_bytes / 1e9
-    assert config["max_position_embeddings"] > agents.final_tokens
+    config = shapes.config_of(multiturn.SHAPES["agentic-174k"])
+    assert config["max_position_embeddings"] > whole.need.prompt + whole.need.output
+    gb = whole.need.pool * KVShape.of(config).rank_bytes / 1e9
     assert 30 < gb < 60, "in a peer of 80 GB or host memory of 128 GB"
-    assert 2 * agents.final_tokens <= agents.total_tokens * preset.on_gpu < agents.total_tokens / 2
-    arguments.scale = 0.1
-    smaller = multiturn.workload_of(arguments)
-    assert smaller.prompt_tokens(0) == pytest.approx(agents.prompt_tokens(0) / 10, abs=2)
+    assert whole.need.device is not None
+    assert 2 * whole.need.prompt <= whole.need.device < whole.need.pool / 2
+    assert agents("0.1").prompt_tokens(0) == pytest.approx(whole.prompt_tokens(0) / 10, abs=2)
 
 
-def test_two_engines_share_the_agents(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_two_engines_share_the_agents(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """They measure at the same time, and one that fails ends both."""
-    words = "--preset agentic-174k --scale 0.005 --turns 3 --think 0.01 --engines 2 --output-tokens 4"
-    arguments = tuple(words.split())
-    status, rows = bench("multiturn", *arguments, "--agents", "5", "--backends", "stock,dram")
+    words = "--preset agentic-174k --scale 0.005 --turns 3 --think 0.01 --engines 2 --output-tokens 4 --agents 5"
+    status, rows = bench("multiturn", *words.split(), "--backends", "stock,dram")
     out, err = capsys.readouterr()
     assert status == 0, err
-    assert "agents: 5, engines: 2" in out
+    assert "agents 5, engines 2" in out
     assert "dram: all turns " in out
     for row in rows:
         assert (row["preset"], row["engines"], row["scale"]) == ("agentic-174k", 2, 0.005)
         assert row["samples"] == (15 if row["turn"] is None else 5), "each agent once"
     warm = next(row for row in rows if (row["backend"], row["turn"]) == ("dram", 1))
     assert warm["hit_ratio"]["total"] > 0.9
-    status, rows = bench("multiturn", *arguments, "--backends", "dram", how={"fail_after": 12})
-    assert status == 1
+    assert bench("multiturn", *words.split(), "--backends", "dram", how={"fail_after": 12})[0] == 1
     assert "the fake engine refuses" in capsys.readouterr().err
-    assert bench("multiturn", "--engines", "9", "--agents", "3")[0] == 2
-    assert "--engines 9 is more than --agents 3." in capsys.readouterr().err
 
 
-def test_engines_wait_for_each_other(tmp_path: Path) -> None:
-    gate = {"folder": str(tmp_path), "count": 2}
-    first, second = (engine._Lines(None, {**gate, "name": name}) for name in "ab")
-    waiting = threading.Thread(target=first.together, daemon=True)
-    waiting.start()
-    waiting.join(0.3)
-    assert waiting.is_alive()
-    second.together()
-    waiting.join(60)
-    assert not waiting.is_alive()
+def test_engines_wait_for_each_other() -> None:
+    """None goes on before all have come there."""
+    came, pipes = list[float](), [multiprocessing.Pipe() for _ in range(2)]
+
+    def work(end: Any, delay_s: float) -> None:
+        time.sleep(delay_s)
+        came.append(delay_s)
+        engine.Report(end).together()
+        end.send(("sample", len(came)))
+        end.send(("done", None))
+
+    for (_, end), delay_s in zip(pipes, (0.0, 0.5), strict=True):
+        threading.Thread(target=work, args=(end, delay_s), daemon=True).start()
+    workers: Any = [SimpleNamespace(connection=near) for near, _ in pipes]
+    seen = list(engine.messages(workers, engine.Limit(time.monotonic() + 600, "--timeout 600 s")))
+    assert seen == [("sample", 2), ("sample", 2)]
 
 
-def test_engines_of_one_machine_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.gpus, "visible_gpus", lambda: range(4))
-    args: Any = SimpleNamespace(engines=2, tp_size=1, on_gpu=True, engine_options={}, xmem_config=None)
-    first, second = (runs.engine_number(args, number) for number in (0, 1))
-    assert [one.engine_options["base_gpu_id"] for one in (first, second)] == [0, 1]
-    assert [json.loads(one.xmem_config)["peer"]["gpus"] for one in (first, second)] == [[2], [3]]
-    args.xmem_config = '{"peer": {"gpus": [3]}}'
-    assert json.loads(runs.engine_number(args, 0).xmem_config) == {"peer": {"gpus": [3]}}
-    args.engines = 5
-    with pytest.raises(ConfigError, match="--engines 5 need 5 GPUs, and there are 4"):
-        runs.engine_number(args, 0)
+def test_tokens_are_the_same_in_another_process() -> None:
+    drawn = engine.Client(None, 1024).draw("0 prompt 256", 300)
+    code = "from sglang_xmem.bench.engine import Client; print(Client(None, 1024).draw('0 prompt 256', 8), end='')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == str(drawn[:8])
+    assert min(drawn) >= engine.FIRST_TOKEN
+    assert drawn[:8] != engine.Client(None, 1024).draw("1 prompt 256", 8)
 
 
-@pytest.mark.parametrize(
-    ("name", "layers"), [("qwen3-30b-a3b/4", 12), ("qwen3-next-small/2", 24), ("gpt-oss-20b/3", 8), ("tiny", 4)]
-)
-def test_shapes_with_a_part_of_the_layers(name: str, layers: int, tmp_path: Path) -> None:
-    config = json.loads((shapes.write_shape(name, tmp_path) / "config.json").read_text())
-    assert config["num_hidden_layers"] == layers == len(config.get("layer_types", range(layers)))
-
-
-@pytest.mark.parametrize("name", ["gpt-5", "qwen3-8b/5", "qwen3-8b/0", "qwen3-8b/x", "qwen3-next-small/8", ""])
-def test_shapes_that_there_are_not(name: str) -> None:
-    with pytest.raises(ConfigError, match="--shape"):
-        shapes.config_of(name)
-
-
-SERVING = """
-import json, sys
-schedule, url, output = json.load(open(sys.argv[1])), *sys.argv[2:]
-assert url == "http://there"
-n = len(schedule["requests"])
-if "FAIL" in schedule["requests"][0]["parts"][0][0]: sys.exit("no server")
-json.dump(dict(errors=[""] * (n - 1) + ["gone"], input_lens=[100] * n, output_lens=[5] * n, ttfts=[0.5] * n,
-    itls=[[0.01] * 4] * n, cached_tokens_details=[None] + [dict(device=20, host=30)] * (n - 1), duration=2.0,
-    total_throughput=52.5), open(output, "w"))
-"""
-
-
-def test_trace(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_trace(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """What goes to bench_serving, and what its result becomes; the real one is in test_bench_engine.py."""
     path = tmp_path / "trace.jsonl"
-    lines = [
-        {"timestamp": 400 * i, "input_length": 1000, "output_length": 50, "hash_ids": [0, 1 + i % 2]} for i in range(4)
-    ]
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    lines = [dict(zip(names, (400 * i, 1000, 50, [0, 1 + i % 2]), strict=True)) for i in range(4)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(trace, "GENERATOR", (sys.executable, "-c", SERVING))
-    monkeypatch.setattr(trace, "_healthy", lambda url: True)
-    status, rows = bench("trace", str(path), "--url", "http://there", "--speed", "2")
+    arguments = ("trace", str(path), "--url", "http://there", "--max-tokens", "520")
+    status, (row,) = bench(*arguments, "--speed", "2")
     assert status == 1
-    assert "error: server: 3 of 4 requests were answered" in capsys.readouterr().err
-    (row,) = rows
-    assert (row["backend"], row["samples"], row["complete"]) == ("server", 3, False)
+    assert "error: server: server http://there: 3 of 4 requests were answered" in capsys.readouterr().err
+    assert (row["backend"], row["samples"], row["complete"], row["speed"]) == ("server", 3, True, "2")
     assert row["ttft_ms"]["p50"] == 500
     assert row["inter_token_ms"]["p50"] == 10
     assert row["e2e_ms"]["p99"] == pytest.approx(540), "0.5 s to the first token and four more"
     assert row["hit_ratio"] == {"device": 0.1333, "host": 0.2, "total": 0.3333}
-    assert row["ideal_hit_ratio"] == pytest.approx((512 + 1000 + 1000) / 4000, abs=1e-3)
-    monkeypatch.setattr(trace, "GENERATOR", (sys.executable, "-c", "import sys; sys.exit('no server')"))
-    assert bench("trace", str(path), "--url", "http://there")[0] == 1
-    assert "| no server" in capsys.readouterr().err
-    requests = trace.workloads.read_trace(path, max_tokens=520)
-    schedule = trace._schedule(requests, 2.0, 7, 1024)
-    assert schedule["concurrency"] is None
-    assert [request["at_s"] for request in schedule["requests"]] == [0, 0.2, 0.4, 0.6]
-    assert schedule["requests"][1]["parts"] == [["0 block 0", 512], ["0 block 2", 8]]
-    at_once = trace._schedule(requests, None, 7, 1024)
-    assert (at_once["concurrency"], at_once["requests"][1]["at_s"]) == (7, None)
-
-
-def test_flags_of_a_server() -> None:
-    options = {"model_path": "/m", "enable_metrics": True, "skip_tokenizer_init": False, "x": None, "c": {"a": 1}}
-    assert trace.as_flags(options) == ["--model-path", "/m", "--enable-metrics", "--c", '{"a": 1}']
-
-
-def test_tokens_and_backends() -> None:
-    assert [runs.parse_tokens(text) for text in ("512", "80K", " 1k ")] == [512, 81920, 1024]
-    assert runs.parse_backends("dram, stock,dram") == ["dram", "stock"]
-    with pytest.raises(ConfigError):
-        runs.parse_tokens("0")
-
-
-def test_time_left_does_not_count_starts_as_steps(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    bar = progress.Progress([4])
-    bar.engine("dram")
-    bar._started -= 3600  # an hour to start
-    bar._bar.start_t -= 3600
-    bar.started()
-    bar.step("half")
-    bar.step("of it")
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("dram: of it (2/4, about 00:0"), last
+    assert row["ideal_hit_ratio"] == pytest.approx((512 + 520 + 520) / 2080, abs=1e-3)
+    for speed, words in (("2", "'use_trace_timestamps': True, 'slowdown_factor': 0.5"), ("max", "ency', '64'")):
+        assert bench(*arguments, "--speed", speed, how={"crash_after": 1})[0] == 1
+        err = capsys.readouterr().err
+        assert "error: server: the engine's process ended with status 1" in err
+        assert "| no server" in err
+        assert words in err
+        assert "[((520, 8, 0.0), True), ((520, 8, 400.0), True), ((520, 8, 800.0), True)" in err, "one system prompt"

@@ -38,13 +38,6 @@ def test_median_interval_ranks(n: int, ranks: tuple[int, int]) -> None:
         assert (low, high) == ranks
 
 
-def test_floor_of_a_hit() -> None:
-    # 8.05 GB over 354 GB/s take 22.7 ms; a hit in HBM takes 40 ms, of which 24 are the forward pass of 48 layers.
-    assert stats.floor_ms(16.0, 24.0, 8.05e3 / 354, 48) == pytest.approx(40.0 + 22.74 / 48, abs=1e-2)
-    # Over 55 GB/s the load is what takes the time: 146 ms.
-    assert stats.floor_ms(16.0, 24.0, 8.05e3 / 55, 48) == pytest.approx(16.0 + 146.36 + 24 / 48, abs=1e-2)
-
-
 def test_differs() -> None:
     assert stats.differs((10, 11), (20, 21), 10)
     assert not stats.differs((10, 15), (14, 21), 5)  # intervals overlap

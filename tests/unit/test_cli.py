@@ -36,7 +36,7 @@ sys.exit(cli.main(sys.argv[1:]))
         (["bench", "ttft", "--help"], (0,), "qwen3-30b-a3b"),
         (["doctor", "--no-bandwidth"], (0, 1), "Tiers for a pool"),
         (["doctor", "--tp-size", "0"], (2,), "--tp-size is 0"),
-        (["bench", "ttft", "--backends", "nvme"], (2,), "--backends nvme: choose from"),
+        (["bench", "ttft", "--backends", "nvme"], (2,), "argument --backends: nvme: choose from"),
         (["nonsense"], (2,), "invalid choice: 'nonsense'"),
     ],
 )
