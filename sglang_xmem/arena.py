@@ -31,6 +31,7 @@ from sglang_xmem.sums import EVERY, CpuSummer, SectionSums, Summer
 if TYPE_CHECKING:
     from sglang_xmem.config import CopySettings, Level
     from sglang_xmem.copies.counters import LayerCounters
+    from sglang_xmem.copies.ipc import Gather
     from sglang_xmem.copies.policy import CopyPolicy
     from sglang_xmem.tiers import MemoryTier, Region
 
@@ -160,6 +161,8 @@ class Arena:
         #: Compiled loads and stores, by their maker's key.
         self.programs: dict[Any, Any] = {}
         self.copier: PageCopier | None = None
+        #: Makes the counters of loads; stays the same when `share_loads` changes the copier.
+        self.counting: PageCopier | None = None
         self.integrity = integrity
         self.summer: Summer | None = None
         self._regions: list[Region] = []
@@ -245,8 +248,28 @@ class Arena:
         )
         if refused is not None:
             logger.info("sglang_xmem: %s executes the copies itself: %s", self.device, refused)
+        self.counting = self.copier
         logger.info("sglang_xmem: pages are copied by %s", self.copier.describe())
         self.summer = self._make_summer()
+
+    def share_loads(self, planes: Sequence[Plane], gather: Gather, me: int) -> None:
+        """Share large loads with ranks that hold the same bytes, where all of them can.
+
+        All these ranks call this at the same time; it waits for them.
+
+        Args:
+            planes: those whose bytes are the same on all ranks, in the same order on each.
+            gather: brings every rank's object to all.
+            me: this rank's number.
+        """
+        from sglang_xmem.copies import siblings
+
+        assert self.copier is not None, "begin() comes first"
+        traits = self.tier.traits
+        unfit = "" if traits.cpu_addressable else f"Tier {self.tier.name} is not host memory."
+        self.copier = siblings.share_loads(self.copier, planes, gather, me, unfit)
+        self.programs.clear()
+        logger.info("sglang_xmem: pages are copied by %s", self.copier.describe())
 
     def _staging_bytes(self) -> int:
         """Return the staging bytes of copy engines on the GPU; they copy only from host memory."""
@@ -285,8 +308,8 @@ class Arena:
 
     def make_counters(self, num_parts: int) -> LayerCounters | None:
         """Make counters for one load at a time; None if only events can signal completion of layers."""
-        assert self.copier is not None, "begin() comes first"
-        return self.copier.make_counters(num_parts)
+        assert self.counting is not None, "begin() comes first"
+        return self.counting.make_counters(num_parts)
 
     def frames(self, wanted: Sequence[tuple[str, torch.Tensor]], *, claim: bool = True) -> list[torch.Tensor]:
         """Look up frames, and copy their addresses to the device, in one copy on the current stream.

@@ -45,12 +45,15 @@ class CopySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             `sglang_xmem.copies.tuning.CudaTuning`. `triton` supports only `ctas`, `torch` none.
         staging_mib: GPU staging memory (MiB) through which the copy engines load from host memory; 0: the kernel does
             all loads.
+        share_loads: ranks that hold the same bytes each load a share over their own PCIe link and fetch the rest over
+            NVLink.
     """
 
     kernel: Kernel = "auto"
     load: dict[str, Any] = {}
     store: dict[str, Any] = {}
     staging_mib: int = 0
+    share_loads: bool = False
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -287,12 +290,15 @@ def _check_tuning(direction: Direction, changes: Mapping[str, Any]) -> None:
 
 
 def _check_staging(copy: CopySettings) -> None:
-    """Refuse staging memory that is out of range, or that the kernel does not use.
+    """Refuse staging memory that is out of range or unused, and loading methods that exclude each other.
 
     Raises:
-        SettingError: the size is invalid.
+        SettingError: a setting is invalid.
     """
     mib = copy.staging_mib
+    if copy.share_loads and (mib or copy.kernel not in (AUTO, "cuda")):
+        other = f"copy.staging_mib is {mib}" if mib else f"copy.kernel is {copy.kernel}"
+        raise SettingError("copy.share_loads", f"is true and {other}", "leave one of them out")
     if mib == 0:
         return
     if not _LEAST_STAGING_MIB <= mib <= _MOST_STAGING_MIB:

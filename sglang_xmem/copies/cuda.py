@@ -119,6 +119,10 @@ class CudaPageCopier(PageCopier):
         direction: Direction = "load" if load else "store"
         return program.kernels[direction].start(pages, counters, self._order[direction])
 
+    def raises(self, program: CudaProgram, pages: Sequence[Pages]) -> int:
+        """Say by how much a load's launch will raise each counter; see `start`."""
+        return program.kernels["load"].warps(pages)
+
     def join(self, *, load: bool) -> None:
         """Make the current stream wait for the move of `start`."""
         order = self._order["load" if load else "store"]
@@ -211,6 +215,11 @@ class Kernel:
         self._table = nvrtc.upload(records, runner)
         self._parameters = Parameters(self._table.data_ptr(), len(program.steps), program.num_parts, load=load)
 
+    def warps(self, pages: Sequence[Pages]) -> int:
+        """Count the warps that a launch for these pages has."""
+        tiles = self._work.tiles([vector.frames.numel() for vector in pages])
+        return min(self.tuning.ctas, -(-tiles // self.tuning.warps)) * self.tuning.warps
+
     def start(self, pages: Sequence[Pages], counters: int, order: CopyingGpu | None) -> int:
         """Enqueue a launch: see CudaPageCopier.start.
 
@@ -220,16 +229,15 @@ class Kernel:
         Raises:
             CopyError: the driver refuses it; nothing is enqueued.
         """
-        tuning = self.tuning
-        counts = [vector.frames.numel() for vector in pages]
-        grid = min(tuning.ctas, -(-self._work.tiles(counts) // tuning.warps))
+        tuning, warps = self.tuning, self.warps(pages)
+        grid = warps // tuning.warps
         if order is not None:
             stream = order.begin()
         if grid == 0:
             return 0
         numbers: list[int] = []
-        for (frames, slots), count in zip(pages, counts, strict=True):
-            numbers += (frames.data_ptr(), slots.data_ptr(), slots.stride(0), count)
+        for frames, slots in pages:
+            numbers += (frames.data_ptr(), slots.data_ptr(), slots.stride(0), frames.numel())
         self._parameters.pack(counters, numbers)
         threads, shared, parameters = self._threads, tuning.shared_bytes, self._parameters.address
         if order is None:
@@ -238,4 +246,4 @@ class Kernel:
         else:
             with torch.cuda.device(self._runner):
                 nvrtc.launch(self._function, grid, threads, shared, stream, parameters, self._runner)
-        return grid * tuning.warps
+        return warps

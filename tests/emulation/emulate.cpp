@@ -54,6 +54,7 @@ extern "C" const char *emulate(u32 grid, u32 threads, u32 shared_bytes, void **p
     }
     chance.seed(seed);
     failure.clear();
+    looks = 0;
     gridDim.x = grid;
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Warp>> warps;

@@ -80,6 +80,7 @@ static u32 lane_number;
 static std::mt19937_64 chance;
 static std::string failure;
 static void (*raised)(u32 *counter);
+static u64 looks;  // at what other GPUs write
 
 struct Range {
     u64 begin, bytes;
@@ -183,15 +184,6 @@ static void raise_counter(u32 *counter) {
     machine::raised(counter);
 }
 
-#ifdef PIECE_BYTES  // page_sum.cu
-
-static u64 load_piece(u64 address) {
-    if (address % PIECE_BYTES) machine::fail("a misaligned load");
-    machine::check(machine::readable, address, PIECE_BYTES, "a load");
-    u64 value = 0;
-    std::memcpy(&value, (const void *)address, PIECE_BYTES);
-    return value;
-}
 static u64 add_to(u64 address, u64 value) {
     machine::check(machine::writable, address, 8, "an addition");
     u64 &word = *(u64 *)address;
@@ -201,6 +193,46 @@ static u64 add_to(u64 address, u64 value) {
 static void store_word(u64 address, u64 value) {
     machine::check(machine::writable, address, 8, "a store of a word");
     *(u64 *)address = value;
+}
+
+#ifdef CHUNK  // page_fetch.cu
+
+// Time passes with each look at what other GPUs write, and with it what they do: `raised` is called with null.
+static u64 nanoseconds() { return 1000 * machine::looks; }
+static void look_at(const void *address, u32 bytes) {
+    machine::check(machine::readable, (u64)address, bytes, "a look at another rank's entry");
+    machine::raised(nullptr);
+    if (++machine::looks > 30000) machine::fail("a wait that nothing ends");
+}
+static u64 read_flag(const u64 *address) {
+    look_at(address, 8);
+    return *address;
+}
+static u32 read_counter(const u32 *address) {
+    look_at(address, 4);
+    return *address;
+}
+static void write_flag(u64 *address, u64 value) {
+    if (machine::warp->unfenced) machine::fail("a flag that is written with writes before it that no fence follows");
+    machine::check(machine::writable, (u64)address, 8, "a flag");
+    *address = value;
+}
+static void reset_counter(u32 *counter) {
+    machine::check(machine::writable, (u64)counter, 4, "a reset of a counter");
+    machine::warp->unfenced = true;
+    *counter = 0;
+}
+
+#endif
+
+#ifdef PIECE_BYTES  // page_sum.cu
+
+static u64 load_piece(u64 address) {
+    if (address % PIECE_BYTES) machine::fail("a misaligned load");
+    machine::check(machine::readable, address, PIECE_BYTES, "a load");
+    u64 value = 0;
+    std::memcpy(&value, (const void *)address, PIECE_BYTES);
+    return value;
 }
 
 #endif

@@ -141,6 +141,14 @@ OPTION = "--hicache-xmem-config"
         ('{"peer": {"copy_on": "gpu"}}', f"{OPTION} 'peer.copy_on' is \"gpu\". Give auto, rank or peer."),
         ('{"copy": {"kernel": "fast"}}', f"{OPTION} 'copy.kernel' is \"fast\". Give auto, cuda, triton or torch."),
         ('{"copy": {"buffers": 1}}', f"{OPTION} has an unknown key \"buffers\" in 'copy'. "),
+        (
+            '{"copy": {"share_loads": true, "staging_mib": 64}}',
+            f"{OPTION} 'copy.share_loads' is true and copy.staging_mib is 64. Leave one of them out.",
+        ),
+        (
+            '{"copy": {"share_loads": true, "kernel": "triton"}}',
+            f"{OPTION} 'copy.share_loads' is true and copy.kernel is triton. Leave one of them out.",
+        ),
         ('{"copy": {"staging_mib": 31}}', f"{OPTION} 'copy.staging_mib' is 31. Give 32 to 16384, or 0 for none."),
         (
             '{"copy": {"staging_mib": 64, "kernel": "triton"}}',

@@ -37,6 +37,7 @@ from sglang_xmem.engines.sglang.transfer import ADOPTED
 from sglang_xmem.errors import ConfigError, CopyError, Remedy, Unavailable, refuse, sentence
 
 if TYPE_CHECKING:
+    from sglang_xmem.copies.ipc import Gather
     from sglang_xmem.session import Session
     from sglang_xmem.sums import SectionSums
 
@@ -357,6 +358,20 @@ def used_fraction(active: Session, arena: Arena, space: str) -> float:
             with suppress(NotImplementedError):  # a rider without an allocator
                 fullest = max(fullest, 1 - view.pool.available_size() / view.pool.logical_size)
     return fullest
+
+
+def share_loads(active: Session, gather: Gather, me: int) -> None:
+    """Share loads among ranks of tensor parallelism, where the user asked for it; see `Arena.share_loads`."""
+    if not active.plan.options.copy.share_loads:
+        return
+    for arena in active.arenas:
+        views = [view for view in active.pools if view.layers and view.arena is arena and _is_replicated(view.pool)]
+        arena.share_loads([plane for v in views for layer in v.layers.values() for plane in layer], gather, me)
+
+
+def _is_replicated(pool: Any) -> bool:
+    # With DCP each rank has its part of the tokens.
+    return identity.is_replicated([pool]) and getattr(pool, "dcp_size", 1) == 1
 
 
 def self_test(active: Session) -> None:

@@ -218,6 +218,7 @@ def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     active = session.current()
     try:
         pools.self_test(active)
+        pools.share_loads(active, functools.partial(_gather, self.attn_tp_group), self.attn_tp_group.rank_in_group)
     except CopyError as error:
         refuse(str(error))
     active.used_fraction = functools.partial(pools.used_fraction, active)
@@ -225,6 +226,15 @@ def init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
     active.serve(labels, pools.keep_pages(active))
     result[INFO_KEY] = ",".join(active.tier_names())
     return result
+
+
+def _gather(group: Any, mine: Any) -> list[Any]:
+    """Bring every rank's object to all ranks of a group of SGLang's."""
+    import torch
+
+    found: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
+    return found
 
 
 def _labels() -> dict[str, str]:

@@ -231,14 +231,14 @@ def _counters_of(event: Any, arena: Any, num_layers: int) -> LayerCounters | Non
     if event is None or not hasattr(event, "finish_event"):
         return None
     made = getattr(event, _MADE, None)
-    if made is None or made[0] is not arena.copier or made[1] != num_layers:
+    if made is None or made[0] is not arena.counting or made[1] != num_layers:
         made = _make_counters(event, arena, num_layers)
     counters: LayerCounters | None = made[2]
     return counters
 
 
 def _make_counters(event: Any, arena: Any, num_layers: int) -> Any:
-    made = (arena.copier, num_layers, arena.make_counters(num_layers))
+    made = (arena.counting, num_layers, arena.make_counters(num_layers))
     setattr(event, _MADE, made)
     return made
 

@@ -125,6 +125,23 @@ def test_nvrtc_compiles(name: str, vector: int, arch: int, tmp_path: Path, monke
     assert b"page_copy" in image
 
 
+@needs_nvcc
+@pytest.mark.parametrize("vector", [1, 8, 16])
+@pytest.mark.parametrize("file", ["page_fetch.cu", "page_sum.cu"])
+def test_other_kernels_compile_without_spills(file: str, vector: int, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(source(file))
+    macros = [f"-DVEC_BYTES={vector}", f"-DPIECE_BYTES={min(vector, 8)}"]
+    options = ["-cubin", "-Xptxas", "-v", "-Werror", "all-warnings", "-o", "out"]
+    for arch in ARCHITECTURES:
+        command = ["nvcc", f"-arch=sm_{arch}", "-std=c++17", *macros, *options, file]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout + done.stderr
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        assert frames, said
+        assert set(frames) == {("0", "0", "0")}, said
+
+
 def build(**changes: object) -> bytes:
     text = str(changes.get("text", 'extern "C" __global__ void nothing() {}'))
     return nvrtc.build(text, "nothing.cu", {}, (9, 0))

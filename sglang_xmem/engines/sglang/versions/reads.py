@@ -23,6 +23,8 @@ V0_5_23 = {
     "enable_hisparse enable_kv_cache_sharding enable_unified_cache_external_linker enable_unified_memory gpu_id_step "
     "hicache_host_memory_mode hicache_ratio hicache_size hicache_storage_backend hicache_storage_backend_extra_config "
     "nnodes pp_size tp_size use_ray hicache_io_backend hicache_mem_layout served_model_name enable_metrics",
+    f"{_MANAGERS}.scheduler.Scheduler": "attn_tp_group",
+    f"{_SRT}.distributed.parallel_state.GroupCoordinator": "rank_in_group world_size cpu_group",
     f"{_CONTEXT}.SpawnRanks": "gpu_id world_rank",
     f"{_CONTEXT}.ParallelContext": "tp_rank pp_rank dp_rank",
     f"{_SRT}.speculative.base_spec_worker.HiCacheDraftPlan": "mode device_pools",
