@@ -166,7 +166,11 @@ class Server:
     def generate(
         self, input_ids: Sequence[int], max_new_tokens: int, *, logprobs: bool = False, **fields: Any
     ) -> Answer:
-        """Generate greedily over /generate, streamed to time the first token; `fields` are added to the request."""
+        """Generate greedily over /generate, streamed to time the first token; `fields` are added to the request.
+
+        Raises:
+            ServerFailed: there is no answer, or it was cut short: when a server ends, its stream ends like any other.
+        """
         body = {
             "input_ids": list(input_ids),
             "sampling_params": {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True},
@@ -183,9 +187,11 @@ class Server:
                 raise ServerFailed(f"/generate answered {response.status}: {response.read(2000)!r}")
             ttft_ms: float | None = None
             last: dict[str, Any] = {}
+            is_whole = False
             for raw in response:
                 line = raw.decode().strip()
-                if not line.startswith("data:") or line == "data: [DONE]":
+                is_whole |= line == "data: [DONE]"
+                if not line.startswith("data:") or is_whole:
                     continue
                 if ttft_ms is None:
                     ttft_ms = (time.perf_counter() - start) * 1e3
@@ -196,6 +202,8 @@ class Server:
             connection.close()
         if ttft_ms is None:
             raise ServerFailed(f"/generate ended without a token: {self._reason()}")
+        if not is_whole:
+            raise ServerFailed(f"/generate ended after {len(last['output_ids'])} tokens: {self._reason()}")
         return answer_from(last, ttft_ms)
 
     def stop(self, first: signal.Signals = signal.SIGTERM, grace_s: float = 20) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -126,8 +127,10 @@ class Matrix:
                 until(self._engine.client.flush_cache)
             found += last.answer.cached.get("storage", 0) if last.answer else 0
         given = [(name, answer) for name, answer in answers if answer is not None]
-        wrong = sum(answer.output_ids != right[name] for name, answer in given)
-        return Row(victim, phase, self._rounds, len(given), wrong, hung, len(answers) - len(given), found)
+        wrong = [(name, answer) for name, answer in given if answer.output_ids != right[name]]
+        for name, answer in wrong:
+            print(f"{name}: {answer.output_ids}, right is {right[name]}; cached: {answer.cached}", file=sys.stderr)
+        return Row(victim, phase, self._rounds, len(given), len(wrong), hung, len(answers) - len(given), found)
 
     def _prepare(self, phase: str, name: str) -> None:
         if phase in ("load", "take"):
