@@ -9,13 +9,9 @@ Imports neither torch nor CUDA.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import logging
 import os
-import secrets
-import struct
 import threading
 import time
 from collections import Counter
@@ -26,38 +22,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sglang_xmem.bank_link import Link, Wanted
 from sglang_xmem.errors import Unavailable
 from sglang_xmem.mtier.build import PAGES, BuildError, built
 from sglang_xmem.mtier.client import (
     DAMAGED,
+    DAX,
     FIND,
     GPU,
     HOST,
-    INVALID_ARGUMENT,
-    JOIN,
-    LEAVE,
     LOOK,
-    MOST_PAUSE_S,
-    NOT_YET,
     PUBLISH,
     SLAB,
-    Connection,
     Refused,
-    Reply,
     Silent,
-    label_bytes,
-    socket_path,
     unavailable,
 )
 from sglang_xmem.mtier.gpu_slab import GpuMapping
 from sglang_xmem.tiers import hostmem
 
-logger = logging.getLogger(__name__)
-
-# native/pages_protocol.h
-PAGES_VERSION = 4
-#: Its JoinRequest.
-JOIN_REQUEST = struct.Struct("=IIQQ32s64sQIIQ")
 #: Maximum pages per message.
 MAX_PAGES = 256
 KEY_BYTES = 32
@@ -65,10 +48,6 @@ KEY_BYTES = 32
 Frames = npt.NDArray[np.uint64]
 _PLACE = np.dtype([("frame", "u8"), ("generation", "u8")])
 _PUBLICATION = np.dtype([("key", "S32"), ("frame", "u8"), ("generation", "u8")])
-#: Seconds between attempts to reconnect to the service.
-RETRY_S = 1.0
-#: Seconds between queries whether a new space's memory is ready.
-_MAKING_S = 0.05
 #: Results of a publication.
 NEW, HAVE, STALE = range(3)
 
@@ -108,33 +87,13 @@ class BankSession:
         self._gate = threading.Lock()  # storage threads may still run after the session is closed
         self._handle: int | None = None
         self._closed = False
-        self._said = False
-        #: Held during a reconnect; the time of the last attempt.
-        self._joining = threading.Lock()
-        self._tried = float("-inf")
-        #: The service no longer knows this session: its frames are private.
-        self._lost = False
-        #: Frames and generations of damaged pages that are not reported yet.
-        self._damaged: list[bytes] = []
-        self._name = secrets.randbits(64) | 1
+        self._slab: hostmem.Mapping | GpuMapping | None = None
         try:
             self._library = _library()
         except (BuildError, OSError) as error:
             raise Unavailable(str(error).rstrip(".")) from None
-        self._wanted = (
-            PAGES_VERSION,
-            identity is None,
-            frame_bytes,
-            frames,
-            identity or b"",
-            label_bytes(label),
-            self._name,
-            kind,
-        )
-        self._pool_bytes = pool_bytes
-        self._slab: hostmem.Mapping | GpuMapping | None = None
         try:
-            self._connection = Connection(socket_path())
+            self._link = Link(Wanted(identity, frame_bytes, frames, label, pool_bytes, kind), self._count)
             try:
                 self._open(kind)
             except BaseException:
@@ -145,50 +104,40 @@ class BankSession:
         except OSError as error:
             raise Unavailable(f"the bank's memory cannot be mapped ({error.strerror})") from None
 
+    def _count(self, event: str) -> None:
+        self.counts[event] += 1
+
     def _open(self, kind: int) -> None:
         """Join, and map ledger and slab."""
-        joined = self._join(self._connection, again=False)
-        self._place = self._place_of(joined)
-        self.frames = joined.total
+        joined = self._link.join()
+        files = [joined.fd]
         try:
+            self.frames = joined.total
             self._handle = self._library.pages_open(
                 joined.fd, joined.available, joined.total, joined.num_banks, joined.granularity
             )
-        finally:
-            os.close(joined.fd)
-        if not self._handle:
-            raise Unavailable("the bank's ledger cannot be mapped")
-        slab = self._connection.ask(SLAB)
-        try:
+            if not self._handle:
+                raise Unavailable("the bank's ledger cannot be mapped")
+            slab = self._link.ask(SLAB)
+            files.insert(0, slab.fd)
             self._slab = (
                 GpuMapping(self._library, slab.fd, slab.size, slab.granularity)
                 if kind == GPU
                 else hostmem.map_file(slab.fd, slab.available, slab.size)
             )
+            # On a devdax an open file marks the bytes as in use, and they survive the service anyway.
+            if kind != DAX:
+                self._link.keep(files)
+                files = []
         finally:
-            os.close(slab.fd)
+            for fd in files:
+                os.close(fd)
 
     @property
     def slab(self) -> hostmem.Mapping | GpuMapping:
         """The memory that the frames are in."""
         assert self._slab is not None
         return self._slab
-
-    def _join(self, connection: Connection, *, again: bool) -> Reply:
-        """Join a space, or rejoin with this process's session; waits until the memory is ready."""
-        asked = JOIN_REQUEST.pack(*self._wanted, again, self._pool_bytes)
-        while True:
-            try:
-                return connection.ask(JOIN, behind=asked)
-            except Refused as error:
-                if error.code != NOT_YET:
-                    raise
-            time.sleep(_MAKING_S)
-
-    @staticmethod
-    def _place_of(joined: Reply) -> tuple[int, int, int, int]:
-        """Return a session's constants: the slab's name, the session's number, the slab's frames and bytes."""
-        return joined.allocation, joined.num_banks, joined.total, joined.size
 
     # ---- without the service ----
 
@@ -249,11 +198,11 @@ class BankSession:
     def look(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Report for each key whether its page is in the bank; all False if the service does not respond."""
         there = np.zeros(len(keys), np.bool_)
-        if self._damaged:
+        if not self._link.has_sent_all:
             return there
         for at in range(0, len(keys), MAX_PAGES):
             part = keys[at : at + MAX_PAGES]
-            text = self._asked(LOOK, len(part), b"".join(part))
+            text = self._link.text_of(LOOK, len(part), b"".join(part))
             if text is None:
                 return np.zeros(len(keys), np.bool_)
             there[at : at + len(part)] = np.frombuffer(text, _PLACE)["generation"] != 0
@@ -277,12 +226,12 @@ class BankSession:
         return self._addresses(out[:got])
 
     def _find(self, keys: Sequence[bytes]) -> npt.NDArray[Any]:
-        if self._damaged:
+        if not self._link.has_sent_all:
             keys = ()
         found = [np.empty(0, _PLACE)]
         for at in range(0, len(keys), MAX_PAGES):
             part = keys[at : at + MAX_PAGES]
-            text = self._asked(FIND, len(part), b"".join(part))
+            text = self._link.text_of(FIND, len(part), b"".join(part))
             found.append(np.frombuffer(text or b"", _PLACE))
             if found[-1].size < len(part):
                 break
@@ -308,7 +257,7 @@ class BankSession:
                 b"".join(keys[part]), np.uint8
             ).reshape(-1, KEY_BYTES)
             pages["frame"], pages["generation"] = frames[part], generations[part]
-            verdicts += self._asked(PUBLISH, len(pages), pages.tobytes()) or bytes([STALE]) * len(pages)
+            verdicts += self._link.text_of(PUBLISH, len(pages), pages.tobytes()) or bytes([STALE]) * len(pages)
         for name, verdict in (("published", NEW), ("duplicate", HAVE), ("private", STALE)):
             self.counts[f"bank:{name}"] += verdicts.count(verdict)
         return verdicts
@@ -325,112 +274,28 @@ class BankSession:
             if not self._handle or not frames.size:
                 return
             self._library.pages_generations(self._handle, frames.size, frames.ctypes.data, generations.ctypes.data)
-            places["frame"], places["generation"] = frames, generations
-            reporting = bool(self._damaged)
-            self._damaged += [places[at : at + MAX_PAGES].tobytes() for at in range(0, len(places), MAX_PAGES)]
+        places["frame"], places["generation"] = frames, generations
+        for at in range(0, len(places), MAX_PAGES):
+            part = places[at : at + MAX_PAGES]
+            self._link.send_later(DAMAGED, len(part), part.tobytes())
         self.counts["bank:damaged"] += len(places)
-        if not reporting:
-            threading.Thread(target=self._report, name="sglang_xmem-bank", daemon=True).start()
 
     def reported(self, timeout_s: float) -> bool:
         """Wait until all damaged pages are reported to the service; return whether they are."""
         deadline = time.monotonic() + timeout_s
-        while self._damaged and not self._lost and time.monotonic() < deadline:
+        while not self._link.has_sent_all and not self._link.lost and time.monotonic() < deadline:
             time.sleep(0.01)
-        return not self._damaged
-
-    def _report(self) -> None:
-        while self._handle and not self._lost:
-            places = self._damaged[0]
-            if self._asked(DAMAGED, len(places) // _PLACE.itemsize, places) is None:
-                time.sleep(RETRY_S)
-                continue
-            with self._gate:
-                del self._damaged[0]
-                if not self._damaged:
-                    return
-
-    def _asked(self, op: int, count: int, behind: bytes) -> bytes | None:
-        """Return the reply's text; None without a reply, which is logged once in a row."""
-        if self._lost or self._closed:
-            return None
-        try:
-            text = self._answer(op, count, behind)
-        except (Refused, Silent) as error:
-            self.counts["bank_questions:unanswered"] += 1
-            if not self._said:
-                logger.warning("sglang_xmem: the page bank is unavailable, and its pages are misses: %s", error)
-            self._said = True
-            return None
-        if self._said:
-            logger.warning("sglang_xmem: the page bank is available again")
-        self._said = False
-        return text
-
-    def _answer(self, op: int, count: int, behind: bytes) -> bytes:
-        """Send a request; if the connection is lost, repeat it over a new one. Every request may arrive twice.
-
-        Raises:
-            Refused, Silent: there is no reply.
-        """
-        if self._connection.alive:
-            try:
-                return self._connection.ask(op, count, behind).text
-            except Silent:
-                if self._connection.alive:
-                    raise
-        self._join_again()
-        return self._connection.ask(op, count, behind).text
-
-    def _join_again(self) -> None:
-        """Rejoin the session over a new connection, with its state in memory: the service may have restarted.
-
-        Raises:
-            Refused, Silent: not now, or never if the service has other memory.
-        """
-        with self._joining:
-            if self._connection.alive:  # another thread has reconnected
-                return
-            if self._lost or time.monotonic() - self._tried < RETRY_S:
-                raise Silent("mtierd closed the connection")
-            try:
-                connection = Connection(socket_path())
-                try:
-                    joined = self._join(connection, again=True)
-                    os.close(joined.fd)
-                    if not self._closed and self._place_of(joined) != self._place:
-                        raise Refused(INVALID_ARGUMENT, "the service has other memory")
-                except BaseException:
-                    connection.close()
-                    raise
-            except Refused as error:
-                if error.code == INVALID_ARGUMENT:
-                    self._lose()
-                raise
-            finally:
-                self._tried = time.monotonic()
-            self._connection = connection
-            self.counts["bank_sessions:rejoined"] += 1
-
-    def _lose(self) -> None:
-        self._lost = True
-        if self._closed:
-            return
-        self.counts["bank_sessions:lost"] += 1
-        logger.warning(
-            "sglang_xmem: mtierd restarted without the memory of this engine's pages, so they are private now. Restart "
-            "this engine to share pages again."
-        )
+        return self._link.has_sent_all
 
     @property
     def alive(self) -> bool:
         """Whether the connection was open at the last request."""
-        return self._connection.alive
+        return self._link.alive
 
     @property
     def lost(self) -> bool:
         """Whether the service restarted without this session's memory, so that its pages stay private."""
-        return self._lost
+        return self._link.lost
 
     def close(self) -> None:
         """Release all frames; idempotent. No copy to or from them may be in flight."""
@@ -443,32 +308,7 @@ class BankSession:
                 self._library.pages_close(handle)
         if self._slab is not None:
             self._slab.close()
-        # The service keeps this session's promise until it learns of the session's end, or of the process's, which may
-        # be much later: an engine continues with another tier.
-        if not self._leave():
-            with contextlib.suppress(RuntimeError):  # the interpreter, and so the process, is ending
-                threading.Thread(target=self._keep_leaving, name="sglang_xmem-bank", daemon=True).start()
-
-    def _leave(self) -> bool:
-        """End the session; return whether the service no longer knows it."""
-        try:
-            self._answer(LEAVE, 0, b"")
-        except Refused as error:
-            if error.code != INVALID_ARGUMENT:  # it does not know the session
-                return False
-        except Silent:
-            if not self._lost:
-                return False
-        self._connection.close()
-        return True
-
-    def _keep_leaving(self) -> None:
-        pause = RETRY_S
-        while True:
-            time.sleep(pause)
-            if self._leave():
-                return
-            pause = min(2 * pause, MOST_PAUSE_S)
+        self._link.close()
 
 
 @functools.cache

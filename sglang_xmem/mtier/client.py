@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglang_xmem.errors import Remedy, Unavailable
@@ -26,7 +28,7 @@ _MAX_REPLY_BYTES = _REPLY.size + (64 << 10)
 _REFUSED = 0
 _LABEL = struct.Struct("64s")
 INFO, JOIN, SLAB, FIND, PUBLISH, LEAVE = range(32, 38)
-LOOK, DAMAGED = 39, 40
+LOOK, DAMAGED, RETURN = range(39, 42)
 #: MemoryKind of a slab.
 HOST, GPU, DAX = 1, 2, 3
 
@@ -110,8 +112,27 @@ class Connection:
         """Whether the connection was open at the last request."""
         return self._socket is not None
 
-    def ask(self, op: int, count: int = 0, behind: bytes = b"", kind: int = 0) -> Reply:
+    def has_ended(self) -> bool:
+        """Whether the service has closed the connection, without a request; it is not `alive` then."""
+        if not self._lock.acquire(blocking=False):
+            return False  # the thread with a request finds out
+        try:
+            if self._socket is not None:
+                poll = select.poll()
+                poll.register(self._socket, 0)
+                if poll.poll(0):
+                    self.close()
+            return self._socket is None
+        finally:
+            self._lock.release()
+
+    def ask(
+        self, op: int, count: int = 0, behind: bytes = b"", kind: int = 0, descriptors: Sequence[int] = ()
+    ) -> Reply:
         """Send a request and wait for its reply.
+
+        Args:
+            descriptors: sent with the request; the caller still owns them.
 
         Raises:
             Refused: the service refuses.
@@ -124,7 +145,7 @@ class Connection:
                 raise Silent(f"mtierd at {self._path} did not respond a moment ago")
             self._number += 1
             try:
-                reply = self._exchange(self._socket, op, count, behind, kind)
+                reply = self._exchange(self._socket, op, count, behind, kind, descriptors)
             except TimeoutError:
                 pause = min(PAUSE_S * 2**self._failures, MOST_PAUSE_S)
                 self._failures += 1
@@ -136,17 +157,22 @@ class Connection:
             self._failures = 0
             return reply
 
-    def _exchange(self, connection: socket.socket, op: int, count: int, behind: bytes, kind: int) -> Reply:
+    def _exchange(
+        self, connection: socket.socket, op: int, count: int, behind: bytes, kind: int, descriptors: Sequence[int]
+    ) -> Reply:
         end = time.monotonic() + DEADLINE_S
         connection.settimeout(DEADLINE_S)
-        connection.send(_REQUEST.pack(_MAGIC, _PROTOCOL_VERSION, op, self._number, kind, 0, count, 0) + behind)
+        message = _REQUEST.pack(_MAGIC, _PROTOCOL_VERSION, op, self._number, kind, 0, count, 0) + behind
+        socket.send_fds(connection, [message], list(descriptors))
         while True:
             left = end - time.monotonic()
             if left <= 0:
                 raise TimeoutError
             connection.settimeout(left)
-            message, descriptors, _, _ = socket.recv_fds(connection, _MAX_REPLY_BYTES, 1)
-            fd = descriptors[0] if descriptors else -1
+            message, got, _, _ = socket.recv_fds(connection, _MAX_REPLY_BYTES, 1)
+            fd = got[0] if got else -1
+            if got:
+                os.set_inheritable(fd, False)
             try:
                 if len(message) < _REPLY.size:
                     raise ConnectionError("it ended")

@@ -20,11 +20,15 @@ import numpy as np
 import pytest
 
 from sglang_xmem import bank
-from sglang_xmem.bank import HAVE, JOIN_REQUEST, NEW, PAGES_VERSION, STALE, BankSession
-from sglang_xmem.errors import Unavailable, sentence
+from sglang_xmem.bank import HAVE, NEW, STALE, BankSession
+from sglang_xmem.bank_link import JOIN_REQUEST, PAGES_VERSION
+from sglang_xmem.config import parse_options
+from sglang_xmem.errors import ConfigError, Unavailable, sentence
 from sglang_xmem.mtier import client
 from sglang_xmem.mtier.client import bank_info
 from sglang_xmem.mtier.daemon import status_text
+from sglang_xmem.plan import make_plan
+from sglang_xmem.tiers import Ranks
 from sglang_xmem.tiers.bank import BankRankPlan, BankSettings, BankTier
 from tests import REPOSITORY
 from tests.mtier.conftest import StartDaemon
@@ -312,6 +316,34 @@ def test_a_service_that_is_killed_or_stopped_is_a_miss_in_time(daemon: Daemon, m
         BankSession(MODEL, FRAME, 8)
 
 
+@pytest.mark.parametrize("how", ["nobody", "a dead socket", "one that hangs"])
+def test_an_engine_that_starts_without_a_service_says_so_or_takes_another_tier(
+    how: str, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pools stay where they were put: a service that comes later serves engines that start later."""
+    monkeypatch.setattr(client, "DEADLINE_S", 1.0)
+    path = str(daemon.socket_path)
+    if how == "nobody":
+        path += " of nobody"
+        monkeypatch.setenv("MTIER_SOCKET", path)
+    elif how == "a dead socket":
+        daemon.stop(signal.SIGKILL)
+    else:
+        daemon.send(signal.SIGSTOP)
+    with pytest.raises(ConfigError) as caught:
+        make_plan(parse_options(tier="bank"), Ranks((None,)), None, lambda nbytes: nbytes)
+    why = "did not respond within 1 s" if how == "one that hangs" else f"no mtierd responds at {path}"
+    assert why in str(caught.value)
+    assert str(caught.value).startswith("--hicache-xmem-tier bank is unavailable: ")
+    assert str(caught.value).endswith("Start `sglang-xmem mtierd --bank host:SIZE`.")
+    assert str(caught.value).count(". ") == 1
+    plan = make_plan(parse_options(), Ranks((None,)), None, lambda nbytes: nbytes)
+    assert plan.candidates[0].tier == "dram"
+    assert ("bank", True) in [(skipped.tier, why in skipped.reason) for skipped in plan.skipped]
+    if how == "one that hangs":
+        daemon.send(signal.SIGCONT)
+
+
 def test_a_flush_hides_all_pages_and_takes_none(daemon: Daemon) -> None:
     session = BankSession(MODEL, FRAME, 8)
     addresses = fill(session, [1])
@@ -482,12 +514,12 @@ def test_a_session_finds_nothing_until_its_damaged_pages_are_known(
 def test_a_service_without_the_memory_leaves_a_session_its_own_frames(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, start_daemon: StartDaemon
 ) -> None:
-    monkeypatch.setattr("sglang_xmem.bank.RETRY_S", 0.1)
+    monkeypatch.setattr("sglang_xmem.bank_link.RETRY_S", 0.1)
     session = BankSession(MODEL, FRAME, 8)
     addresses = fill(session, [1, 2])
     daemon.stop(9)
     assert session.find([key(1)]) == 0
-    another = start_daemon("--bank", f"host:{8 * MIB}")
+    another = start_daemon("--bank", f"host:{4 * MIB}")  # too small for the space
     monkeypatch.setenv("MTIER_SOCKET", str(another.socket_path))
     time.sleep(0.2)
     assert session.find([key(1)]) == 0
@@ -502,7 +534,7 @@ def test_a_service_without_the_memory_leaves_a_session_its_own_frames(
 def test_a_session_goes_on_with_a_service_that_was_started_again(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglang_xmem.bank.RETRY_S", 0.1)
+    monkeypatch.setattr("sglang_xmem.bank_link.RETRY_S", 0.1)
     session, other = BankSession(MODEL, FRAME, 40), Other(40)
     try:
         fill(session, [1, 2])
@@ -550,7 +582,7 @@ def test_a_closed_session_has_no_promise_though_the_service_was_started_again(da
 def test_a_session_that_is_closed_while_the_service_hangs_leaves_later(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglang_xmem.bank.RETRY_S", 0.1)
+    monkeypatch.setattr("sglang_xmem.bank_link.RETRY_S", 0.1)
     monkeypatch.setattr(client, "DEADLINE_S", 1.0)
     monkeypatch.setattr(client, "PAUSE_S", 0.1)
     session = BankSession(MODEL, FRAME, 100)
@@ -575,7 +607,7 @@ def test_a_session_that_cannot_map_its_ledger_leaves_no_promise(
 def test_a_session_whose_answer_came_too_late_leaves_no_promise(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglang_xmem.bank.RETRY_S", 0.1)
+    monkeypatch.setattr("sglang_xmem.bank_link.RETRY_S", 0.1)
     monkeypatch.setattr(client, "PAUSE_S", 0.1)
     with monkeypatch.context() as short:
         short.setattr(client, "DEADLINE_S", 0.2)

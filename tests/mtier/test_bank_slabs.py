@@ -100,6 +100,22 @@ def test_pages_in_a_gpu_are_shared_and_outlast_engine_and_service(machine: Machi
         assert last.ask("session.find([key(1)])") == 1
 
 
+def test_a_gpu_s_memory_comes_back_from_an_engine(machine: Machine) -> None:
+    """The keeper ended too: the driver's memory is where a process has it mapped, or a descriptor of it."""
+    banks = (f"host:{8 * MIB}", f"gpu:1:{16 * MIB}")
+    daemon = machine.start(*banks)
+    with Engine(machine) as one:
+        assert one.ask("join()") is None
+        assert one.ask("store(session, [1, 2])") == [0, 0]
+        daemon.stop(signal.SIGKILL)
+        daemon = machine.start(*banks)
+        wait_until(lambda: bool(daemon.status()["spaces"]), 20)
+        assert daemon.available(1) == 0
+        with Engine(machine) as two:
+            assert two.ask("join()") is None
+            assert two.ask("[read(address) for address in session.adopt([key(1), key(2)])]") == [[1], [2]]
+
+
 def test_a_bank_of_the_other_kind_and_no_context_are_one_sentence(machine: Machine) -> None:
     machine.start(f"host:{8 * MIB}", f"gpu:1:{16 * MIB}")
     with Engine(machine, "") as without:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_xmem.bank import JOIN_REQUEST, NEW, PAGES_VERSION, BankSession
+from sglang_xmem.bank import NEW, BankSession
+from sglang_xmem.bank_link import JOIN_REQUEST, PAGES_VERSION
 from sglang_xmem.mtier.build import BuildError, built
 from sglang_xmem.mtier.client import HOST
 from tests import REPOSITORY

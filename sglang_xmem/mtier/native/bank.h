@@ -15,6 +15,7 @@
 #include <unordered_map>
 
 #include "cuda_driver.h"
+#include "descriptor.h"
 #include "protocol.h"
 #include "text.h"
 
@@ -90,13 +91,10 @@ class HostBank : public Bank {
 
     Made create(std::uint64_t bytes, std::uint64_t id) override {
         auto entry = files_.emplace(id, -1).first;  // reserved first, so that nothing can fail after the file exists
-        int fd = ::memfd_create("mtier", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        // Fixed size: a client can neither grow the grant nor lose mapped pages.
-        bool made = fd >= 0 && ::ftruncate(fd, static_cast<off_t>(bytes)) == 0 &&
-                    ::fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
+        Descriptor file = sealed_file("mtier", bytes);
         // Two open files: the client gets its own, and the kernel counts open files.
-        int own = made ? reopened(fd) : -1;
-        int sent = own >= 0 ? reopened(fd) : -1;
+        int own = file.get() >= 0 ? file.reopened() : -1;
+        int sent = own >= 0 ? file.reopened() : -1;
         Made result;
         if (sent < 0) {
             result.why = words_of(errno);
@@ -107,7 +105,6 @@ class HostBank : public Bank {
             entry->second = own;
             result.fd = sent;
         }
-        if (fd >= 0) ::close(fd);
         return result;
     }
 
@@ -128,10 +125,6 @@ class HostBank : public Bank {
     }
 
   private:
-    static int reopened(int fd) {
-        return ::open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_RDWR | O_CLOEXEC);
-    }
-
     std::unordered_map<std::uint64_t, int> files_;
 };
 

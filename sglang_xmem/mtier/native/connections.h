@@ -19,8 +19,10 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
+#include "descriptor.h"
 #include "log.h"
 #include "loop.h"
 #include "processes.h"
@@ -53,8 +55,9 @@ class Handler {
   public:
     virtual ~Handler() = default;
     // Empty if the answer follows later, by Connections::answer(). `behind`: the data after the request; empty below
-    // kFirstPagesOp.
-    virtual std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) = 0;
+    // kFirstPagesOp. `sent`: the descriptors that came with it; those that are not moved from are closed.
+    virtual std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind,
+                                         Descriptors &sent) = 0;
     // The kernel refuses to send a descriptor now. Returns the answer to send instead, without one.
     virtual Answer not_sent(const Peer &peer, const Reply &reply, const std::string &why) = 0;
     // Whether to keep a connection without requests.
@@ -232,18 +235,31 @@ class Connections {
         connection.granted = false;
         alignas(Request) char buffer[kMaxRequestBytes];
         iovec part{buffer, sizeof(buffer)};
-        msghdr message{};  // without space for descriptors: the kernel closes those that a client sends
+        constexpr std::size_t kMost = std::tuple_size_v<Descriptors>;
+        alignas(cmsghdr) char control[CMSG_SPACE(kMost * sizeof(int))];
+        msghdr message{};
         message.msg_iov = &part;
         message.msg_iovlen = 1;
-        ssize_t got = ::recvmsg(connection.fd, &message, 0);
+        message.msg_control = control;  // the kernel closes descriptors that do not fit
+        message.msg_controllen = sizeof(control);
+        ssize_t got = ::recvmsg(connection.fd, &message, MSG_CMSG_CLOEXEC);
         if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
         // An empty message looks like the end; both end the connection.
         if (got <= 0) return drop(client);
         connection.used = Loop::Clock::now();
-        take(client, buffer, static_cast<std::size_t>(got), (message.msg_flags & MSG_TRUNC) != 0);
+        Descriptors sent;
+        for (cmsghdr *c = CMSG_FIRSTHDR(&message); c != nullptr; c = CMSG_NXTHDR(&message, c)) {
+            if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+            for (std::size_t i = 0; i < std::min(kMost, (c->cmsg_len - CMSG_LEN(0)) / sizeof(int)); ++i) {
+                int number = -1;
+                std::memcpy(&number, CMSG_DATA(c) + i * sizeof(int), sizeof(number));
+                sent[i] = Descriptor(number);
+            }
+        }
+        take(client, buffer, static_cast<std::size_t>(got), (message.msg_flags & MSG_TRUNC) != 0, sent);
     }
 
-    void take(Client client, const char *buffer, std::size_t got, bool truncated) {
+    void take(Client client, const char *buffer, std::size_t got, bool truncated, Descriptors &sent) {
         Connection &connection = client->second;
         Request &request = connection.request;
         request = {};
@@ -259,7 +275,7 @@ class Connections {
         } else {
             try {
                 connection.busy = true;
-                answer = handler_.handle(connection.peer, request, behind);
+                answer = handler_.handle(connection.peer, request, behind, sent);
             } catch (const std::bad_alloc &) {
                 answer = Answer::error(kServerError, "the service itself is out of memory");
             }

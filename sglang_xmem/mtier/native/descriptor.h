@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -26,10 +27,21 @@ class Descriptor {
     int release() { return std::exchange(fd_, -1); }
     // Duplicates it, to be sent; -1 on failure.
     int duplicate() const { return ::fcntl(fd_, F_DUPFD_CLOEXEC, 0); }
+    // Opens the same memory as a separate open file, with its own locks and leases. -1 with errno.
+    int reopened() const { return ::open(("/proc/self/fd/" + std::to_string(fd_)).c_str(), O_RDWR | O_CLOEXEC); }
 
   private:
     int fd_;
 };
+
+// The descriptors that came with a message.
+using Descriptors = std::array<Descriptor, 2>;
+
+// Whether a file is memory that nobody can shrink.
+inline bool is_sealed(const Descriptor &file) {
+    int seals = ::fcntl(file.get(), F_GET_SEALS);
+    return seals >= 0 && (seals & F_SEAL_SHRINK) != 0;
+}
 
 // Creates zeroed host memory of fixed size: a client can neither grow it nor lose mapped pages. -1 with errno.
 inline Descriptor sealed_file(const char *name, std::uint64_t bytes) {

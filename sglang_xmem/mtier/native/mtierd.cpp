@@ -91,9 +91,10 @@ class Both : public Handler {
     Both(Service &service, pages::PageService &pages, unsigned restarts)
         : service_(service), pages_(pages), restarts_(restarts) {}
 
-    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) override {
-        if (request.op >= kFirstPagesOp) return pages_.handle(peer, request, behind);
-        std::optional<Answer> answer = service_.handle(peer, request, behind);
+    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind,
+                                 Descriptors &sent) override {
+        if (request.op >= kFirstPagesOp) return pages_.handle(peer, request, behind, sent);
+        std::optional<Answer> answer = service_.handle(peer, request, behind, sent);
         if (request.op == static_cast<std::uint16_t>(Op::kMalloc)) pages_.tend();
         if (answer && request.op == static_cast<std::uint16_t>(Op::kReport)) {
             answer->text.back() = ',';

@@ -30,8 +30,8 @@ enum class PagesOp : std::uint16_t {
     // A client that lost its connection sends kJoin on a new one, with the same `session` and `again` 1. If the reply
     // has the epoch, number, frames and bytes of the first one, the client keeps its ledger, slab, pins and frames,
     // including claims and releases in between. The descriptor is then of memory that it already maps.
-    // kInvalidArgument: the service does not know the session. The client's slab is then private permanently: it may
-    // use its frames and claim more, but finds and publishes nothing.
+    // kInvalidArgument: the service does not know the session. The client may return the memory (kReturn) and retry.
+    // Otherwise its slab is private permanently: it may use its frames and claim more, but finds and publishes nothing.
     kJoin = 33,
     // Reply: the slab's descriptor, and its offset there in `available`; size: its bytes; kind; granularity.
     kSlab = 34,
@@ -47,6 +47,11 @@ enum class PagesOp : std::uint16_t {
     kLook = 39,
     // Data: `size` Places that the session holds. Removes their damaged pages; holders keep the frames.
     kDamaged = 40,
+    // `bank`: a MemoryKind. With two descriptors that an earlier service sent, of the slab and of the ledger. If that
+    // service and its keeper have ended, this service takes over the space as after a restart, with its pages and the
+    // sessions of live processes. Refused if another service has the memory, if it is not from a bank like one of this
+    // service or exceeds its free bytes, or if engines have other memory for the same pages by now.
+    kReturn = 41,
 };
 
 struct JoinRequest {

@@ -45,13 +45,16 @@ class PageService : public Handler {
         });
     }
 
-    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind) override {
+    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view behind,
+                                 Descriptors &sent) override {
         switch (static_cast<PagesOp>(request.op)) {
             case PagesOp::kInfo:
                 if (!behind.empty() && behind.size() != sizeof(JoinRequest::label)) return not_so();
                 return info(static_cast<MemoryKind>(request.bank), behind);
             case PagesOp::kJoin:
                 return behind.size() == sizeof(JoinRequest) ? join(peer, behind) : not_so();
+            case PagesOp::kReturn:
+                return behind.empty() ? take_over(peer, static_cast<MemoryKind>(request.bank), sent) : not_so();
             case PagesOp::kForget:
                 if (!behind.empty()) return not_so();
                 note_(peer.process->name() + " makes the bank forget all pages");
@@ -67,7 +70,7 @@ class PageService : public Handler {
             case PagesOp::kSlab: {
                 if (!behind.empty()) return not_so();
                 Answer answer;
-                answer.fd = space.slab->memory.fd.duplicate();
+                answer.fd = space.slab->memory.to_send();
                 if (answer.fd < 0) return no_descriptor();
                 session->second.mapped = true;
                 answer.fields.size = space.slab->memory.bytes;
@@ -385,7 +388,7 @@ class PageService : public Handler {
     Answer answer_as(const Peer &peer, Sessions::iterator session) {
         const Space &space = *session->second.space;
         Answer answer;
-        answer.fd = space.slab->control.fd.duplicate();
+        answer.fd = space.slab->control.to_send();
         if (answer.fd < 0) return no_descriptor();
         for (auto it = joined_.begin(); it != joined_.end();) {
             it = it->second == session->first ? joined_.erase(it) : std::next(it);
@@ -533,18 +536,35 @@ class PageService : public Handler {
             for (const std::shared_ptr<Slab> &slab : banks_[i]->left()) restore(i, slab);
         }
         for (const std::string &name : kept_.found("")) kept_.remove(name);  // partial or unused state
-        for (const auto &[key, space] : spaces_) {
-            std::string words;
-            append(&words, "restored %zu pages of %s, and %d sessions", space->restored, space->head().label,
-                   __builtin_popcountll(space->bits));
-            note_(words);
-        }
     }
 
-    void restore(std::size_t bank, const std::shared_ptr<Slab> &slab) {
+    // Takes over memory of a service that has ended, from an engine.
+    Answer take_over(const Peer &peer, MemoryKind kind, const Descriptors &sent) {
+        std::string why = "it has no bank of this kind of memory";
+        for (std::size_t i = 0; i < banks_.size(); ++i) {
+            if (banks_[i]->kind() != kind) continue;
+            std::shared_ptr<Slab> slab = banks_[i]->take_over(sent[0], sent[1], &why);
+            if (slab == nullptr) continue;
+            std::optional<SpaceHead> head = read_head(slab->control);
+            auto there = head ? spaces_.find(head->key) : spaces_.end();
+            if (there != spaces_.end() && there->second->promised == 0) drop(head->key);  // unused
+            if (restore(i, slab)) {
+                note_(peer.process->name() + " returned the memory of its pages");
+                return Answer{};
+            }
+            why = "engines have other memory for these pages by now";
+        }
+        return Answer::error(kOutOfMemory, "the service cannot take the memory back: " + why);
+    }
+
+    // False if the slab is unusable.
+    bool restore(std::size_t bank, const std::shared_ptr<Slab> &slab) {
         std::optional<SpaceHead> head = read_head(slab->control);
         void *memory = head && spaces_.count(head->key) == 0 ? map(*slab, head->frames) : MAP_FAILED;
-        if (memory == MAP_FAILED) return banks_[bank]->discard(*slab);
+        if (memory == MAP_FAILED) {
+            banks_[bank]->discard(*slab);
+            return false;
+        }
         Space &space = *(spaces_[head->key] = std::make_unique<Space>(bank, slab, memory, head->frames));
         for (int bit = 0; bit < kSessions; ++bit) {
             const SessionLine &line = space.record->sessions[bit];
@@ -556,11 +576,17 @@ class PageService : public Handler {
                 space.record->erase(bit);
                 continue;
             }
+            if (process->fd() >= 0) kept_.leave(name_of(*process), process->fd());
             admit(space, line.id, bit, line.quota, process)->second.mapped = true;
         }
         space.index.restore(space.ledger);
         space.restored = space.index.size();
+        std::string words;
+        append(&words, "restored %zu pages of %s, and %d sessions", space.restored, space.head().label,
+               __builtin_popcountll(space.bits));
+        note_(words);
         if (space.promised == 0 && head->is_private != 0) drop(head->key);
+        return true;
     }
 
     // The process of a session's record; nullptr if it has ended. A process of unknown state has no pidfd, and keeps

@@ -83,7 +83,7 @@ class Service : public Handler {
         return std::all_of(banks_.begin(), banks_.end(), [&](auto &bank) { return bank->idle_within(time); });
     }
 
-    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view) override {
+    std::optional<Answer> handle(const Peer &peer, const Request &request, std::string_view, Descriptors &) override {
         switch (static_cast<Op>(request.op)) {
             case Op::kHello:
                 return hello(peer, request.allocation);

@@ -2,6 +2,7 @@
 // CPU-addressable memory for its record and ledger (space_record.h).
 #pragma once
 
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -38,6 +39,10 @@ struct Part {
     void *map(std::uint64_t size) const {
         return ::mmap(nullptr, mapped(size), PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), static_cast<off_t>(offset));
     }
+    // Makes a descriptor for an engine; -1 with errno.
+    int to_send() const { return is_locked ? fd.reopened() : fd.duplicate(); }
+
+    bool is_locked = false;  // the open file, which only the service and its keeper have
 };
 
 struct Slab {
@@ -69,6 +74,11 @@ class SlabSource {
     virtual void advance(Slab &) {}
     // Returns the slabs of earlier services, each once.
     virtual std::vector<std::shared_ptr<Slab>> left() = 0;
+    // Takes over a slab of a service whose keeper has ended too, from an engine's descriptors. nullptr with a clause.
+    virtual std::shared_ptr<Slab> take_over(const Descriptor &, const Descriptor &, std::string *why) {
+        *why = "a device has nothing of it any more";
+        return nullptr;
+    }
     // Releases a slab, even if it is mapped.
     virtual void discard(Slab &slab) = 0;
     // Manages memory that is populated ahead of engines; called after changes of grants or slabs, and periodically.
@@ -115,20 +125,32 @@ class SlabsOfBank : public SlabSource {
             slab->id = std::strtoull(control.c_str() + prefix.size(), nullptr, 10);
             slab->control.fd = kept_.take(control);
             slab->memory.fd = kept_.take(kept_name("slab", *slab));
-            slab->control.bytes = size_of(slab->control.fd);
-            std::optional<SpaceHead> head = read_head(slab->control);
-            if (!head || head->epoch != slab->id || name() != head->bank || slab->memory.fd.get() < 0 ||
-                head->slab_bytes > service_.available(bank_) || !has(*slab, head->slab_bytes)) {
+            std::uint64_t id = slab->id;
+            if (lock(slab->control) && read(*slab) && slab->id == id) {
+                resume(*slab);
+                slabs.push_back(std::move(slab));
+            } else {
+                slab->id = id;
                 forget(*slab);
-                continue;
             }
-            slab->memory.bytes = head->slab_bytes;
-            slab->state = Slab::State::kReady;
-            service_.set_aside(bank_, slab->memory.bytes);
-            resume(*slab);
-            slabs.push_back(std::move(slab));
         }
         return slabs;
+    }
+
+    std::shared_ptr<Slab> take_over(const Descriptor &memory, const Descriptor &control, std::string *why) override {
+        auto slab = std::make_shared<Slab>();
+        slab->memory.fd = Descriptor(memory.duplicate());
+        slab->control.fd = Descriptor(control.reopened());
+        if (!is_sealed(slab->control.fd) || !lock(slab->control)) {
+            *why = "another service has it";
+        } else if (!read(*slab)) {
+            *why = "it is not from a bank like this one, or exceeds its free bytes";
+        } else {
+            resume(*slab);
+            finish(*slab);
+            return slab;
+        }
+        return nullptr;
     }
 
     void discard(Slab &slab) override {
@@ -145,7 +167,7 @@ class SlabsOfBank : public SlabSource {
         slab->control.bytes = control;
         service_.set_aside(bank_, bytes);
         slab->control.fd = sealed_file("mtier-pages", control);
-        if (slab->control.fd.get() < 0) fail(*slab, words_of(errno));
+        if (slab->control.fd.get() < 0 || !lock(slab->control)) fail(*slab, words_of(errno));
         return slab;
     }
 
@@ -167,8 +189,8 @@ class SlabsOfBank : public SlabSource {
 
     // Whether the old memory has these bytes.
     virtual bool has(const Slab &slab, std::uint64_t bytes) const = 0;
-    // An old slab is in use again.
-    virtual void resume(Slab &slab) = 0;
+    // Counts an old slab as in use again.
+    virtual void resume(Slab &slab) { service_.set_aside(bank_, slab.memory.bytes); }
 
     static std::uint64_t size_of(const Descriptor &fd) {
         struct stat info {};
@@ -179,6 +201,27 @@ class SlabsOfBank : public SlabSource {
     const std::size_t bank_;
 
   private:
+    // Locks a slab for this service: with two services, two engines could be the same session. Only the service and its
+    // keeper have the locked open file, so the lock ends with them. False with errno.
+    static bool lock(Part &control) {
+        control.is_locked = ::flock(control.fd.get(), LOCK_EX | LOCK_NB) == 0;
+        return control.is_locked;
+    }
+
+    // Reads an old slab's record. False if this bank cannot have the slab.
+    bool read(Slab &slab) const {
+        slab.control.bytes = size_of(slab.control.fd);
+        std::optional<SpaceHead> head = read_head(slab.control);
+        if (!head || name() != head->bank || slab.memory.fd.get() < 0 || head->slab_bytes > service_.available(bank_) ||
+            !has(slab, head->slab_bytes)) {
+            return false;
+        }
+        slab.id = head->epoch;
+        slab.memory.bytes = head->slab_bytes;
+        slab.state = Slab::State::kReady;
+        return true;
+    }
+
     std::string kept_name(const char *what, const Slab &slab) const {
         return what + (" " + name() + " ") + std::to_string(slab.id);
     }
@@ -229,8 +272,9 @@ class HostSlabs : public SlabsOfBank {
     const Populating *ahead() const override { return next_.get(); }
 
   protected:
-    bool has(const Slab &slab, std::uint64_t bytes) const override { return size_of(slab.memory.fd) == bytes; }
-    void resume(Slab &) override {}
+    bool has(const Slab &slab, std::uint64_t bytes) const override {
+        return is_sealed(slab.memory.fd) && size_of(slab.memory.fd) == bytes;
+    }
 
   private:
     const std::uint64_t usual_;
@@ -269,6 +313,7 @@ class GpuSlabs : public SlabsOfBank {
     // The driver does not report the size; it refuses to map another size.
     bool has(const Slab &, std::uint64_t) const override { return true; }
     void resume(Slab &slab) override {
+        SlabsOfBank::resume(slab);
         service_.have_done(
             bank_, [id = name_of(slab)](Bank &bank) { return bank.resume(id), true; }, [](bool) {});
     }
