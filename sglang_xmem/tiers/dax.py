@@ -8,8 +8,8 @@ the configuration must keep the ranges apart.
 Memory that cannot be pinned is refused, since copies to pageable memory are slow and unsafe. The bytes are those of the
 previous owner; nothing is cleared.
 
-A poisoned page (an uncorrectable error of the device) that the kernel knows is found when the range is populated, and
-the start fails. A later one ends the rank: the CPU gets SIGBUS, or a GPU's copy fails its context.
+A poisoned page (an uncorrectable error of the device) ends the rank that reads it: the CPU gets SIGBUS, or a GPU's copy
+fails its context. A kernel that refuses to map such a page makes the start fail instead; Linux 6.1 maps it.
 """
 
 from __future__ import annotations
@@ -272,6 +272,8 @@ def _open(path: str, stand_in: StandIn | None) -> tuple[int, int, machine.DaxDev
     except FileNotFoundError:
         raise _no_device(path, root) from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENXIO:  # the node stays when the driver leaves
+            raise _no_device(path, root) from None
         why = error.strerror if isinstance(error, OSError) else "the path has a zero byte"
         allow = isinstance(error, PermissionError)
         fix = "give this user (and container) read and write access" if allow else "give another device"

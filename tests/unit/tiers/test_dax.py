@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -120,6 +121,23 @@ def test_what_is_no_devdax_is_refused(device: Device) -> None:
     assert "uses as system memory, NUMA node 2. Use tier dram with 'dram.numa_node' 2, or run daxctl" in sentence(
         "/dev/dax5.0", device.stand_in
     )
+
+
+def test_a_node_without_its_driver_is_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux leaves the node of a device that it uses as system memory."""
+
+    def no_driver(*_: object, **__: object) -> int:
+        raise OSError(errno.ENXIO, "No such device or address")
+
+    monkeypatch.setattr(os, "open", no_driver)
+    with pytest.raises(SettingError, match="which does not exist"):
+        device.plans()
+    kmem = device.root / "sys/bus/dax/devices/dax9.0"
+    kmem.mkdir(parents=True)
+    (kmem / "driver").symlink_to("../drivers/kmem")
+    (kmem / "target_node").write_text("1\n")
+    with pytest.raises(SettingError, match="uses as system memory, NUMA node 1. Use tier dram"):
+        device.plans()
 
 
 def test_a_block_device_is_refused() -> None:
