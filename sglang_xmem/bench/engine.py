@@ -208,16 +208,16 @@ def main(make_engine: Callable[..., Any] | None = None) -> int:
     parent = connection.Connection(int(sys.argv[1]))
     os.set_inheritable(parent.fileno(), False)  # its end says that this process has ended, whatever it left behind
     case, options, vocab = parent.recv()
-    engine = make_engine(**options) if make_engine else case.start(options)
-    try:
-        parent.send(("serves", None))
-        case.measure(Client(engine, vocab), Report(parent))
-        parent.send(("done", None))
-    except Exception as error:  # the parent shows it with the log
-        parent.send(("error", f"{type(error).__name__}: {error}"))
-        return 1
-    finally:
-        engine.shutdown()
+    with contextlib.ExitStack() as stack:
+        try:
+            engine = make_engine(**options) if make_engine else case.start(options)
+            stack.callback(engine.shutdown)
+            parent.send(("serves", None))
+            case.measure(Client(engine, vocab), Report(parent))
+            parent.send(("done", None))
+        except Exception as error:  # the parent shows it with the log
+            parent.send(("error", f"{type(error).__name__}: {error}"))
+            return 1
     return 0
 
 

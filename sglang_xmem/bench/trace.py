@@ -116,20 +116,22 @@ class Server:
     """A server that starts with the keywords of sgl.Engine, or the one at a URL.
 
     Raises:
-        RuntimeError: it ended while it started.
+        RuntimeError: it ended while it started, or does not respond.
     """
 
     def __init__(self, url: str | None = None, **options: Any) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url, self._process = url or f"http://127.0.0.1:{port}", None
+        self.url, self._process = (url or f"http://127.0.0.1:{port}").rstrip("/"), None
         if url is None:
             self._process = subprocess.Popen([*LAUNCH, *as_flags({**options, "host": "127.0.0.1", "port": port})])
             while not self._is_healthy():
                 if self._process.poll() is not None:
                     raise RuntimeError(f"the server ended with status {self._process.poll()}")
                 time.sleep(0.5)
+        elif not self._is_healthy():
+            raise RuntimeError(f"no server responds at --url {url}")
 
     def _is_healthy(self) -> bool:
         with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
@@ -193,7 +195,6 @@ class Replay(Case):
         command = ["--backend", "sglang", "--base-url", engine.engine.url, "--dataset-name", "random-ids"]
         # No warm-up: it would be the first prompt's.
         command += ["--num-prompts", str(len(rows)), "--warmup-requests", "0", "--disable-tqdm", "--cache-report"]
-        command += ["--ready-check-timeout-sec", "10"]
         if self.speed == math.inf:
             command += ["--max-concurrency", str(self.concurrency)]
         else:

@@ -42,6 +42,8 @@ class FakeEngine:
         self.loaded_bytes = 0
         self.device_pages = options.get("max_total_tokens", 1 << 20) // self.page
         print("what SGLang prints to stdout", flush=True)
+        if HOW.get("refuse"):
+            raise ValueError("the fake engine does not start")
 
     def shutdown(self) -> None:
         self.loop.close()

@@ -212,6 +212,8 @@ def test_a_crash_leaves_what_is_done(bench: Bench, capsys: pytest.CaptureFixture
     assert "the fake engine gives up" in err
     assert bench("multiturn", "--quick", "--backends", "dram", how={"fail_after": 12})[0] == 1
     assert "error: dram: ValueError: the fake engine refuses" in capsys.readouterr().err
+    assert bench("multiturn", "--quick", "--backends", "dram", how={"refuse": True})[0] == 1
+    assert "error: dram: ValueError: the fake engine does not start" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
