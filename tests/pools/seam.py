@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pkgutil
@@ -45,20 +46,20 @@ STOCK = Seam("stock", _stock)
 
 
 @contextmanager
-def _xmem() -> Iterator[Any]:
-    """Place the adapter's hooks in this process, and begin a session on tier `dram`.
+def _xmem(tier: str = "dram") -> Iterator[Any]:
+    """Place the adapter's hooks in this process, and begin a session on a tier.
 
     Yields:
         The session.
     """
     from sglang_xmem.engines.sglang import versions
 
-    with placed(versions.current().scheduler_hooks), _xmem_session() as session:
+    with placed(versions.current().scheduler_hooks), _xmem_session(tier) as session:
         yield session
 
 
 @contextmanager
-def _xmem_session() -> Iterator[Any]:
+def _xmem_session(tier: str) -> Iterator[Any]:
     """Do what `scheduler.publish` does for one rank on the CPU, and end it: memory back, session gone."""
     from sglang_xmem import session
     from sglang_xmem.config import parse_options
@@ -66,7 +67,7 @@ def _xmem_session() -> Iterator[Any]:
     from sglang_xmem.session import Session
     from sglang_xmem.tiers import Ranks
 
-    plan = make_plan(parse_options("dram"), Ranks(gpus=(None,)), None, lambda nbytes: 1 << 40)
+    plan = make_plan(parse_options(tier), Ranks(gpus=(None,)), None, lambda nbytes: 1 << 40)
     active = Session(plan, Placement(plan, 0, lambda nbytes: 1 << 40), deadline_s=0)
     session.start(active)
     try:
@@ -90,6 +91,12 @@ def sglang() -> None:
 
 #: The adapter, with its arena in tier `dram`.
 XMEM = Seam("xmem", _xmem, layouts=("page_first",))
+
+
+def xmem_in(tier: str) -> Seam:
+    """The adapter, with its arena in a tier; `auto`: in the first that can hold it."""
+    return Seam(f"xmem in {tier}", functools.partial(_xmem, tier), layouts=("page_first",))
+
 
 SEAMS = {seam.name: seam for seam in (STOCK, XMEM)}
 

@@ -79,6 +79,8 @@ class BankStorage(HiCacheStorage):
             if space is not None and found:
                 needed = max(1, len(transfer.keys or ()))
                 whole &= _with_trailing(space.look(names[:found]), needed)
+            elif self._is_unknown(transfer):
+                whole[:] = False
             ends = np.flatnonzero(whole)
             hits[transfer.name] = int(ends[-1]) + 1 if ends.size else 0
         prefixes = (np.flatnonzero(whole) + 1).tolist()
@@ -94,6 +96,8 @@ class BankStorage(HiCacheStorage):
                 count = space.adopt(_names(keys), pages) if len(pages) == len(keys) else 0
             elif transfer.indices_from_pool in got:
                 count = sum(got[transfer.indices_from_pool])
+            elif self._is_unknown(transfer):
+                count = 0
             got[transfer.name] = [number < count for number in range(len(keys))]
         return got
 
@@ -111,6 +115,11 @@ class BankStorage(HiCacheStorage):
         """Return the space whose pages a transfer numbers; None for a rider on another space's numbers."""
         name = space_of(str(getattr(transfer.name, "value", transfer.name)))
         return self._spaces.get(name) if name != KV and transfer.indices_from_pool is None else None
+
+    def _is_unknown(self, transfer: Any) -> bool:
+        """Whether a transfer has its own page numbers, which the bank does not have: its pages are misses."""
+        name = space_of(str(getattr(transfer.name, "value", transfer.name)))
+        return transfer.indices_from_pool is None and name not in self._spaces
 
     def _pages_of(self, transfer: Any) -> torch.Tensor:
         return self._pages(transfer.host_indices, self.registered_pools[transfer.name])

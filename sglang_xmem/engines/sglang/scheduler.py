@@ -10,7 +10,7 @@ from sglang_xmem import gpus, session
 from sglang_xmem.engines.sglang import flags, identity, launcher, pools, storage, versions
 from sglang_xmem.engines.sglang.hooks import place
 from sglang_xmem.engines.sglang.launcher import BANK, INFO_KEY
-from sglang_xmem.errors import ConfigError, CopyError, UnsupportedSGLang, refuse
+from sglang_xmem.errors import ConfigError, CopyError, Remedy, Unavailable, UnsupportedSGLang, refuse
 from sglang_xmem.plan import Placement, Plan
 from sglang_xmem.session import Session
 from sglang_xmem.watch import deadline_s
@@ -148,6 +148,10 @@ def host_memory_budget_bytes(original: Any, requested_bytes: int = 0, **auto_siz
 
 def attach_pools(original: Any, cache: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     """Build HiCache's pools without memory (hook); they are adopted when SGLang groups them."""
+    if {"SWA", "MAMBA"} <= {component.name for component in cache.components}:
+        # SGLang builds the states' pool after the others are adopted, and the bank attached.
+        why = "it does not support models with both sliding windows and Mamba states"
+        session.current().placement.skip_shared(Unavailable(why, Remedy("use_tier", value="dram")))
     with pools.tier_memory():
         return original(cache, params, *args, **kwargs)
 

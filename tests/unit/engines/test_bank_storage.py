@@ -89,6 +89,15 @@ def test_pools_that_ride_on_a_space_have_what_it_has() -> None:
     assert space.adopted == [(4, 2), (5, 3)]
 
 
+def test_a_pool_with_numbers_that_the_bank_does_not_know_is_a_miss() -> None:
+    """Such as a space whose memory is elsewhere: its pages would be whatever the device finds there."""
+    made = storage(KV=ALL, SWA=ALL)
+    state = trailing(PoolName.MAMBA, KEYS[3:4], host_indices=torch.tensor([5]))
+    result = made.batch_exists_v2(KEYS, [trailing(PoolName.SWA, KEYS[:2]), state])
+    assert (result.kv_hit_pages, result.extra_pool_hit_pages[PoolName.MAMBA]) == (0, 0)
+    assert made.batch_get_v2([state]) == {PoolName.MAMBA: [False]}
+
+
 def test_a_state_is_adopted_by_its_own_number() -> None:
     bank = storage(KV=ALL, MAMBA={7})
     assert bank.batch_get_v2([trailing(PoolName.MAMBA, [KEYS[7]], host_indices=torch.tensor([5]))]) == {

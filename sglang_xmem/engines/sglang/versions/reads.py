@@ -57,6 +57,7 @@ V0_5_23 = {
     f"{_HOST}.minimax_m3_nvfp4.MiniMaxM3Nvfp4IndexKPoolHost": "device_rows row_bytes",
     f"{_CACHE}.memory_pool_host.DeepSeekV4PagedHostPool": "device_buffers item_bytes slot_page_size",
     f"{_CACHE}.memory_pool_host.DeepSeekV4StateHostPool": "device_page_views state_page_bytes swa_page_size",
+    f"{_CACHE}.unified_radix_cache.UnifiedRadixCache": "components",
     f"{_CACHE}.memory_pool.MHATokenToKOnlyPool": "k_buffer",
 }
 
