@@ -266,7 +266,7 @@ def test_service_survives_hostile_messages(
     fuzzer.close()
     assert fuzzer.answered > MESSAGES // 2
     wait_until(lambda: daemon.available(0) == 64 * MIB and daemon.available(1) == 32 * MIB, 5)
-    wait_until(lambda: len(os.listdir(f"/proc/{daemon.serving}/fd")) == descriptors, 5)
+    wait_until(lambda: len(os.listdir(f"/proc/{daemon.serving}/fd")) <= descriptors, 5)
     with ClientProcess(build, daemon.socket_path, driver) as client:
         assert client.ask("lib.init()") == SUCCESS
         assert client.ask("lib.malloc(0, 64 << 20)[0]") == SUCCESS

