@@ -8,9 +8,8 @@ pools are in host memory, and rates say nothing.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
-
-from torch.utils.benchmark import Timer
 
 from sglang_xmem.bench import moves, setup, stats
 from sglang_xmem.bench.engine import Row
@@ -35,9 +34,14 @@ def run(args: argparse.Namespace) -> int:
         nbytes = scene.pages * scene.case.page_bytes
 
         def rates(work: Callable[[], None]) -> list[float]:
-            timer = Timer("work()", globals={"work": work})  # waits for the device
-            timer.timeit(1)
-            return [round(nbytes / timer.timeit(1).mean / 1e9, 6) for _ in range(5 if args.quick else 10)]
+            times = []
+            for _ in range(1 + (5 if args.quick else 10)):
+                scene.wait()
+                begun = time.perf_counter()
+                work()
+                scene.wait()
+                times.append(time.perf_counter() - begun)
+            return [round(nbytes / seconds / 1e9, 6) for seconds in times[1:]]  # the first one warms up
 
         for direction, move in (("load", scene.load), ("store", scene.store)):
             moved = rates(lambda move=move: move(pages))  # type: ignore[misc]

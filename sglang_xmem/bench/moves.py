@@ -101,6 +101,11 @@ class Scene:
     def load(self, pages: Pages) -> None:
         self.arena.load(self.program, [pages], self.counters)
 
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def wrong_pages(self, pages: int) -> int:
         """`check`, and how many pages that made wrong; waits for the device."""
         before = int(self.wrong)

@@ -43,7 +43,7 @@ def make_model(kind: Kind, directory: Path) -> Path:
 
 
 #: What the log says where nothing answered in time, which is a miss and no fault on a machine that is busy enough.
-LATE = ("did not respond within", "reason=deadline")
+LATE = ("did not respond within", "reason=deadline", "closed the connection")
 
 
 def find_in_bank(engine: Engine, name: str, hit: int = CACHEABLE, n_tokens: int = PROMPT_TOKENS) -> Answer:
