@@ -27,9 +27,6 @@ from sglang_xmem.mtier.build import built
 from tests import REPOSITORY
 from tests.mtier.service import MIB, Daemon, client_environment, wait_until
 
-HERE = Path(__file__).resolve().parent
-MTIER = HERE.parent / "mtier"
-
 pytestmark = [
     pytest.mark.gpus(2),
     pytest.mark.skipif(importlib.util.find_spec("xmem") is None, reason="needs the package xmem-mtier"),
@@ -70,7 +67,7 @@ def is_named(daemon: Daemon, gpu: int) -> bool:
 
 def run(script: str, daemon: Daemon, *arguments: str) -> str:
     """The last line that a script printed; X-Mem's SDK prints too."""
-    path = os.pathsep.join([str(MTIER), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **client_environment(built(), daemon.socket_path), "PYTHONPATH": path}
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -205,41 +202,36 @@ def test_sdk_round_trips(start_service: StartService) -> None:
 # ---- tier mtier ----
 
 POOLS = """
-import test_tiers_gpu as tiers
-from sglang_xmem.pool import TierPool
+from sglang_xmem.bench.moves import CASES, Scene
 
-seen = set()
-attach = TierPool.attach
-def recorded(self, *buffers):
-    attach(self, *buffers)
-    seen.add((self.tier.name, type(self.copier).__name__, self._region.summary))
-TierPool.attach = recorded
-for page_size in (1, 16, 64, 256):
-    tiers.test_round_trip_through_a_pool("mtier", page_size)
-print(sorted(seen))
+for name in ("kv", "mla", "token"):
+    scene = Scene("mtier", None, 0, CASES[name], 32, 0)
+    assert sum(scene.wrong_pages(pages) for pages in (1, 7, 32)) == 0
+    print(scene.arena.tier.name, scene.arena.copier.name, flush=True)
+    scene.close()
 """
 
 
 @pytest.mark.parametrize("n_banks", [1, 2])
 def test_pool_round_trip(start_service: StartService, n_banks: int) -> None:
-    """Every byte, through the kernels of the CUDA copier and through storage pages; in one bank and striped."""
+    """Every byte, through the CUDA copier's kernels; in one bank and striped."""
     daemon = start_service(*[f"gpu:1:{2 * GIB}"] * n_banks)
-    numbers = ", ".join(map(str, range(n_banks)))
-    assert run(POOLS, daemon) == f"[('mtier', 'CudaPageCopier', 'memory of mtier bank {numbers}')]"
+    assert run(POOLS, daemon) == "mtier cuda"
     assert all(daemon.available(bank) == 2 * GIB for bank in range(n_banks))
 
 
 @pytest.mark.gpus(3)
 def test_a_pool_striped_over_two_gpus(start_service: StartService) -> None:
     daemon = start_service(f"gpu:1:{2 * GIB}", f"gpu:2:{2 * GIB}")
-    assert run(POOLS, daemon) == "[('mtier', 'CudaPageCopier', 'memory of mtier bank 0, 1')]"
+    assert run(POOLS, daemon) == "mtier cuda"
 
 
 HOST = """
+from sglang_xmem.bench.moves import CASES, Scene
 from sglang_xmem.errors import ConfigError
-import test_tiers_gpu as tiers
+
 try:
-    tiers.placement("mtier").allocate(1 << 20)
+    Scene("mtier", None, 0, CASES["small"], 8, 0)
 except ConfigError as error:
     print(error)
 """
@@ -247,49 +239,35 @@ except ConfigError as error:
 
 def test_a_host_bank_is_refused_on_a_gpu(start_service: StartService) -> None:
     daemon = start_service(f"host:{64 * MIB}")
-    assert "bank 0 is host memory that GPUs cannot address; use --hicache-xmem-tier dram" in run(HOST, daemon)
+    assert "bank 0 is host memory that GPUs cannot address" in run(HOST, daemon)
     assert daemon.available() == 64 * MIB
 
 
 RATES = """
 import json, statistics
 import torch
-import test_tiers_gpu as tiers
-from sglang_xmem.copies import make_copier
-from sglang_xmem.pool import region_bytes
+from sglang_xmem.bench.moves import CASES, Scene
 
-layers, page, row, pages = 48, 64, 1024, 512
-tokens = 2 * pages * page
-planes = 2 * layers
-nbytes = planes * tokens * row
-device = torch.device("cuda:0")
-local = torch.empty(nbytes, dtype=torch.uint8, device=device).view(planes, tokens, row)
-local.view(torch.int64).random_()
-rows = [(torch.randperm(2 * pages)[:pages] * page).to(device) for _ in range(2)]
-copiers, regions = {}, []
 # A GPU without a context serves its memory more slowly. The service has one there while its memory is out; this one is
 # for the other tier, whatever it does itself.
 context = torch.empty(1, device="cuda:1")
-for name, config in (("mtier", None), ("peer", {"peer": {"gpus": [1], "copy_on": "rank"}})):
-    tier, region = tiers.placement(name, config).allocate(nbytes)
-    regions.append(region)
-    tier_planes = region_bytes(region, device).view(planes, tokens, row)
-    copiers[name] = make_copier("cuda", list(tier_planes), list(local), page, tier_locality=tier.locality.value)
-times = {(name, what): [] for name in copiers for what in ("load", "store")}
+configs = {"mtier": None, "peer": '{"peer": {"gpus": [1], "copy_on": "rank"}}'}
+scenes = {name: Scene(name, config, 0, CASES["kv"], 512, 0) for name, config in configs.items()}
+pages = {name: scene.some(512)[0] for name, scene in scenes.items()}
+times = {(name, what): [] for name in scenes for what in ("load", "store")}
 for repetition in range(13):
     for (name, what), measured in times.items():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        getattr(copiers[name], what)(*rows, range(planes))
+        getattr(scenes[name], what)(pages[name])
         end.record()
         end.synchronize()
         if repetition >= 3:
             measured.append(start.elapsed_time(end))
-moved = planes * pages * page * row
+moved = 512 * CASES["kv"].page_bytes
 gbps = {f"{name} {what}": round(moved / statistics.median(ms) / 1e6, 1) for (name, what), ms in times.items()}
-torch.cuda.synchronize()
-for region in regions:
-    region.release()
+for scene in scenes.values():
+    scene.close()
 print(json.dumps(gbps))
 """
 
@@ -316,13 +294,13 @@ class Client:
     SCRIPT = """
 import sys, torch
 from xmem import mtier_sdk as sdk
-from sglang_xmem.pool import _bytes_at
+from sglang_xmem.arena import bytes_at
 gpu, byte, nbytes = map(int, sys.argv[1:])
 torch.cuda.set_device(gpu)
 torch.cuda.synchronize()
 for line in sys.stdin:
     if line == "take\\n":
-        memory = _bytes_at(sdk.malloc(0, nbytes), nbytes, torch.device("cuda", gpu))
+        memory = bytes_at(sdk.malloc(0, nbytes), nbytes, torch.device("cuda", gpu))
         memory.fill_(byte)
         torch.cuda.synchronize()
         print("RESULT filled", flush=True)
