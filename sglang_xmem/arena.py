@@ -24,6 +24,7 @@ import torch
 from sglang_xmem.copies import make_program
 from sglang_xmem.copies.base import PageCopier, Pages, Program, Step
 from sglang_xmem.copies.geometry import Plane, Slab
+from sglang_xmem.copies.remote import ordinal
 from sglang_xmem.errors import ConfigError, CopyError
 from sglang_xmem.plan import Placement, describe_skipped
 from sglang_xmem.sums import EVERY, CpuSummer, SectionSums, Summer
@@ -220,9 +221,8 @@ class Arena:
         """Return CUDA ordinals of the rank's GPU and of all GPUs whose memory or links pages use; empty on a CPU."""
         if self.device.type == "cpu":
             return ()
-        own = torch.cuda.current_device() if self.device.index is None else self.device.index
         others = (gpu for region in self._regions for gpu in (*region.gpus, *region.reachable_from))
-        return tuple(dict.fromkeys((own, *others)))
+        return tuple(dict.fromkeys((ordinal(self.device), *others)))
 
     def begin(self, steps: Sequence[Step]) -> None:
         """Make the copier. All planes are needed to check that the GPU that executes copies can access the pools.

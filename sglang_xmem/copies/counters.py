@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sglang_xmem import gpus
+from sglang_xmem.copies.remote import ordinal
 from sglang_xmem.errors import CopyError
 
 
@@ -49,7 +50,7 @@ class LayerCounters:
         flags = driver.CUstreamWaitValue_flags
         self._flags = int(flags.CU_STREAM_WAIT_VALUE_GEQ)  # cyclic, so it may wrap around
         #: Whether each wait flushes writes of other GPUs, which costs time.
-        self.flushes = remote and bool(gpus.attribute(_index(device), "CAN_FLUSH_REMOTE_WRITES"))
+        self.flushes = remote and bool(gpus.attribute(ordinal(device), "CAN_FLUSH_REMOTE_WRITES"))
         if self.flushes:
             # A GPU may reorder writes of other GPUs. The copying GPU's fences order pages before counters; if the
             # driver supports it, the wait does too.
@@ -92,11 +93,7 @@ def supported(device: torch.device, copying_gpu: int | None = None) -> bool:
 
     A lost addition would block the forward pass forever, so the copying GPU needs atomic additions.
     """
-    index = _index(device)
+    index = ordinal(device)
     if not gpus.attribute(index, "CAN_USE_64_BIT_STREAM_MEM_OPS"):
         return False
     return copying_gpu is None or gpus.peer_atomics(copying_gpu, index)
-
-
-def _index(device: torch.device) -> int:
-    return device.index if device.index is not None else torch.cuda.current_device()

@@ -12,7 +12,7 @@ import torch
 
 from sglang_xmem import gpus
 from sglang_xmem.copies.geometry import Plane
-from sglang_xmem.copies.remote import check_access
+from sglang_xmem.copies.remote import check_access, ordinal
 from sglang_xmem.errors import CopyError, Unavailable
 
 #: Brings every rank's object to all ranks: a list by rank. All ranks have to call it.
@@ -117,7 +117,7 @@ def _offer(device: torch.device, planes: Sequence[Plane], own: torch.Tensor | No
     if own is None or not planes:
         raise CopyError("No pool has the same bytes on all ranks.")
     driver = gpus.driver()
-    check_access(_ordinal(device), device, [own.data_ptr(), *(plane.device_address for plane in planes)])
+    check_access(ordinal(device), device, [own.data_ptr(), *(plane.device_address for plane in planes)])
     numbers: dict[int, int] = {}
     handles: list[bytes] = []
 
@@ -130,7 +130,7 @@ def _offer(device: torch.device, planes: Sequence[Plane], own: torch.Tensor | No
         return numbers[int(base)], address - int(base)
 
     with torch.cuda.device(device):
-        bus = gpus.checked(driver.cuDeviceGetPCIBusId(32, _ordinal(device)), "asking for a GPU's PCI address")
+        bus = gpus.checked(driver.cuDeviceGetPCIBusId(32, ordinal(device)), "asking for a GPU's PCI address")
         return Offer(
             host=f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}",
             gpu=bus.partition(b"\0")[0].decode(),
@@ -152,8 +152,8 @@ def _open(device: torch.device, planes: Sequence[Plane], own: torch.Tensor, offe
             continue
         peer = int(gpus.checked(driver.cuDeviceGetByPCIBusId(one.gpu.encode()), f"looking for GPU {one.gpu}"))
         # Only NVLink has atomic additions; over PCIe a fetch would gain nothing.
-        if not gpus.peer_atomics(_ordinal(device), peer):
-            raise CopyError(f"GPU {_ordinal(device)} does not reach GPU {peer} over NVLink.")
+        if not gpus.peer_atomics(ordinal(device), peer):
+            raise CopyError(f"GPU {ordinal(device)} does not reach GPU {peer} over NVLink.")
         bases = []
         with torch.cuda.device(device):
             for content in one.handles:
@@ -166,7 +166,3 @@ def _open(device: torch.device, planes: Sequence[Plane], own: torch.Tensor, offe
         columns.append([bases[number] + offset for number, offset in one.places])
     rows = zip(*columns, strict=True)
     return Group(me, own, tuple(everywhere), dict(zip(planes, rows, strict=True)))
-
-
-def _ordinal(device: torch.device) -> int:
-    return device.index if device.index is not None else torch.cuda.current_device()

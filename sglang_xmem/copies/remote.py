@@ -44,6 +44,11 @@ class CopyingGpu:
         self._behind.wait_event(self._after)
 
 
+def ordinal(device: torch.device) -> int:
+    """Return the CUDA ordinal of a device; the current one's if the device does not say."""
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
 def give_access(gpu: int, rank: torch.device) -> None:
     """Let kernels on `gpu` access current and later allocations of the rank's GPU. Waits for `gpu`.
 

@@ -8,14 +8,11 @@ they load the same, and why nobody waits for another without end.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
-import re
 import struct
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
@@ -26,8 +23,9 @@ from sglang_xmem.copies.counters import LayerCounters
 from sglang_xmem.copies.cuda import CudaPageCopier, CudaProgram
 from sglang_xmem.copies.geometry import MAX_VECTORS, Plane, Slab, alignment_of
 from sglang_xmem.copies.ipc import Gather, Group
+from sglang_xmem.copies.remote import CopyingGpu, ordinal
 from sglang_xmem.copies.shared import MIN_SHARE_BYTES, deal
-from sglang_xmem.copies.table import magic
+from sglang_xmem.copies.table import ParameterBuffer, magic
 from sglang_xmem.copies.tuning import VECTOR_BYTES
 from sglang_xmem.errors import CopyError
 from sglang_xmem.kernels import source
@@ -56,6 +54,12 @@ _RECORD: Final = struct.Struct(f"<{6 + MAX_RANKS}Q")
 _SIBLINGS: Final = struct.Struct(f"<{2 * MAX_RANKS + 2}QII")
 _VECTOR: Final = struct.Struct("<QQqQ")
 _VECTORS_BYTES: Final = _VECTOR.size * MAX_VECTORS
+#: Parameters of `page_announce` before `struct Vectors`: entry, parts (and a gap), number, kind, raises.
+_ANNOUNCE_HEAD: Final = struct.Struct("<QI4xQQQ")
+_ANNOUNCE_OFFSETS: Final = (0, 8, 16, 24, 32, 40)
+#: Parameters of `page_fetch` before `struct Siblings` and `struct Vectors`: planes, their number, parts, counters.
+_FETCH_HEAD: Final = struct.Struct("<QIIQ")
+_FETCH_OFFSETS: Final = (0, 8, 12, 16, 24, 24 + _SIBLINGS.size)
 
 
 def entry_bytes(num_parts: int) -> int:
@@ -77,7 +81,7 @@ class SiblingCopier(PageCopier):
         max_parts: of a load that is shared.
         missed: int64 (MAX_RANKS,), pinned, zero: the kernel sets a rank's to the number of a load in which it gave that
             rank up.
-        fetching: where the fetch runs: `with` gives a stream's address.
+        order: of the fetch, which runs on another stream of the rank's GPU.
     """
 
     name = "siblings"
@@ -88,7 +92,7 @@ class SiblingCopier(PageCopier):
         group: Group,
         max_parts: int,
         missed: torch.Tensor,
-        fetching: AbstractContextManager[int],
+        order: CopyingGpu,
     ) -> None:
         super().__init__(inner.slabs, inner.device)
         self.inner, self.group, self.max_parts = inner, group, max_parts
@@ -97,7 +101,7 @@ class SiblingCopier(PageCopier):
         self._misses = 0  # one after the other
         self._seen_miss = 0
         self._lock = threading.Lock()  # loads are one thread's at a time
-        self._fetching = fetching
+        self._order = order
 
     def compile(self, steps: Sequence[Step], num_parts: int) -> SiblingProgram:
         return SiblingProgram(self, steps, num_parts)
@@ -138,12 +142,15 @@ class SiblingCopier(PageCopier):
         own = deal(pages, group.size)[group.me]
         try:
             program.tables.announce(entries[group.me], self._number, self.inner.raises(program.whole, own), pages)
-            with self._fetching as stream:
+            stream = self._order.begin()
+            try:
                 # The copy first: the fetch's blocks wait for it.
                 self.inner.start(program.whole, own, load=True, counters=entries[group.me] + ENTRY_HEAD)
                 raises = program.tables.fetch(
                     counters.address, entries, self._missed.data_ptr(), self._number, pages, stream
                 )
+            finally:
+                self._order.end()
         except CopyError:
             counters.restore()
             raise
@@ -195,27 +202,8 @@ def share_loads(copier: PageCopier, planes: Sequence[Plane], gather: Gather, me:
         return copier
     assert isinstance(copier, CudaPageCopier)
     assert missed is not None
-    return SiblingCopier(copier, group, MAX_SHARED_PARTS, missed, FetchStream(copier.device))
-
-
-class FetchStream(AbstractContextManager[int]):
-    """A stream next to the current one of a device, from where `with` begins to where it ends; gives its address."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device, priority=-1)
-        self._device = device
-        self._before, self._after = torch.cuda.Event(), torch.cuda.Event()
-        self._behind: torch.cuda.Stream
-
-    def __enter__(self) -> int:
-        self._behind = torch.cuda.current_stream(self._device)
-        self._before.record(self._behind)
-        self._stream.wait_event(self._before)
-        return int(self._stream.cuda_stream)
-
-    def __exit__(self, *error: object) -> None:
-        self._after.record(self._stream)
-        self._behind.wait_event(self._after)
+    order = CopyingGpu(ordinal(copier.device), copier.device)
+    return SiblingCopier(copier, group, MAX_SHARED_PARTS, missed, order)
 
 
 class SiblingProgram(Program):
@@ -255,8 +243,8 @@ class Tables:
         self._grid = _CTAS_PER_SIBLING * group.size
         self._functions = self._load_kernels()
         self._table = self._upload(records(steps, group))
-        self._announce = Parameters("<QI4xQQQ", _VECTORS_BYTES)
-        self._fetch = Parameters("<QIIQ", _SIBLINGS.size, _VECTORS_BYTES)
+        self._announce = ParameterBuffer(_ANNOUNCE_OFFSETS, _ANNOUNCE_HEAD.size + _VECTORS_BYTES)
+        self._fetch = ParameterBuffer(_FETCH_OFFSETS, _FETCH_HEAD.size + _SIBLINGS.size + _VECTORS_BYTES)
 
     def announce(self, entry: int, number: int, raises: int, pages: Sequence[Pages]) -> None:
         """Enqueue the announcement of a load on the current stream.
@@ -268,8 +256,8 @@ class Tables:
         Raises:
             CopyError: the driver refuses.
         """
-        head = (entry, self._num_parts, number, self._kind, raises)
-        self._announce.pack(head, pack_vectors(pages))
+        head = _ANNOUNCE_HEAD.pack(entry, self._num_parts, number, self._kind, raises)
+        self._announce.buffer.raw = head + pack_vectors(pages)
         self._launch("page_announce", 1, self._announce)
 
     def fetch(
@@ -286,9 +274,9 @@ class Tables:
         Raises:
             CopyError: the driver refuses.
         """
-        head = (self._table, self._num_planes, self._num_parts, counters)
+        head = _FETCH_HEAD.pack(self._table, self._num_planes, self._num_parts, counters)
         siblings = pack_siblings(entries, missed, number, PATIENCE_NS, self._group.me)
-        self._fetch.pack(head, siblings, pack_vectors(pages))
+        self._fetch.buffer.raw = head + siblings + pack_vectors(pages)
         self._launch("page_fetch", self._grid, self._fetch, stream)
         return self._grid * (THREADS // 32)
 
@@ -302,37 +290,10 @@ class Tables:
         self._kept = nvrtc.upload(bytearray(content), self._device)
         return self._kept.data_ptr()
 
-    def _launch(self, name: str, grid: int, parameters: Parameters, stream: int | None = None) -> None:
+    def _launch(self, name: str, grid: int, parameters: ParameterBuffer, stream: int | None = None) -> None:
         if stream is None:
             stream = torch.cuda.current_stream(self._device).cuda_stream
         nvrtc.launch(self._functions[name], grid, THREADS, 0, stream, parameters.address, self._device)
-
-
-class Parameters:
-    """Buffer of a kernel's parameters, for launches by one thread at a time: the driver copies it during the call.
-
-    Args:
-        head: struct format of the scalars, each aligned to its size.
-        structures: bytes of each structure behind them, aligned to 8.
-    """
-
-    def __init__(self, head: str, *structures: int) -> None:
-        self._head = struct.Struct(head)
-        self._places = [self._head.size + sum(structures[:number]) for number in range(len(structures))]
-        self._buffer = ctypes.create_string_buffer(self._head.size + sum(structures))
-        codes = re.findall(r"\d*\w", head)
-        scalars = [struct.calcsize("<" + "".join(codes[:n])) for n, code in enumerate(codes) if code[-1] != "x"]
-        base = ctypes.addressof(self._buffer)
-        addresses = [base + place for place in (*scalars, *self._places)]
-        self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-        #: What cuLaunchKernel is given: address of the array of the parameters' addresses.
-        self.address = ctypes.addressof(self._pointers)
-
-    def pack(self, head: Sequence[int], *structures: bytes) -> None:
-        """Write what changes from launch to launch."""
-        self._head.pack_into(self._buffer, 0, *head)
-        for place, structure in zip(self._places, structures, strict=True):
-            ctypes.memmove(ctypes.addressof(self._buffer) + place, structure, len(structure))
 
 
 def kind_of(steps: Sequence[Step], num_parts: int, ranks: int) -> int:

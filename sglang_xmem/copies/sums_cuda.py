@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 from sglang_xmem.copies import nvrtc
 from sglang_xmem.copies.base import Pages
 from sglang_xmem.copies.geometry import MAX_VECTORS
-from sglang_xmem.copies.table import magic
+from sglang_xmem.copies.table import ParameterBuffer, magic
 from sglang_xmem.kernels import source
 from sglang_xmem.sums import Chosen, Group, Report, Summer
 
@@ -50,17 +49,13 @@ def records(groups: Sequence[Group]) -> bytes:
     )
 
 
-class Parameters:
+class Parameters(ParameterBuffer):
     """Parameter buffer of the kernel, for launches by one thread at a time."""
 
     def __init__(self, table: int, groups: Sequence[Group]) -> None:
+        super().__init__(_OFFSETS, _HEAD.size + (_VECTOR.size + _GROUP.size) * MAX_VECTORS)
         self._table = table
         self._planes = [len(group.planes) for group in groups]
-        self._buffer = ctypes.create_string_buffer(_HEAD.size + (_VECTOR.size + _GROUP.size) * MAX_VECTORS)
-        places = [ctypes.addressof(self._buffer) + offset for offset in _OFFSETS]
-        self._pointers = (ctypes.c_void_p * len(places))(*places)
-        #: Argument of cuLaunchKernel: address of the array of the parameters' addresses.
-        self.address = ctypes.addressof(self._pointers)
 
     def pack(
         self,
@@ -78,16 +73,16 @@ class Parameters:
             scratch: address of two zero words per page.
             report: address of two zero words on the device; 0 writes the sums instead of comparing them.
         """
-        _HEAD.pack_into(self._buffer, 0, self._table, len(self._planes), int(not report), scratch, report)
+        _HEAD.pack_into(self.buffer, 0, self._table, len(self._planes), int(not report), scratch, report)
         at = _HEAD.size
         for vector in pages:
-            _VECTOR.pack_into(self._buffer, at, vector.slots.data_ptr(), vector.slots.stride(0))
+            _VECTOR.pack_into(self.buffer, at, vector.slots.data_ptr(), vector.slots.stride(0))
             at += _VECTOR.size
         at = _HEAD.size + _VECTOR.size * MAX_VECTORS
         items = first = 0
         for planes, some, places in zip(self._planes, rows, entries, strict=True):
             count = some.numel()
-            _GROUP.pack_into(self._buffer, at, some.data_ptr(), places.data_ptr(), count, first, planes)
+            _GROUP.pack_into(self.buffer, at, some.data_ptr(), places.data_ptr(), count, first, planes)
             at += _GROUP.size
             first += planes
             items += count * planes

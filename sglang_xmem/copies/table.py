@@ -103,8 +103,27 @@ class Work:
         return tiles
 
 
-class Parameters:
-    """Parameter buffer of a kernel, for launches by one thread at a time: the driver copies it during the call.
+class ParameterBuffer:
+    """A kernel's parameters, for launches by one thread at a time: the driver copies them during the call.
+
+    Args:
+        offsets: of each parameter.
+        nbytes: of all.
+
+    Attributes:
+        buffer: what is written before a launch; zero at first.
+        address: argument of cuLaunchKernel: address of the array of the parameters' addresses.
+    """
+
+    def __init__(self, offsets: Sequence[int], nbytes: int) -> None:
+        self.buffer = ctypes.create_string_buffer(nbytes)
+        places = [ctypes.addressof(self.buffer) + offset for offset in offsets]
+        self._pointers = (ctypes.c_void_p * len(places))(*places)
+        self.address = ctypes.addressof(self._pointers)
+
+
+class Parameters(ParameterBuffer):
+    """Parameters of page_copy.cu.
 
     Args:
         table: address of the planes' records.
@@ -113,13 +132,9 @@ class Parameters:
     """
 
     def __init__(self, table: int, num_planes: int, num_parts: int, *, load: bool) -> None:
+        super().__init__(PARAMETER_OFFSETS, PARAMETERS_BYTES)
         self._fixed = (table, num_planes, int(load))
         self._num_parts = num_parts
-        self._buffer = ctypes.create_string_buffer(PARAMETERS_BYTES)
-        slots = [ctypes.addressof(self._buffer) + offset for offset in PARAMETER_OFFSETS]
-        self._pointers = (ctypes.c_void_p * len(slots))(*slots)
-        #: Argument of cuLaunchKernel: address of the array of the parameters' addresses.
-        self.address = ctypes.addressof(self._pointers)
 
     def pack(self, counters: int, vectors: Sequence[int]) -> None:
         """Write the variable parameters.
@@ -129,5 +144,5 @@ class Parameters:
             vectors: four numbers per vector: address of the frames, address of the slots, stride of the slots in
                 elements, pages.
         """
-        _HEAD.pack_into(self._buffer, 0, *self._fixed, counters, self._num_parts, 0)
-        _VECTORS[len(vectors) // _VECTOR_WORDS].pack_into(self._buffer, _HEAD.size, *vectors)
+        _HEAD.pack_into(self.buffer, 0, *self._fixed, counters, self._num_parts, 0)
+        _VECTORS[len(vectors) // _VECTOR_WORDS].pack_into(self.buffer, _HEAD.size, *vectors)

@@ -17,7 +17,8 @@ from sglang_xmem.copies.base import Pages, Step
 from sglang_xmem.copies.geometry import Plane, Slab
 from sglang_xmem.copies.ipc import Group
 from sglang_xmem.copies.shared import deal
-from sglang_xmem.copies.siblings import ENTRY_HEAD, MAX_RANKS, RING, SOURCE_FILE, THREADS, Parameters, Tables
+from sglang_xmem.copies.siblings import ENTRY_HEAD, MAX_RANKS, RING, SOURCE_FILE, THREADS, Tables
+from sglang_xmem.copies.table import ParameterBuffer
 from sglang_xmem.copies.tuning import CudaTuning
 from sglang_xmem.kernels import source
 from tests.emulation.emulated import _RAISED, EmulatedCopier, EmulatedProgram, library
@@ -72,7 +73,7 @@ class EmulatedTables(Tables):
         self.content = ctypes.create_string_buffer(content, len(content))
         return ctypes.addressof(self.content)
 
-    def _launch(self, name: str, grid: int, parameters: Parameters, stream: int | None = None) -> None:
+    def _launch(self, name: str, grid: int, parameters: ParameterBuffer, stream: int | None = None) -> None:
         rank = self.rank
         written = [(rank.ring.ctypes.data, rank.ring.nbytes)] if name == "page_announce" else []
         if name == "page_fetch":

@@ -88,16 +88,16 @@ class Rig:
                 calls.append(("fetch", counters, list(entries), number, stream))
                 return 128
 
-        class Stream(contextlib.AbstractContextManager[int]):
-            def __enter__(self) -> int:
+        class Order:
+            def begin(self) -> int:
                 calls.append("fork")
                 return 7
 
-            def __exit__(self, *error: object) -> None:
+            def end(self) -> None:
                 calls.append("join")
 
         monkeypatch.setattr(siblings, "Tables", FakeTables)
-        self.copier = SiblingCopier(self.inner, group, 4, self.missed, Stream())  # type: ignore[arg-type]
+        self.copier = SiblingCopier(self.inner, group, 4, self.missed, Order())  # type: ignore[arg-type]
         self.program = self.copier.compile([Step(self.plane, 0, 0)], 1)
 
     def load(self, count: int = PAGES, *, counters: bool = True, program: Any = None) -> list[Any]:
