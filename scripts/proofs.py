@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from sglang_xmem import gpus  # noqa: E402
+
 BENCH = ("-m", "sglang_xmem.cli", "bench")
 SHAPES = "qwen3-30b-a3b,qwen3-8b,llama-3.1-8b,deepseek-v2-lite,qwen3-next-small"
 
@@ -37,7 +40,7 @@ class Proof(NamedTuple):
         name: on the command line.
         gpus: number of required GPUs.
         seconds: maximum duration, after which it is stopped.
-        rows: file of docs/results for its rows; "" for tests, which have a record instead.
+        rows: file of docs/results for its rows.
         command: Python's arguments. `{out}` is the file of rows, `{limit}` the seconds left for the command.
         about: its claim, for `list`.
     """
@@ -166,6 +169,14 @@ PROOFS: Sequence[Proof] = (
         "ten contexts of 174K tokens in turns: stock against dram",
     ),
     Proof(
+        "tests-two-gpus",
+        2,
+        400,
+        "gpu_runs.jsonl",
+        _tests("copies tiers", *(f"tests/gpu/test_{name}_gpu.py" for name in ("siblings", "copies", "tier_contract"))),
+        "shared loads of two ranks, copies by a peer and relays, the tiers' contract: bytes compared",
+    ),
+    Proof(
         "ttft-peer",
         2,
         590,
@@ -233,14 +244,6 @@ PROOFS: Sequence[Proof] = (
 )
 
 
-def gpu_count() -> int:
-    """Count the GPUs that the driver lists; 0 without a driver."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
-
-
 def command_of(proof: Proof, out: Path, seconds: int) -> list[str]:
     """Return the arguments of a process that runs a proof for at most `seconds`, of which 20 are for its end."""
     values = {"{out}": str(out / proof.rows), "{limit}": str(max(1, seconds - 20)), "python": sys.executable}
@@ -302,10 +305,12 @@ def main(given: Sequence[str] | None = None) -> int:
     known = {proof.name: proof for proof in PROOFS}
     if unknown := [name for name in arguments.names if name not in known]:
         parser.error(f"unknown proof {unknown[0]!r}. Choose from {', '.join(known)}.")
-    gpus = gpu_count()
-    chosen = [known[name] for name in arguments.names] or [proof for proof in PROOFS if proof.gpus <= gpus]
-    if lacking := [proof for proof in chosen if proof.gpus > gpus]:
-        parser.error(f"{lacking[0].name} needs {lacking[0].gpus} GPU(s), this machine has {gpus}. Run it on another.")
+    visible = gpus.count()
+    chosen = [known[name] for name in arguments.names] or [proof for proof in PROOFS if proof.gpus <= visible]
+    if lacking := [proof for proof in chosen if proof.gpus > visible]:
+        parser.error(
+            f"{lacking[0].name} needs {lacking[0].gpus} GPU(s), this process sees {visible}. Run it on another."
+        )
     if not chosen:
         parser.error("no proof runs without a GPU. Run this on a machine that has one.")
     arguments.out.mkdir(parents=True, exist_ok=True)

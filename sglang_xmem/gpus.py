@@ -70,6 +70,14 @@ def visible_gpus() -> range:
     return range(checked(driver().cuDeviceGetCount(), "counting GPUs"))
 
 
+def count() -> int:
+    """Count the GPUs that this process sees; 0 without a driver."""
+    try:
+        return len(visible_gpus())
+    except Unavailable:
+        return 0
+
+
 def check_named(setting: str, named: Iterable[int], engine: Collection[int | None]) -> None:
     """Refuse named GPUs that do not exist, or that the engine computes on.
 

@@ -18,7 +18,7 @@ from sglang_xmem.bench.engine import Case, Limit
 from sglang_xmem.bench.sizing import KVShape, Need
 from sglang_xmem.config import AUTO, parse_options
 from sglang_xmem.doctor import tiers
-from sglang_xmem.errors import ConfigError, Unavailable
+from sglang_xmem.errors import ConfigError
 from sglang_xmem.tiers import tier_classes
 
 #: Backends that are not tiers. `hbm` is SGLang without HiCache, `recompute` SGLang without any cache of prefixes,
@@ -45,10 +45,7 @@ def has_pool(backend: str) -> bool:
 
 def has_gpu() -> bool:
     """Whether SGLang will find a GPU here."""
-    try:
-        return len(gpus.visible_gpus()) > 0
-    except Unavailable:
-        return False
+    return gpus.count() > 0
 
 
 def gpu_bytes() -> int | None:

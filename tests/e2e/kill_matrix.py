@@ -133,6 +133,7 @@ class Matrix:
         return Row(victim, phase, self._rounds, len(given), len(wrong), hung, len(answers) - len(given), found)
 
     def _store_again(self, name: str) -> bool:
+        """Have the engine store a prompt's pages once more; always False, a condition that does not hold yet."""
         until(self._engine.client.flush_cache)
         self._engine.ask(name)
         time.sleep(1)

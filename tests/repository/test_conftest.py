@@ -52,18 +52,7 @@ def test_that_comes_next():
 def test_tests_that_are_terminated_clean_up(tmp_path: Path, tests: str) -> None:
     (tmp_path / "test_endless.py").write_text(tests)
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "tests.conftest",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
-            str(tmp_path),
-        ],
+        [*PYTEST, "--rootdir", str(tmp_path)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.DEVNULL,
@@ -96,18 +85,7 @@ def test_plain_pytest_has_the_cpu_engine(tmp_path: Path) -> None:
     (tmp_path / "test_imports.py").write_text(IMPORTS_SGLANG)
     environment = {name: value for name, value in os.environ.items() if name != "SGLANG_USE_CPU_ENGINE"}
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "tests.conftest",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
-            str(tmp_path),
-        ],
+        [*PYTEST, "--rootdir", str(tmp_path)],
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,

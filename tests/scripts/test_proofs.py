@@ -111,7 +111,7 @@ def test_proofs_run_fail_stop_and_are_skipped(
         return Proof(name, gpus, seconds, "rows.jsonl", ("-c", code, "{out}", "{limit}"), name)
 
     write = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); print('said')"
-    monkeypatch.setattr(proofs, "gpu_count", lambda: 1)
+    monkeypatch.setattr(proofs.gpus, "count", lambda: 1)
     monkeypatch.setattr(
         proofs,
         "PROOFS",
