@@ -35,7 +35,7 @@ from sglang_xmem.mtier.client import (
 logger = logging.getLogger(__name__)
 
 # native/pages_protocol.h
-PAGES_VERSION = 4
+PAGES_VERSION = 5
 #: Its JoinRequest.
 JOIN_REQUEST = struct.Struct("=IIQQ32s64sQIIQ")
 #: Seconds between attempts to reconnect; doubled after each failure of the link's own thread, up to the second number.
@@ -136,7 +136,7 @@ class Link:
         if self._connection.alive:
             try:
                 return self._connection.ask(op, count, behind)
-            except Silent:
+            except (Refused, Silent):
                 if self._connection.alive:
                     raise
         self._join_again()

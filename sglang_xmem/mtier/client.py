@@ -32,6 +32,8 @@ LOOK, DAMAGED, RETURN = range(39, 42)
 #: MemoryKind of a slab.
 HOST, GPU, DAX = 1, 2, 3
 
+#: Reply to a session's request over a connection that has no session, or no longer has one.
+_NOT_JOINED = -2
 _OUT_OF_MEMORY = -3
 INVALID_ARGUMENT = -4
 #: Reply to a kJoin: retry shortly.
@@ -135,7 +137,7 @@ class Connection:
             descriptors: sent with the request; the caller still owns them.
 
         Raises:
-            Refused: the service refuses.
+            Refused: the service refuses; the connection is closed if it has no session and the request needs one.
             Silent: it does not respond, or did not a moment ago.
         """
         with self._lock:
@@ -146,6 +148,10 @@ class Connection:
             self._number += 1
             try:
                 reply = self._exchange(self._socket, op, count, behind, kind, descriptors)
+            except Refused as error:
+                if error.code == _NOT_JOINED:
+                    self.close()
+                raise
             except TimeoutError:
                 pause = min(PAUSE_S * 2**self._failures, MOST_PAUSE_S)
                 self._failures += 1

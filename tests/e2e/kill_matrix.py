@@ -132,20 +132,12 @@ class Matrix:
             print(f"{name}: {answer.output_ids}, right is {right[name]}; cached: {answer.cached}", file=sys.stderr)
         return Row(victim, phase, self._rounds, len(given), len(wrong), hung, len(answers) - len(given), found)
 
-    def _store_again(self, name: str) -> bool:
-        """Have the engine store a prompt's pages once more; always False, a condition that does not hold yet."""
-        until(self._engine.client.flush_cache)
-        self._engine.ask(name)
-        time.sleep(1)
-        return False
-
     def _prepare(self, phase: str, name: str) -> None:
         if phase in ("load", "take"):
             before = self._service.pages()
             self._engine.ask(name)
             if phase == "take":
-                # Pages that are stored while the service is away or late stay the engine's own: they are stored again.
-                until(lambda: self._service.pages() > before or self._store_again(name), 180)
+                until(lambda: self._service.pages() > before)
                 until(self._engine.client.flush_cache)
             else:
                 for number in range(DEVICE_POOL_TOKENS // PROMPT_TOKENS + 2):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sglang_xmem.bank import BankSession
 from sglang_xmem.mtier.build import built
 from tests.mtier.service import MIB, Daemon, build_fake_cuda
 
@@ -25,9 +27,20 @@ def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start_daemon(build: Path, tmp_path: Path) -> Iterator[StartDaemon]:
-    """Starts daemons on the test's own socket; they are gone afterwards."""
+def start_daemon(build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartDaemon]:
+    """Starts daemons on the test's own socket; they are gone afterwards, and the test's sessions with them.
+
+    A session that stays would return its memory to the next test's service.
+    """
     started: list[Daemon] = []
+    sessions: list[BankSession] = []
+    open_session = BankSession.__init__
+
+    def opened(session: BankSession, *arguments: Any, **options: Any) -> None:
+        open_session(session, *arguments, **options)
+        sessions.append(session)
+
+    monkeypatch.setattr(BankSession, "__init__", opened)
 
     def start(
         *arguments: str,
@@ -41,6 +54,8 @@ def start_daemon(build: Path, tmp_path: Path) -> Iterator[StartDaemon]:
         return daemon
 
     yield start
+    for session in sessions:
+        session.close()
     for daemon in started:
         daemon.stop(9)
     for daemon in started:

@@ -102,7 +102,7 @@ class Daemon:
             serving = self.serving
             self.process.send_signal(number)
             status = self.process.wait(PATIENCE_S)
-            wait_until(lambda: not os.path.exists(f"/proc/{serving}") or serving == 0, 20)
+            wait_until(lambda: serving == 0 or has_ended(serving), 20)
             return status
         return self.process.wait(PATIENCE_S)
 
@@ -111,6 +111,15 @@ class Daemon:
 
     def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGKILL)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended, also where its new parent has not looked yet."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
 def service_of(keeper: int) -> int:

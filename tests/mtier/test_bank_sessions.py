@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,7 @@ from tests.mtier.conftest import StartDaemon
 from tests.mtier.service import (
     INVALID_ARGUMENT,
     MIB,
+    NOT_INITIALIZED,
     REPLY_BYTES,
     REPLY_HEAD,
     AskedProcess,
@@ -398,7 +400,7 @@ def test_a_session_goes_on_over_another_connection(daemon: Daemon) -> None:
         assert joined(second, daemon, again) == (0, what)
         assert exchange(second, request(35, size=1) + key(1)) == 0
         assert joined(third, daemon, asked) == (0, what)
-        assert exchange(second, request(35, size=1) + key(1)) == INVALID_ARGUMENT
+        assert exchange(second, request(35, size=1) + key(1)) == NOT_INITIALIZED
         (space,) = daemon.status()["spaces"]
         assert [each["frames"] for each in space["sessions"]] == [8]
         # Another process with that number is refused.
@@ -414,6 +416,49 @@ def test_a_session_goes_on_over_another_connection(daemon: Daemon) -> None:
         assert joined(fourth, daemon, again)[0] == INVALID_ARGUMENT
 
 
+def test_connections_that_were_given_up_take_no_session_away(daemon: Daemon) -> None:
+    """The service, stopped or started again, finds them next to the one that the client waits on."""
+    asked, again = (join_request(0, FRAME, 8, MODEL, session=77, again=n) for n in (0, 1))
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) for _ in range(8)]
+        first, *given_up, last = sockets
+        assert joined(first, daemon, asked)[0] == 0
+        before = sockets_of(daemon)
+        daemon.send(signal.SIGSTOP)
+        for each in (*given_up, last):
+            each.connect(str(daemon.socket_path))
+            each.send(request(33) + again)
+            if each is not last:
+                each.close()
+        daemon.send(signal.SIGCONT)
+        _, descriptors, _, _ = socket.recv_fds(last, 70000, 4)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        wait_until(lambda: sockets_of(daemon) == before + 1, 10)
+        assert exchange(last, request(35, size=1) + key(1)) == 0
+        assert exchange(first, request(33) + again) == INVALID_ARGUMENT
+        assert exchange(first, request(35, size=1) + key(1)) == NOT_INITIALIZED
+
+
+def test_a_session_whose_connection_another_has_taken_joins_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_xmem.bank_link.RETRY_S", 0.1)
+    session = BankSession(MODEL, FRAME, 8)
+    fill(session, [1])
+    again = join_request(0, FRAME, 8, MODEL, session=session._link._name, again=1)
+    assert say_join(again, str(daemon.socket_path)) == 0
+    assert session.find([key(1)]) == 1
+    assert say_join(again, str(daemon.socket_path)) == 0
+    session.close()
+    wait_until(lambda: promised(daemon) == [], 10)
+
+
+def sockets_of(daemon: Daemon) -> int:
+    folder = Path(f"/proc/{daemon.serving}/fd")
+    return sum(os.readlink(each).startswith("socket:") for each in folder.iterdir())
+
+
 def say_join(asked: bytes, path: str) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(path)
@@ -426,7 +471,6 @@ def test_messages_that_are_not_so_are_refused(daemon: Daemon) -> None:
     join, find, publish = 33, 35, 36
     good = join_request(0, FRAME, 8, MODEL)
     cases: list[Callable[[], bytes]] = [
-        lambda: request(find),  # before it has joined
         lambda: request(join) + good[:-1],
         lambda: request(join) + good + b"\0",
         lambda: request(join) + join_request(0, 0, 8, MODEL),
@@ -436,15 +480,16 @@ def test_messages_that_are_not_so_are_refused(daemon: Daemon) -> None:
         lambda: request(join) + join_request(0, FRAME, 8, MODEL, label=b"x" * 64),
         lambda: request(join) + join_request(0, FRAME, 8, MODEL, session=0),
         lambda: request(join) + join_request(0, FRAME, 8, MODEL, session=5, again=2),
-        lambda: request(99),
         lambda: request(1) + b"\0",
     ]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(str(daemon.socket_path))
+        assert exchange(connection, request(find)) == NOT_INITIALIZED
         for case in cases:
             assert exchange(connection, case()) == INVALID_ARGUMENT
         assert exchange(connection, request(join) + good) == 0
         for message in (
+            request(99),
             request(join) + good,
             request(find, size=2) + key(1),
             request(find, size=2**60) + key(1),

@@ -8,7 +8,7 @@
 namespace mtier::pages {
 
 // In kJoin, which refuses a client of another version.
-constexpr std::uint32_t kPagesVersion = 4;
+constexpr std::uint32_t kPagesVersion = 5;
 // Maximum keys, or pages, per message.
 constexpr std::size_t kMaxPages = 256;
 // Bytes of a frame at least: each has 64 of the ledger too, which no bank's account knows.
@@ -32,6 +32,9 @@ enum class PagesOp : std::uint16_t {
     // including claims and releases in between. The descriptor is then of memory that it already maps.
     // kInvalidArgument: the service does not know the session. The client may return the memory (kReturn) and retry.
     // Otherwise its slab is private permanently: it may use its frames and claim more, but finds and publishes nothing.
+    //
+    // The latest connection that joins has the session. The requests below are refused with kNotInitialized over any
+    // other; the client then joins again over a new connection.
     kJoin = 33,
     // Reply: the slab's descriptor, and its offset there in `available`; size: its bytes; kind; granularity.
     kSlab = 34,

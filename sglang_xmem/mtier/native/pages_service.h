@@ -64,7 +64,7 @@ class PageService : public Handler {
                 break;
         }
         auto session = session_of(peer);
-        if (session == sessions_.end()) return Answer::error(kInvalidArgument, "the connection has joined no space");
+        if (session == sessions_.end()) return Answer::error(kNotInitialized, "the connection has joined no space");
         Space &space = *session->second.space;
         switch (static_cast<PagesOp>(request.op)) {
             case PagesOp::kSlab: {
@@ -96,11 +96,13 @@ class PageService : public Handler {
         }
     }
 
-    Answer not_sent(const Peer &peer, const Reply &, const std::string &why) override {
+    Answer not_sent(const Peer &peer, const Reply &reply, const std::string &why) override {
         auto session = session_of(peer);
-        joined_.erase(peer.number);
-        // A session that already has its memory may retry.
-        if (session != sessions_.end() && !session->second.mapped) end(session, "its memory could not be sent");
+        // Otherwise the session may retry, or leave.
+        if (static_cast<PagesOp>(reply.op) == PagesOp::kJoin && session != sessions_.end()) {
+            joined_.erase(peer.number);
+            if (!session->second.mapped) end(session, "its memory could not be sent");
+        }
         return Answer::error(kServerError, "the memory's descriptor cannot be sent now: " + why);
     }
 
@@ -384,9 +386,15 @@ class PageService : public Handler {
         return answer;
     }
 
-    // Binds the connection to the session.
+    // Binds the connection to the session, unless a later one has it: a client has one at a time, and may have given
+    // this one up before the service accepted it.
     Answer answer_as(const Peer &peer, Sessions::iterator session) {
         const Space &space = *session->second.space;
+        for (const auto &[number, id] : joined_) {
+            if (id == session->first && number > peer.number) {
+                return Answer::error(kInvalidArgument, "a later connection has the session");
+            }
+        }
         Answer answer;
         answer.fd = space.slab->control.to_send();
         if (answer.fd < 0) return no_descriptor();
