@@ -43,6 +43,8 @@ from sglang_xmem.tiers import hostmem
 
 #: Maximum pages per message.
 MAX_PAGES = 256
+#: Maximum messages with published pages that wait for the service; each has at most 12 KiB.
+MAX_LATER = 4096
 KEY_BYTES = 32
 
 Frames = npt.NDArray[np.uint64]
@@ -240,6 +242,8 @@ class BankSession:
     def publish(self, keys: Sequence[bytes], addresses: npt.NDArray[np.int64]) -> list[int]:
         """Publish pages of this session whose bytes are complete.
 
+        If the service does not respond, the pages that the session still holds are published when it is back.
+
         Returns: NEW, HAVE or STALE for each; STALE if the service does not respond.
         """
         frames = self._numbers(addresses)
@@ -257,10 +261,19 @@ class BankSession:
                 b"".join(keys[part]), np.uint8
             ).reshape(-1, KEY_BYTES)
             pages["frame"], pages["generation"] = frames[part], generations[part]
-            verdicts += self._link.text_of(PUBLISH, len(pages), pages.tobytes()) or bytes([STALE]) * len(pages)
+            text = self._link.text_of(PUBLISH, len(pages), pages.tobytes())
+            answer = text or bytes([STALE]) * len(pages)
+            if text is None and not self._link.lost and self._link.waiting < MAX_LATER:
+                # A frame that is released in between has another generation then.
+                self._link.send_later(PUBLISH, len(pages), pages.tobytes(), self._count_verdicts)
+            else:
+                self._count_verdicts(answer)
+            verdicts += answer
+        return verdicts
+
+    def _count_verdicts(self, verdicts: bytes) -> None:
         for name, verdict in (("published", NEW), ("duplicate", HAVE), ("private", STALE)):
             self.counts[f"bank:{name}"] += verdicts.count(verdict)
-        return verdicts
 
     def damaged(self, addresses: npt.NDArray[np.int64]) -> None:
         """Remove pages that this session holds from the bank; holders keep their frames.

@@ -64,6 +64,13 @@ class Place(NamedTuple):
     nbytes: int
 
 
+class _Queued(NamedTuple):
+    op: int
+    items: int
+    behind: bytes
+    replied: Callable[[bytes], object] | None
+
+
 class Link:
     """A session, over one connection at a time.
 
@@ -90,7 +97,7 @@ class Link:
         #: Descriptors of slab and ledger, for a service that restarts without them.
         self._files: Sequence[int] = ()
         #: Requests that must reach the service at some time.
-        self._queued: list[tuple[int, int, bytes]] = []
+        self._queued: list[_Queued] = []
         self._wake = threading.Event()
         self._connection = Connection(socket_path())
         threading.Thread(target=self._attend, name="sglang_xmem-bank", daemon=True).start()
@@ -159,10 +166,19 @@ class Link:
         self._missing = False
         return text
 
-    def send_later(self, op: int, count: int, behind: bytes) -> None:
-        """Send a request as soon as possible; return at once."""
-        self._queued.append((op, count, behind))
+    def send_later(self, op: int, count: int, behind: bytes, replied: Callable[[bytes], object] | None = None) -> None:
+        """Send a request as soon as possible, after earlier ones; return at once.
+
+        Args:
+            replied: called with the reply's text, on the link's thread.
+        """
+        self._queued.append(_Queued(op, count, behind, replied))
         self._wake.set()
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests of `send_later` that have not reached the service."""
+        return len(self._queued)
 
     @property
     def has_sent_all(self) -> bool:
@@ -292,7 +308,13 @@ class Link:
             pause = RETRY_S if self._connection.alive else min(2 * pause, MOST_RETRY_S)
 
     def _send_queued(self) -> None:
-        while self._queued and self.text_of(*self._queued[0]) is not None:
+        while self._queued:
+            op, count, behind, replied = self._queued[0]
+            text = self.text_of(op, count, behind)
+            if text is None:
+                return
+            if replied is not None:
+                replied(text)
             del self._queued[0]
 
 

@@ -9,9 +9,11 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sglang_xmem.bank import NEW, BankSession
+from sglang_xmem import bank
+from sglang_xmem.bank import NEW, STALE, BankSession
 from sglang_xmem.mtier.client import HOST, RETURN
 from tests.mtier.conftest import StartDaemon
 from tests.mtier.service import MIB, REPLY_BYTES, REPLY_HEAD, Daemon, request, wait_until
@@ -68,6 +70,43 @@ def test_pages_sessions_and_pins_come_back_without_a_question(
     finally:
         other.kill()
         ended.kill()
+
+
+def test_pages_that_are_stored_while_the_service_is_away_are_shared_later(
+    daemon: Daemon, session: BankSession, start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Other(20)
+    try:
+        with monkeypatch.context() as late:
+            late.setattr("sglang_xmem.bank_link.socket_path", lambda: "/no such socket")
+            daemon.stop(signal.SIGKILL)
+            kept, freed = session.claim(2), session.claim(1)
+            for number, address in enumerate((*kept, *freed), 1):
+                view(session, address)[:] = number
+                assert session.publish([key(number)], np.array([address])) == [STALE]
+            # A freed frame, and one that has another page's bytes since.
+            session.release(np.array([kept[1], *freed]))
+            wait_until(lambda: kept[1] in session.claim(1), 20)
+            assert session.counts["bank:private"] == 0
+        start_daemon(*BANK)
+        wait_until(lambda: other.ask("session.find([key(1)])") == 1, 20)
+        wait_until(lambda: session.counts["bank:private"] == 2, 20)
+        assert session.counts["bank:published"] == 1
+        assert other.ask("[session.find([key(2)]), session.find([key(3)])]") == [0, 0]
+        assert other.ask("int(view(session, session.adopt([key(1)])[0])[9])") == 1
+    finally:
+        other.kill()
+
+
+def test_few_messages_wait_for_the_service(
+    daemon: Daemon, session: BankSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bank, "MAX_LATER", 5)
+    daemon.stop(signal.SIGKILL)
+    address = session.claim(1)
+    for number in range(8):
+        session.publish([key(number)], address)
+    assert session.counts["bank:private"] == 3
 
 
 def test_an_engine_that_came_first_keeps_its_memory(
