@@ -186,14 +186,6 @@ def memory_bytes(gpu: int) -> tuple[int, int]:
     return int(info.free), int(info.used)
 
 
-def sm_clock_mhz(gpu: int) -> int | None:
-    """Return the current SM clock of a GPU; None if the driver does not report it."""
-    nvml = nvml_library()
-    with suppress(nvml.NVMLError):
-        return int(nvml.nvmlDeviceGetClockInfo(nvml_handle(gpu), nvml.NVML_CLOCK_SM))
-    return None
-
-
 def total_bytes(gpu: int) -> int:
     """Return the total bytes of a GPU's memory."""
     d = driver()

@@ -19,7 +19,8 @@ import psutil
 
 ROOT = Path("/")
 
-#: Bytes of the machine's memory to leave free, as in SGLang; each NUMA node leaves its share.
+#: Bytes of the machine's memory to leave free, as SGLang's HICACHE_HOST_MEMORY_RESERVE_BYTES; a NUMA node leaves its
+#: share.
 HOST_RESERVE_BYTES = 10 << 30
 
 _NODES = "sys/devices/system/node"

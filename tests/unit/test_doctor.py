@@ -503,7 +503,7 @@ def test_wrong_options_are_one_sentence(
 
 def test_host_budget_is_sglangs() -> None:
     base = pytest.importorskip("sglang.srt.mem_cache.pool_host.base")
-    assert base.HICACHE_HOST_MEMORY_RESERVE_BYTES == host_budget.RESERVE_BYTES
+    assert base.HICACHE_HOST_MEMORY_RESERVE_BYTES == host_budget.HOST_RESERVE_BYTES
     from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
 
     assert abs(host_budget._available_host_memory_bytes()() - available_host_memory_bytes()) < GB

@@ -12,12 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
+from sglang_xmem.machine import HOST_RESERVE_BYTES
 from sglang_xmem.plan import HostBudget
-
-#: SGLang's HICACHE_HOST_MEMORY_RESERVE_BYTES, whose module imports torch.
-RESERVE_BYTES = 10 << 30
 
 _MODULE = "sglang.srt.mem_cache.host_memory"
 _NAME = "available_host_memory_bytes"
@@ -25,16 +21,8 @@ _NAME = "available_host_memory_bytes"
 
 def launcher_host_budget(n_ranks: int) -> HostBudget:
     """Return the host RAM that each of a launcher's `n_ranks` on this machine may claim."""
-    return _budget(_available_host_memory_bytes(), n_ranks)
-
-
-def fallback_host_budget(n_ranks: int) -> HostBudget:
-    """As `launcher_host_budget` without SGLang, and without cgroup limits."""
-    return _budget(lambda: int(psutil.virtual_memory().available), n_ranks)
-
-
-def _budget(available_bytes: Callable[[], int], n_ranks: int) -> HostBudget:
-    return lambda nbytes: (available_bytes() - RESERVE_BYTES) // n_ranks
+    available_bytes = _available_host_memory_bytes()
+    return lambda nbytes: (available_bytes() - HOST_RESERVE_BYTES) // n_ranks
 
 
 def _available_host_memory_bytes() -> Callable[[], int]:
