@@ -49,14 +49,11 @@ def turn_label(turn: float | None) -> str:
 
 count, percent, times = "{:,.0f}".format, "{:.0%}".format, "{:.2f}x".format
 
+_TEXTS = ("backend", "tier", "case", "direction", "policy", "n", "vs_no_hit", "vs_stock", "outputs", "copier")
 #: Heading of each key that tables show, and how it is written. What is written by another function than `str` is a
 #: number, or None, which is shown as a dash.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "backend": ("backend", str),
-    "tier": ("tier", str),
-    "case": ("case", str),
-    "direction": ("direction", str),
-    "policy": ("policy", str),
+    **{key: (key.replace("_", " "), str) for key in _TEXTS},
     "prompt_tokens": ("tokens", tokens_label),
     "hit_ratio": ("hits", percent),
     "concurrency": ("at once", count),
@@ -67,13 +64,9 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens_per_s": ("tokens/s", short),
     "gbps": ("GB/s", short),
     "range": ("min-max", str),
-    "n": ("n", str),
     "of_hbm": ("of HBM", str),
-    "vs_no_hit": ("vs no hit", str),
-    "vs_stock": ("vs stock", str),
     "floor_ms": ("floor ms", short),
     "over_floor": ("of floor", times),
-    "outputs": ("outputs", str),
     "measured_hit_ratio": ("proven hits", percent),
     "inter_token_ms.p50": ("token gap ms", short),
     "e2e_ms.p50": ("e2e ms", short),
@@ -89,7 +82,6 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "pages": ("pages", count),
     "page_copies": ("page copies", count),
     "wrong": ("wrong pages", count),
-    "copier": ("copier", str),
     "gpu": ("GPU", str),
 }
 

@@ -112,23 +112,21 @@ def test_plots_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         plots.write(ttft, tmp_path / "x.png")
 
 
-def test_all_turns_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [*ROWS["multiturn"], {**ROWS["multiturn"][-1], "backend": "peer", "seconds": 6.25}]
-    assert "peer: all turns 2.00x as fast as stock." in shown(capsys, *rows)
-
-
-def test_factors_say_where_spreads_overlap(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [ttft_row("hbm", 256, [558.0, 674.4, 790.0]), ttft_row("dram", 256, [318.0, 663.8, 1009.0])]
-    assert "~0.98x" in shown(capsys, *rows)
-    assert " 2.00x" in shown(capsys, ttft_row("hbm", 256, [10.0, 11.0]), ttft_row("dram", 256, [20.0, 22.0]))
-
-
-def test_outputs_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    for more, words in (
-        ({"outputs_tell_prompts_apart": False}, "say nothing of the KV"),
-        ({"outputs_equal": False}, "DIFFER"),
-    ):
-        assert words in shown(capsys, ttft_row("dram", 1024, [1.0, 2.0], **more))
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            [*ROWS["multiturn"], {**ROWS["multiturn"][-1], "backend": "peer", "seconds": 6.25}],
+            "2.00x as fast as stock.",
+        ),
+        ([ttft_row("hbm", 256, [558.0, 674.4, 790.0]), ttft_row("dram", 256, [318.0, 663.8, 1009.0])], "~0.98x"),
+        ([ttft_row("hbm", 256, [10.0, 11.0]), ttft_row("dram", 256, [20.0, 22.0])], " 2.00x"),
+        ([ttft_row("dram", 1024, [1.0, 2.0], outputs_tell_prompts_apart=False)], "say nothing of the KV"),
+        ([ttft_row("dram", 1024, [1.0, 2.0], outputs_equal=False)], "DIFFER"),
+    ],
+)
+def test_tables_say(capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]], words: str) -> None:
+    assert words in shown(capsys, *rows)
 
 
 @pytest.mark.parametrize("name", [*sorted(ROWS), "committed"])

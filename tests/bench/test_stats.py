@@ -36,9 +36,3 @@ def test_median_interval_ranks(n: int, ranks: tuple[int, int]) -> None:
     assert abs(high - ranks[1]) <= 1
     if n <= 10:
         assert (low, high) == ranks
-
-
-def test_differs() -> None:
-    assert stats.differs((10, 11), (20, 21), 10)
-    assert not stats.differs((10, 15), (14, 21), 5)  # intervals overlap
-    assert not stats.differs((10, 30), (31, 32), 10)  # apart, and smaller than A's spread
