@@ -60,20 +60,18 @@ BAD: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("text", [*(json.dumps({**GOOD, **bad}) for bad in BAD), "{}", "not JSON", "[1]", "[" * 10_000])
-def test_lines_that_are_no_requests(tmp_path: Path, text: str) -> None:
+LINES = [*(json.dumps({**GOOD, **bad}) for bad in BAD), "{}", "not JSON", "[1]", "[" * 10_000]
+FILES = [(b"", "has no requests"), (b"\xff", "not UTF-8"), (None, "cannot be read")]
+FILES += [(line.encode(), r"Line 1 of .*t\.jsonl is not a request of a Mooncake trace") for line in LINES]
+
+
+@pytest.mark.parametrize(("content", "words"), FILES)
+def test_files_that_are_no_traces(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "t.jsonl"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=r"Line 1 of .*t\.jsonl is not a request of a Mooncake trace"):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
         read_trace(path)
-
-
-def test_files_that_are_no_traces(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    for content, words in ((b"", "has no requests"), (b"\xff", "not UTF-8"), (None, "cannot be read")):
-        path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
-        with pytest.raises(ConfigError, match=words):
-            read_trace(path)
 
 
 @pytest.mark.parametrize(("length", "ids"), [(40, [1, 2, 3]), (513, [1]), (64, [1, 2, 3, 4])])
