@@ -13,6 +13,7 @@ import argparse
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -202,7 +203,12 @@ def fetch(version: str) -> Path:
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extractall(partial)
     wheels[0].unlink()
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial)  # another process was faster
     return folder
 
 

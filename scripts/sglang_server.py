@@ -27,6 +27,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
     "disable_overlap_schedule": True,
+    "sleep_on_idle": True,
 }
 
 

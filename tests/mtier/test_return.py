@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -155,7 +154,7 @@ def test_memory_that_a_living_service_has_is_taken_by_no_other(
     build: Path, daemon: Daemon, session: BankSession, tmp_path: Path
 ) -> None:
     """Both would give the same number to two sessions."""
-    ledger, slab = memory()
+    slab, ledger = session._link._files
     fill(session, [1])
     refusal = "the service cannot take the memory back: another service has it"
     with Daemon(build, tmp_path / "another.sock", BANK) as another:
@@ -168,7 +167,7 @@ def test_memory_that_a_living_service_has_is_taken_by_no_other(
 def test_what_is_no_memory_of_a_bank_is_refused(
     what: str, build: Path, daemon: Daemon, session: BankSession, tmp_path: Path
 ) -> None:
-    ledger, slab = memory()
+    slab, ledger = session._link._files
     ordinary = os.open(__file__, os.O_RDONLY)
     unsealed = os.memfd_create("mtier-pages")
     os.write(unsealed, os.pread(ledger, os.fstat(ledger).st_size, 0))
@@ -180,17 +179,6 @@ def test_what_is_no_memory_of_a_bank_is_refused(
         assert another.status()["spaces"] == []
     os.close(ordinary)
     os.close(unsealed)
-
-
-def memory() -> list[int]:
-    """Descriptors of the only session's ledger and slab; mmap has one of its own of the slab."""
-    found = {}
-    for file in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if "memfd:mtier" in os.readlink(file):
-                found[os.stat(file).st_ino] = int(file.name)
-    assert len(found) == 2
-    return sorted(found.values(), key=lambda fd: os.fstat(fd).st_size)
 
 
 def give(daemon: Daemon, descriptors: Sequence[int]) -> tuple[int, str]:

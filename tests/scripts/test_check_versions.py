@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -80,6 +83,19 @@ def test_a_read_that_is_in_no_table_is_found(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "geometry.py").write_text("def size(pool):\n    return getattr(pool, 'grand_total', 0) + pool.size\n")
     monkeypatch.setattr(check_versions, "ADAPTER", tmp_path)
     assert check_versions.unlisted() == ["geometry.py:2 reads pool.grand_total, which no table lists in its `reads`"]
+
+
+def test_processes_that_fetch_the_same_wheel_get_one_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def download(command: list[str], **_: Any) -> Any:
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1], "sglang.whl"), "w") as wheel:
+            wheel.writestr("sglang/version.py", "")
+        (tmp_path / "sglang_sources" / "1.2" / "sglang").mkdir(parents=True)  # another process
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setenv("SGLANG_XMEM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(check_versions, "subprocess", SimpleNamespace(run=download))
+    assert check_versions.fetch("1.2") == tmp_path / "sglang_sources" / "1.2"
+    assert [each.name for each in (tmp_path / "sglang_sources").iterdir()] == ["1.2"]
 
 
 def test_tables_of_hooks_lose_no_line() -> None:
