@@ -17,9 +17,10 @@ fi
 "$PYTHON" -m mypy
 "$PYTHON" scripts/lint_prose.py
 # One run, so that there is one summary. tests/conftest.py sorts: unit tests, contracts, services, engines, GPUs.
-# With SGLANG_XMEM_TEST_WORKERS=2, two files run in parallel, each in the order of its folder; GPU tests do not.
+# Without a GPU two files run in parallel, each in the order of its folder; SGLANG_XMEM_TEST_WORKERS sets the number.
 workers=()
-if ! has_gpu && ((${SGLANG_XMEM_TEST_WORKERS:-1} > 1)); then
-    workers=(-n "$SGLANG_XMEM_TEST_WORKERS" --dist loadfile --no-loadscope-reorder)
+count="${SGLANG_XMEM_TEST_WORKERS:-2}"
+if ! has_gpu && ((count > 1)); then
+    workers=(-n "$count" --dist loadfile --no-loadscope-reorder)
 fi
 "$PYTHON" -m pytest "${workers[@]}"

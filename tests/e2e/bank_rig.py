@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.sglang_server import Answer, Server, launch_server_command, tier_in
+from scripts.sglang_server import Answer, Server, tier_in
 from tests.e2e import harness
-from tests.e2e.harness import BASE_OPTIONS, OUTPUT_TOKENS, PROMPT_TOKENS, ServerClient, prompt
+from tests.e2e.harness import BASE_OPTIONS, OUTPUT_TOKENS, PROMPT_TOKENS, ForkedServer, ServerClient, prompt
 
 BANK: dict[str, Any] = {"hicache_use_xmem": True, "hicache_xmem_tier": "bank", "log_level": "info"}
 
@@ -109,7 +109,7 @@ def engine(
     """A server that is ready."""
     environment = {"MTIER_SOCKET": str(service.socket), **variables}
     everything = {**BASE_OPTIONS, **BANK, "model_path": str(model), **options}
-    with ready(Server(launch_server_command(), everything, log, environment), "bank") as engine:
+    with ready(ForkedServer(everything, log, environment), "bank") as engine:
         yield engine
 
 

@@ -117,8 +117,8 @@ class Spec:
         start_timeout_s: a server is up by then.
         prompt_tokens: of each prompt.
         sglang: folder with another SGLang than the installed one, for entry "engine".
-        forked: an engine forks its processes, which have everything imported then; spawned ones, as users have them,
-            import it again, which takes most of a test's time.
+        forked: an engine or `launch_server` forks its processes, which have everything imported then; spawned ones, as
+            users have them, import it again, which takes most of a test's time. Survivors are not found then.
         request: further fields of a server's requests.
     """
 
@@ -279,13 +279,18 @@ def _run_engine(spec: Spec, scratch: Path, timeout_s: float) -> Result:
 
 
 def _run_server(spec: Spec, scratch: Path) -> Result:
-    command = launch_server_command() if spec.entry == "launch_server" else serve_command()
+    options = _all_options(spec)
     result = Result(starts=[], log="", statuses=[], survivors=[])
     for _ in range(spec.starts):
         marker = uuid.uuid4().hex
         log_path = scratch / "log"
         environment = {LEAVE_OUT: str(scratch / "leave_out"), **_with_plugin(), **spec.environment, MARKER: marker}
-        with Server(command, _all_options(spec), log_path, environment) as server:
+        if spec.forked:
+            made: Server = ForkedServer(options, log_path, environment)
+        else:
+            command = launch_server_command() if spec.entry == "launch_server" else serve_command()
+            made = Server(command, options, log_path, environment)
+        with made as server:
             try:
                 server.wait_ready(spec.start_timeout_s)
                 leave_out = Path(environment[LEAVE_OUT])

@@ -15,10 +15,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.sglang_server import Answer, Server, ServerFailed, launch_server_command
+from scripts.sglang_server import Answer, ServerFailed
 from tests.e2e.bank_rig import Engine, Service, engine, until
 from tests.e2e.fault_matrix import REFERENCE
-from tests.e2e.harness import BASE_OPTIONS, DEVICE_POOL_TOKENS, OUTPUT_TOKENS, PROMPT_TOKENS, START_TIMEOUT_S, prompt
+from tests.e2e.harness import (
+    BASE_OPTIONS,
+    DEVICE_POOL_TOKENS,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    START_TIMEOUT_S,
+    ForkedServer,
+    prompt,
+)
 
 VICTIMS = ("service", "engine", "both")
 PHASES = ("idle", "store", "load", "publish", "take")
@@ -91,7 +99,7 @@ class Matrix:
 
     def _right(self, names: Sequence[str]) -> dict[str, list[int]]:
         options = {**BASE_OPTIONS, **REFERENCE, "model_path": str(self._model)}
-        with Server(launch_server_command(), options, self._folder / "reference.log") as server:
+        with ForkedServer(options, self._folder / "reference.log", {}) as server:
             server.wait_ready(2 * START_TIMEOUT_S)
             return {name: server.generate(prompt(name), OUTPUT_TOKENS).output_ids for name in names}
 

@@ -58,6 +58,7 @@ def test_each_rank_loads_what_it_stored(name: str, tiny_model: Path) -> None:
         deployment.steps(),
         CORES,
         start_timeout_s=240,
+        forked=True,
     )
     result = run(spec)
     assert result.tier == "dram"
