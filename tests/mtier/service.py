@@ -114,12 +114,13 @@ class Daemon:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has ended, also where its new parent has not looked yet."""
+    """Whether all threads of a process have ended, also where its new parent has not looked yet."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
+        threads = os.listdir(f"/proc/{pid}/task")  # the first one is a zombie until the others have closed everything
     except (FileNotFoundError, ProcessLookupError):
         return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"
+    return stat.rpartition(")")[2].split()[0] in "ZX" and len(threads) <= 1
 
 
 def service_of(keeper: int) -> int:

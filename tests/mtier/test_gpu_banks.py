@@ -470,6 +470,7 @@ def test_nothing_leaks_over_many_allocations(machine: Machine) -> None:
     churn = "[lib.free(lib.malloc(0, 5 << 20)[1]) for _ in range(200)] == [0] * 200"
     n_open = "len(os.listdir('/proc/self/fd'))"
     with machine.client() as client:
+        assert client.ask("lib.free(lib.malloc(0, 5 << 20)[1])") == 0  # the connection stays
         before, of_service = client.ask(n_open), len(machine.descriptors())
         assert client.ask(churn) is True
         assert client.ask(n_open) == before
