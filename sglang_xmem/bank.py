@@ -200,7 +200,7 @@ class BankSession:
     def look(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Report for each key whether its page is in the bank; all False if the service does not respond."""
         there = np.zeros(len(keys), np.bool_)
-        if not self._link.has_sent_all:
+        if self._link.waits(DAMAGED):
             return there
         for at in range(0, len(keys), MAX_PAGES):
             part = keys[at : at + MAX_PAGES]
@@ -228,7 +228,7 @@ class BankSession:
         return self._addresses(out[:got])
 
     def _find(self, keys: Sequence[bytes]) -> npt.NDArray[Any]:
-        if not self._link.has_sent_all:
+        if self._link.waits(DAMAGED):
             keys = ()
         found = [np.empty(0, _PLACE)]
         for at in range(0, len(keys), MAX_PAGES):
@@ -296,9 +296,9 @@ class BankSession:
     def reported(self, timeout_s: float) -> bool:
         """Wait until all damaged pages are reported to the service; return whether they are."""
         deadline = time.monotonic() + timeout_s
-        while not self._link.has_sent_all and not self._link.lost and time.monotonic() < deadline:
+        while self._link.waits(DAMAGED) and not self._link.lost and time.monotonic() < deadline:
             time.sleep(0.01)
-        return self._link.has_sent_all
+        return not self._link.waits(DAMAGED)
 
     @property
     def alive(self) -> bool:

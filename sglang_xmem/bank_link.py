@@ -180,10 +180,9 @@ class Link:
         """Number of requests of `send_later` that have not reached the service."""
         return len(self._queued)
 
-    @property
-    def has_sent_all(self) -> bool:
-        """Whether all requests of `send_later` have reached the service."""
-        return not self._queued
+    def waits(self, op: int) -> bool:
+        """Whether such a request of `send_later` has not reached the service."""
+        return any(each.op == op for each in tuple(self._queued))
 
     # ---- joining and leaving ----
 
@@ -231,6 +230,7 @@ class Link:
                 self._tried = time.monotonic()
             self._connection = connection
             self._count("bank_sessions:rejoined")
+            self._wake.set()  # what waits can be sent now
 
     def _resume(self, connection: Connection) -> None:
         """Continue the session over another connection; return the memory to a service that does not know it."""

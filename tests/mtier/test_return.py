@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -95,6 +96,20 @@ def test_pages_that_are_stored_while_the_service_is_away_are_shared_later(
         assert other.ask("int(view(session, session.adopt([key(1)])[0])[9])") == 1
     finally:
         other.kill()
+
+
+def test_a_question_that_finds_the_service_sends_what_waits(
+    daemon: Daemon, session: BankSession, start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link's own thread may not look for the service for half a minute."""
+    monkeypatch.setattr("sglang_xmem.bank_link.min", lambda *_: 1000.0, raising=False)
+    daemon.stop(signal.SIGKILL)
+    address = session.claim(1)
+    session.publish([key(1)], address)
+    time.sleep(1)
+    session.find([key(1)])
+    start_daemon(*BANK)
+    wait_until(lambda: session.find([key(1)]) == 1, 20)
 
 
 def test_few_messages_wait_for_the_service(
