@@ -23,9 +23,9 @@ import collections, json, sys, threading
 from sglang_xmem import bank_link
 from tests.mtier.test_bank_sessions import *
 
+session = BankSession(MODEL, FRAME, 30, "chaos")
 bank_link.RETRY_S, bank_link.MOST_RETRY_S = 0.05, 0.2
 client.DEADLINE_S, client.PAUSE_S, client.MOST_PAUSE_S = 0.3, 0.05, 0.2
-session = BankSession(MODEL, FRAME, 30, "chaos")
 held = collections.deque()
 
 def store(number):
@@ -90,6 +90,7 @@ def test_all_find_what_each_stores_after_anything_that_befalls_the_service(
     faults: list[Callable[[], None]] = [kill, stop, kill_stopped, start_anew]
     with ExitStack() as stack:
         sessions = [stack.enter_context(AskedProcess(["-c", SCRIPT], variables)) for _ in range(SESSIONS)]
+        assert [one.ask("session.alive") for one in sessions] == [True] * SESSIONS
         number = 0
         for _ in range(ROUNDS):
             befallen = generator.choices(faults, k=generator.randint(1, 3))

@@ -253,6 +253,7 @@ def test_service_survives_hostile_messages(
     driver = {"MTIER_CUDA_LIBRARY": str(fake_cuda), "FAKE_CUDA_FAULT": str(fault), "FAKE_CUDA_CONTEXT": "0"}
     calls = tmp_path / "calls"
     daemon = start_daemon(*banks, binaries=sanitized, environment={**driver, "FAKE_CUDA_CALLS": str(calls)})
+    daemon.status()  # answered once the memory of the next slab is there
     descriptors = len(os.listdir(f"/proc/{daemon.serving}/fd"))
     fuzzer = Fuzzer(daemon.socket_path, SEED)
     r = random.Random(SEED)
